@@ -1,0 +1,3 @@
+"""Training-free tokenizer transplantation by Orthogonal Matching Pursuit, as mergekit merge methods."""
+
+__version__ = "0.1.0"
