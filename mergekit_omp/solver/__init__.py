@@ -1,0 +1,5 @@
+"""Sparse codes of rows over other rows by Orthogonal Matching Pursuit; knows nothing of tokens or of mergekit."""
+
+from mergekit_omp.solver.omp import SparseCodes, solve_omp
+
+__all__ = ["SparseCodes", "solve_omp"]
