@@ -1,0 +1,29 @@
+"""Fixtures that more than one test file uses."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct: 49,152 tokens of byte-level BPE, tied, 576 wide. Downloaded once, then cached."""
+    return _checkpoint("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3_dir() -> Path:
+    """Gemma-3-270M: 262,144 tokens of SentencePiece-style BPE, tied, 640 wide. Downloaded once, then cached."""
+    return _checkpoint("gemma3")
+
+
+def _checkpoint(name: str) -> Path:
+    import real_weights
+
+    try:
+        return real_weights.checkpoint(name)
+    except real_weights.WeightsUnavailableError as error:
+        pytest.fail(f"this test needs real weights: {error}", pytrace=False)
