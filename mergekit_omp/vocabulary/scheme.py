@@ -1,0 +1,196 @@
+"""How a tokenizer writes bytes as token strings, as its own decoder, pre-tokenizer, normalizer and model declare it.
+
+The declaration is what a ``tokenizer.json`` holds; the class that a tokenizer happens to load as is never looked at.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_omp.errors import OmpError
+
+SENTENCEPIECE_SPACE = "▁"
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The 256 printable characters that byte-level BPE writes bytes as (GPT-2, section 2.2), and the byte of each.
+
+    Bytes that print in Latin-1 stand for themselves; the other 68 take the code points from 256 on, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = sorted(set(range(256)) - set(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTE_ALPHABET: Mapping[str, int] = _byte_alphabet()
+_CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_ALPHABET.items()}
+
+
+def as_text(token: str | bytes) -> str:
+    """A token as a string; bytes, which tokenizers in tiktoken's style list, in the byte-level alphabet."""
+    return token if isinstance(token, str) else "".join(map(_CHARACTER_OF_BYTE.__getitem__, token))
+
+
+@dataclass(frozen=True)
+class TextScheme:
+    """How token strings stand for bytes.
+
+    Attributes:
+        byte_level: strings are written in ``BYTE_ALPHABET`` (GPT-2, Llama 3, Qwen, Tekken, SmolLM2).
+        replacements: (written, meant) pairs, in order; ("▁", " ") for SentencePiece.
+        byte_fallback: ``<0x0A>`` is the byte 0x0A (Llama 2, Mistral, Gemma).
+        continuation: marks a token that goes on inside a word ("##" of WordPiece). A token without it opens a word,
+            and stands for the word after a space, as the opening tokens of other kinds do (`` word``, ``▁word``); a
+            punctuation mark or an ideograph, which WordPiece cuts off wherever it stands, is for itself alone.
+        word_end: marks a token that ends a word ("</w>"), and stands for a space after it.
+    """
+
+    byte_level: bool = False
+    replacements: tuple[tuple[str, str], ...] = ()
+    byte_fallback: bool = False
+    continuation: str | None = None
+    word_end: str | None = None
+
+    def ordinary_bytes(self, text: str) -> bytes:
+        """The bytes that a token of the model's own vocabulary stands for."""
+        if self.word_end and text.endswith(self.word_end):
+            return self._plain_bytes(text.removesuffix(self.word_end)) + b" "
+        if self.continuation is not None:
+            if text.startswith(self.continuation) and text != self.continuation:
+                return self._plain_bytes(text.removeprefix(self.continuation))
+            return self._plain_bytes(text) if _stands_alone(text) else b" " + self._plain_bytes(text)
+        return self._plain_bytes(text)
+
+    def added_bytes(self, text: str) -> bytes:
+        """The bytes that an added token stands for: its literal text, where SentencePiece's marks still count."""
+        return text.encode(errors="surrogatepass") if self.byte_level else self._plain_bytes(text)
+
+    def fallback_byte(self, text: str) -> int | None:
+        """The byte of a byte-fallback token, None for any other."""
+        if not (self.byte_fallback and text.startswith("<0x")):
+            return None
+        match = _BYTE_FALLBACK.fullmatch(text)
+        return int(match.group(1), 16) if match else None
+
+    def _plain_bytes(self, text: str) -> bytes:
+        if self.byte_level:
+            try:
+                return bytes([BYTE_ALPHABET[character] for character in text])
+            except KeyError:  # a string outside the alphabet is literal text, as the library's own decoder takes it
+                return text.encode(errors="surrogatepass")
+        byte = self.fallback_byte(text)
+        if byte is not None:
+            return bytes([byte])
+        for written, meant in self.replacements:
+            text = text.replace(written, meant)
+        return text.encode(errors="surrogatepass")
+
+
+def read_scheme(tokenizer: PreTrainedTokenizerBase) -> TextScheme:
+    """Read the scheme from whatever the tokenizer offers: a ``tokenizers`` backend, a SentencePiece model, a byte map.
+
+    Raises:
+        OmpError: the tokenizer offers none of them, or a component that has no known meaning.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return _backend_scheme(backend)
+    if getattr(tokenizer, "sp_model", None) is not None:
+        return TextScheme(replacements=((SENTENCEPIECE_SPACE, " "),), byte_fallback=True)
+    if isinstance(getattr(tokenizer, "byte_decoder", None), Mapping) or _lists_bytes(tokenizer):
+        return TextScheme(byte_level=True)
+    raise OmpError(
+        f"The tokenizer {name_of(tokenizer)} has neither a tokenizer.json, nor a SentencePiece model, nor a table of "
+        "bytes, so what its tokens stand for cannot be read; save it as a fast tokenizer (one with a tokenizer.json) "
+        "and name that folder instead."
+    )
+
+
+def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to call a tokenizer in a message: the path it was loaded from, else its class."""
+    return repr(getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__)
+
+
+def _lists_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return any(isinstance(token, bytes) for token in tokenizer.get_vocab())
+
+
+def _backend_scheme(backend: Any) -> TextScheme:
+    decoders = list(parts_of(backend.decoder, "decoders"))
+    model = backend.model
+    if not decoders:
+        decoders = _implied_decoders(backend)
+    continuation = getattr(model, "continuing_subword_prefix", None) or None
+    return TextScheme(
+        byte_level=any(part["type"] == "ByteLevel" for part in decoders),
+        replacements=tuple(_replacements(decoders)),
+        byte_fallback=bool(getattr(model, "byte_fallback", False))
+        or any(part["type"] == "ByteFallback" for part in decoders),
+        continuation=next((part["prefix"] for part in decoders if part["type"] == "WordPiece"), continuation),
+        word_end=next((part["suffix"] for part in decoders if part["type"] == "BPEDecoder"), None)
+        or getattr(model, "end_of_word_suffix", None)
+        or None,
+    )
+
+
+def parts_of(component: Any, children: str) -> Iterator[dict[str, Any]]:
+    """The declarations of a ``tokenizers`` component, sequences flattened; nothing for None."""
+    if component is None:
+        return
+    try:
+        declared = json.loads(component.__getstate__())
+    except Exception as error:  # the library raises a bare Exception for a component written in Python
+        raise OmpError(
+            f"The tokenizer's {type(component).__name__} is custom Python code that declares nothing ({error}); "
+            "use a tokenizer whose tokenizer.json describes it fully."
+        ) from error
+    yield from _flatten(declared, children)
+
+
+def _flatten(declared: dict[str, Any], children: str) -> Iterator[dict[str, Any]]:
+    if declared["type"] != "Sequence":
+        yield declared
+        return
+    for child in declared[children]:
+        yield from _flatten(child, children)
+
+
+def _implied_decoders(backend: Any) -> list[dict[str, Any]]:
+    """What a tokenizer without a decoder implies by how it prepares text."""
+    before = [*parts_of(backend.normalizer, "normalizers"), *parts_of(backend.pre_tokenizer, "pretokenizers")]
+    implied = []
+    for part in before:
+        if part["type"] in ("ByteLevel", "Metaspace"):
+            implied.append(part)
+        elif part["type"] == "Replace" and part["pattern"] == {"String": " "}:
+            implied.append({"type": "Replace", "pattern": {"String": part["content"]}, "content": " "})
+    return implied
+
+
+def _replacements(decoders: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    for part in decoders:
+        if part["type"] == "Metaspace":
+            yield part["replacement"], " "
+        elif part["type"] == "Replace":
+            if "String" not in part["pattern"]:
+                raise OmpError(
+                    f"The tokenizer's decoder replaces the expression {part['pattern']!r}, which does not tell what "
+                    " a single token stands for; use a tokenizer whose decoder replaces plain strings."
+                )
+            yield part["pattern"]["String"], part["content"]
+
+
+def _stands_alone(text: str) -> bool:
+    """Whether WordPiece cuts these characters off wherever they stand: punctuation, symbols and ideographs."""
+    return all(unicodedata.category(character)[0] in "PSCZ" or _is_ideograph(character) for character in text)
+
+
+def _is_ideograph(character: str) -> bool:
+    code = ord(character)
+    return 0x3400 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x2FA1F
