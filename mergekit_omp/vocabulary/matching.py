@@ -94,7 +94,7 @@ class _RowFinder:
         self._text = _TextIndex(token for token in tokens if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE))
         self._special = _rows_by_text(token for token in tokens if token.kind is TokenKind.SPECIAL)
         self._unused = _rows_by_text(token for token in tokens if token.kind is TokenKind.UNUSED)
-        self._control = _rows_by_text(token for token in tokens if _is_control(token))
+        self._control = _rows_by_text(token for token in tokens if is_control(token))
 
     def find(self, token: Token) -> tuple[int, MatchReason]:
         """The row, or -1, and the reason."""
@@ -103,7 +103,7 @@ class _RowFinder:
         if token.kind is TokenKind.SPECIAL:
             return self._find_special(token)
         found = self._text.find(token)
-        if found is None and _is_control(token):
+        if found is None and is_control(token):
             found = self._find_equivalent(token)
         return found or (-1, MatchReason.MISSING)
 
@@ -145,7 +145,7 @@ class _TextIndex:
         return None if row is None else (row, MatchReason.BYTE_TOKEN)
 
 
-def _is_control(token: Token) -> bool:
+def is_control(token: Token) -> bool:
     """Whether the table of equivalents speaks of this token: a listed string, and not just text that reads alike."""
     if token.kind is TokenKind.SPECIAL:
         return meaning_of(token.text) is not None

@@ -181,7 +181,7 @@ def _replacements(decoders: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
             if "String" not in part["pattern"]:
                 raise OmpError(
                     f"The tokenizer's decoder replaces the expression {part['pattern']!r}, which does not tell what "
-                    " a single token stands for; use a tokenizer whose decoder replaces plain strings."
+                    "a single token stands for; use a tokenizer whose decoder replaces plain strings."
                 )
             yield part["pattern"]["String"], part["content"]
 

@@ -1,0 +1,48 @@
+"""Which special tokens a tokenizer's chat template uses."""
+
+import logging
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_omp.vocabulary.canonical import ROLES, TokenKind, Vocabulary
+from mergekit_omp.vocabulary.matching import is_control
+
+LOG = logging.getLogger(__name__)
+
+_CONVERSATIONS = (
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+    [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}],
+)
+
+
+def chat_template_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
+    """The ids of the special tokens that the chat template writes, whose rows a chat therefore depends on.
+
+    Found both in the template's own text and in what it makes of two short conversations, since templates put strings
+    together (``'<|' + role + '|>'``) and name the tokens of roles (``bos_token``).
+
+    Args:
+        tokenizer: the tokenizer; without a chat template nothing is found.
+        vocabulary: its vocabulary.
+    """
+    text = "\n".join(_texts(tokenizer))
+    found = {
+        id_
+        for id_, token in vocabulary.tokens.items()
+        if (token.kind in (TokenKind.SPECIAL, TokenKind.UNUSED) or is_control(token)) and token.text in text
+    }
+    return found | {vocabulary.roles[role] for role in ROLES if role in vocabulary.roles and f"{role}_token" in text}
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    templates = getattr(tokenizer, "chat_template", None) or {}
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        yield template
+        for conversation in _CONVERSATIONS:
+            try:
+                yield tokenizer.apply_chat_template(
+                    conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # templates raise what they like, say where they know no system role
+                LOG.debug("The chat template cannot be applied to %s: %s", conversation, error)
