@@ -1,7 +1,7 @@
 """Training-free tokenizer transplantation by Orthogonal Matching Pursuit, as mergekit merge methods."""
 
+from mergekit_omp.autoload import register
+
 __version__ = "0.1.0"
 
-
-def register() -> None:
-    """Make ``omp`` and ``omp_<method>`` known to mergekit."""
+__all__ = ["register"]

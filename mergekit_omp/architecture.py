@@ -1,0 +1,105 @@
+"""Which of a model's tensors have a vocabulary axis, and whether they are input embeddings or belong to the LM head."""
+
+import re
+from enum import Enum
+
+from mergekit.architecture import ConfiguredModelArchitecture, WeightInfo, arch_info_for_config
+from mergekit.architecture.auto import infer_architecture_info
+from mergekit.common import ModelReference, get_config_value
+from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
+
+from mergekit_omp.errors import OmpError
+
+
+class VocabularyRole(str, Enum):
+    """The side of a model that a tensor with a vocabulary axis belongs to."""
+
+    INPUT = "input embedding"
+    HEAD = "LM head"
+
+
+_INPUT_NAME = re.compile(r"(embed_tokens|embed_in|embeddings?|tok_embeddings|wte|shared)(\.|$)")
+
+
+def vocabulary_role(name: str) -> VocabularyRole:
+    """The role of a tensor that is known to have a vocabulary axis, from its name.
+
+    mergekit's architecture data tells the axis but not the role. Names of input embeddings are few; whatever else has a
+    vocabulary axis (``lm_head``, ``embed_out``, ``output_layer``, ``cls.predictions``, their biases) is on the output side.
+    """
+    return VocabularyRole.INPUT if _INPUT_NAME.search(name) else VocabularyRole.HEAD
+
+
+def architecture_of(model: ModelReference, options: MergeOptions) -> ConfiguredModelArchitecture:
+    """A model's own architecture: mergekit's data where it has some, else inferred from the checkpoint."""
+    config = model.config(trust_remote_code=options.trust_remote_code)
+    info = arch_info_for_config(config) or infer_architecture_info((model,), model, options)
+    return ConfiguredModelArchitecture(info=info, config=config)
+
+
+def vocabulary_size(model: ModelReference, options: MergeOptions) -> int:
+    """Rows of a model's embedding matrix, from its config alone."""
+    config = model.config(trust_remote_code=options.trust_remote_code)
+    info = arch_info_for_config(config)
+    for key in (info and info.vocab_size_config_key, "vocab_size", "text_config.vocab_size"):
+        size = key and _config_value_or_none(config, key)
+        if size:
+            return size
+    raise OmpError(f"{model}: its config.json has no vocab_size, so the rows of its embedding are unknown; add it.")
+
+
+def hidden_size(config: PretrainedConfig) -> int | None:
+    """Width of the language model that a config describes, None where it does not say."""
+    for key in ("hidden_size", "text_config.hidden_size", "n_embd", "d_model", "dim"):
+        if size := _config_value_or_none(config, key):
+            return size
+    return None
+
+
+def _config_value_or_none(config: PretrainedConfig, key: str) -> int | None:
+    try:
+        return get_config_value(config, key)
+    except RuntimeError:  # mergekit's answer to a key that is not there
+        return None
+
+
+def donor_weight(donor: ModelReference, role: VocabularyRole, options: MergeOptions) -> tuple[LoadTensor, int]:
+    """The task that loads a donor's matrix for one role, and the matrix's vocabulary axis.
+
+    A donor with tied embeddings has one matrix for both roles, so that both roles give the same task and mergekit's graph
+    solves for it once.
+
+    Raises:
+        OmpError: where the donor has no weights, or none with a vocabulary axis.
+    """
+    try:
+        stored = LoaderCache().get(donor).index.tensor_paths
+    except (RuntimeError, OSError) as error:
+        raise OmpError(
+            f"tokenizer.source: {donor} has a tokenizer but no weights that mergekit can read ({error}); OMP needs the "
+            "embeddings of the tokens that are new, so name a model that has both."
+        ) from error
+    by_role: dict[VocabularyRole, tuple[LoadTensor, int]] = {}
+    architecture = architecture_of(donor, options)
+    for weight in architecture.all_weights():
+        name = _stored_name(weight, stored)
+        if weight.vocabulary_axis is None or name is None or name.endswith(".bias"):
+            continue
+        task = LoadTensor(model=donor, tensor=name, device=options.device if options.read_to_gpu else None)
+        by_role.setdefault(vocabulary_role(weight.name), (task, weight.vocabulary_axis))
+    if not by_role:
+        raise OmpError(
+            f"tokenizer.source: no tensor of {donor} has a vocabulary axis that mergekit knows; "
+            "name a donor of an architecture that mergekit supports."
+        )
+    tied = getattr(architecture.config, "tie_word_embeddings", False)
+    if VocabularyRole.INPUT in by_role and (tied or role not in by_role):
+        return by_role[VocabularyRole.INPUT]
+    return by_role.get(role) or next(iter(by_role.values()))
+
+
+def _stored_name(weight: WeightInfo, stored: dict[str, str]) -> str | None:
+    """The name under which a checkpoint holds a weight itself (not the one that it is tied to)."""
+    return next((name for name in (weight.name, *(weight.aliases or ())) if name in stored), None)

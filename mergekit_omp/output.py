@@ -1,0 +1,174 @@
+"""The output folder: whole or not there, and consistent with the tokenizer that it ships."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from mergekit.architecture import arch_info_for_config
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from transformers import GenerationConfig
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.tasks import output_rows
+from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary
+from mergekit_omp.vocabulary.canonical import ROLES
+
+LOG = logging.getLogger(__name__)
+
+UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write a model to, which becomes ``out_path`` when the block ends without an exception.
+
+    Until then everything is under ``<out_path>.unfinished``, which a failed run removes and the next run after a killed one
+    replaces.
+
+    Raises:
+        OmpError: where ``out_path`` holds something already, cannot be written, or is being written by another run.
+    """
+    final = Path(os.path.abspath(out_path))
+    _check_free(final)
+    staging = final.with_name(final.name + UNFINISHED)
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OmpError(
+            f"{out_path}: the output folder cannot be made ({error.strerror}); name another one."
+        ) from error
+    lock = FileLock(staging / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OmpError(f"{out_path} is being written by another run; wait for it or name another folder.") from error
+    try:
+        folder = staging / final.name  # mergekit takes the model card's title from the folder's name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+        _publish(folder, final)
+    finally:
+        lock.release()
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_free(final: Path) -> None:
+    if not final.exists():
+        return
+    if not final.is_dir():
+        raise OmpError(f"{final} is a file; name a folder that is new or empty.")
+    present = sorted(path.name for path in final.iterdir() if not path.name.startswith("."))
+    if present:
+        raise OmpError(
+            f"{final} is not empty (it has {', '.join(present[:3])}{', …' if len(present) > 3 else ''}), and nothing is "
+            "replaced unasked; name a new folder or empty that one."
+        )
+
+
+def _publish(folder: Path, final: Path) -> None:
+    if not final.exists():
+        os.rename(folder, final)
+        return
+    # An empty folder, or one with dotfiles such as .git. Without its config.json a folder can't be mistaken for a model.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+        os.rename(path, final / path.name)
+
+
+def finish_output(folder: Path, config: MergeConfiguration, output: OutputTokenizer, options: MergeOptions) -> None:
+    """Make config.json and generation_config.json of a merged model agree with its tokenizer.
+
+    mergekit writes the base model's ids, one row for each token where ids may have gaps, and no generation_config.json.
+    """
+    multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
+    ids = TokenIds(output)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ids.translate(settings)
+    ids.set_roles(settings)
+    _set_nested(settings, _vocab_size_key(output), output_rows(output_vocabulary(output), multiple))
+    _write_json(folder / "config.json", settings)
+
+    generation = _generation_settings(output.base())
+    ids.translate(generation)
+    ids.set_roles(generation)
+    generation["eos_token_id"] = _stop_ids(output, generation["eos_token_id"])
+    _write_json(folder / "generation_config.json", generation)
+
+
+class TokenIds:
+    """The ids of the output vocabulary that a base model's configuration should name."""
+
+    def __init__(self, output: OutputTokenizer) -> None:
+        self.roles = output_vocabulary(output).roles
+        rows = match_of(output, output.base()).rows.tolist()
+        self.by_base_id = {row: id_ for id_, row in reversed(list(enumerate(rows))) if row >= 0}
+
+    def set_roles(self, settings: dict[str, Any]) -> None:
+        """Set bos, eos and pad, and unk where there is one, to those of the output tokenizer."""
+        for role in ("bos", "eos", "pad"):
+            settings[f"{role}_token_id"] = self.roles.get(role)
+        if "unk" in self.roles:
+            settings["unk_token_id"] = self.roles["unk"]
+
+    def translate(self, settings: dict[str, Any]) -> None:
+        """Replace every token id in a configuration, nested ones included, by the output's id of the same token.
+
+        A token that the output vocabulary lacks has no id any more: its setting becomes None, with a warning.
+        """
+        for key, value in settings.items():
+            if isinstance(value, dict):
+                self.translate(value)
+            elif _names_a_token(key) and isinstance(value, int) and not isinstance(value, bool):
+                role = key.removesuffix("_token_id")
+                settings[key] = self.roles.get(role, self.by_base_id.get(value))
+                if settings[key] is None and role not in ROLES:
+                    LOG.warning("%s: the output vocabulary has no token for the base model's id %d", key, value)
+            elif _names_a_token(key) and isinstance(value, list):
+                settings[key] = [self.by_base_id[id_] for id_ in value if id_ in self.by_base_id] or None
+
+
+def _names_a_token(key: str) -> bool:
+    return key.endswith(("_token_id", "_token_index"))
+
+
+def _generation_settings(model: ModelReference) -> dict[str, Any]:
+    """What a model's generation_config.json sets; nothing where it has none."""
+    try:
+        loaded = GenerationConfig.from_pretrained(model.model.path, revision=model.model.revision)
+    except OSError:
+        return {}
+    return loaded.to_diff_dict()
+
+
+def _stop_ids(output: OutputTokenizer, eos: int | None) -> int | list[int] | None:
+    """Where generation stops: as the donor's own generation_config.json says, else at the tokenizer's eos."""
+    if not isinstance(output.tokenizer_source, ModelReference):
+        return eos
+    donors = _generation_settings(output.tokenizer_source).get("eos_token_id")
+    ids = donors if isinstance(donors, list) else [donors]
+    known = [id_ for id_ in ids if id_ in output_vocabulary(output).tokens]
+    return (known if len(known) > 1 else known[0]) if known else eos
+
+
+def _vocab_size_key(output: OutputTokenizer) -> str:
+    info = arch_info_for_config(output.base().config(trust_remote_code=output.trust_remote_code))
+    return (info and info.vocab_size_config_key) or "vocab_size"
+
+
+def _set_nested(settings: dict[str, Any], key: str, value: int) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        settings = settings[parent]
+    settings[last] = value
+
+
+def _write_json(path: Path, settings: dict[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,99 @@
+"""From a recipe to tasks: which solves each vocabulary tensor of the output needs."""
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import PermutedVocabulary
+
+from mergekit_omp.architecture import donor_weight, vocabulary_role
+from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.realign import pose_problem
+from mergekit_omp.tasks import MatchVocabulary, RealignedInput, RealignVocabulary, SolveCodes
+from mergekit_omp.vocabularies import OutputTokenizer, vocabulary_of
+
+
+def models_in_order(config: MergeConfiguration) -> tuple[ModelReference, ...]:
+    """Every model that a recipe merges, the base model first, then as the recipe lists them (mergekit's own list is a set)."""
+    blocks = [config, *(config.modules or {}).values()]
+    listed = [m.model for block in blocks for m in block.models or ()]
+    sliced = [s.model for block in blocks for part in block.slices or () for s in part.sources]
+    base = [config.base_model] if config.base_model else []
+    return tuple(dict.fromkeys([*base, *listed, *sliced]))
+
+
+def output_tokenizer(config: MergeConfiguration, options: MergeOptions) -> OutputTokenizer:
+    """The task that builds the recipe's output tokenizer."""
+    section = config.tokenizer
+    return OutputTokenizer(
+        base_model=config.base_model,
+        referenced_models=models_in_order(config),
+        tokenizer_source=section.source if section else config.tokenizer_source,
+        trust_remote_code=options.trust_remote_code,
+        add_tokens=tuple((section and section.tokens) or ()),
+    )
+
+
+def plan_realignment(
+    task: ExecuteMergeMethodTask, output: OutputTokenizer, options: MergeOptions
+) -> RealignVocabulary:
+    """The task that takes the place of mergekit's ``PermutedVocabulary`` in front of one merge.
+
+    Raises:
+        OmpError: where a donor that is needed has no weights.
+    """
+    permuted: PermutedVocabulary = task.gather_tensors
+    return RealignVocabulary(
+        gather_tensors=permuted.gather_tensors,
+        output=output,
+        inputs=tuple(_plan_input(model, task, output, options) for model in task.model_order),
+        overrides=tuple((permuted.tokens or {}).items()),
+        pad_to_multiple_of=permuted.pad_to_multiple_of,
+        vocabulary_axis=permuted.vocabulary_axis,
+        name=task.output_weight.name,
+    )
+
+
+def _plan_input(
+    model: ModelReference, task: ExecuteMergeMethodTask, output: OutputTokenizer, options: MergeOptions
+) -> RealignedInput:
+    parameters = OmpParameters.from_bound(task.input_parameters[model])
+    return RealignedInput(
+        model=model,
+        match=MatchVocabulary(output=output, model=model),
+        solves=_plan_solves(model, task.output_weight.name, parameters, output, options),
+        parameters=parameters,
+    )
+
+
+def _plan_solves(
+    model: ModelReference, tensor: str, parameters: OmpParameters, output: OutputTokenizer, options: MergeOptions
+) -> tuple[SolveCodes, ...]:
+    """One solve for every donor that has tokens which neither the model nor an earlier donor has."""
+    base = MatchVocabulary(output=output, model=_first_with_vocabulary_of(model, output))
+    donors = [MatchVocabulary(output=output, model=donor) for donor in output.donors()]
+    solves = []
+    for count, donor in enumerate(output.donors(), start=1):
+        *earlier, match = (each.execute() for each in donors[:count])
+        if not len(pose_problem(base.execute(), match, earlier).target_ids):
+            continue
+        weight, axis = donor_weight(donor, vocabulary_role(tensor), options)
+        solves.append(
+            SolveCodes(
+                donor_weight=weight,
+                vocabulary_axis=axis,
+                base=base,
+                donors=tuple(donors[:count]),
+                k=parameters.k,
+                normalize_atoms=parameters.normalize_atoms,
+                quiet=options.quiet,
+            )
+        )
+    return tuple(solves)
+
+
+def _first_with_vocabulary_of(model: ModelReference, output: OutputTokenizer) -> ModelReference:
+    """The first model of the recipe with the same vocabulary, so that fine-tunes of one base share their solves."""
+    trust = output.trust_remote_code
+    wanted = vocabulary_of(model, trust).fingerprint
+    return next(m for m in (*output.referenced_models, model) if vocabulary_of(m, trust).fingerprint == wanted)

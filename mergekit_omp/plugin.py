@@ -1,0 +1,132 @@
+"""The seam into mergekit, and the only file that knows its internals.
+
+Three things of mergekit 0.1.5 are connected to: the registry of merge methods, the planner, and ``run_merge``. Recipes whose
+``merge_method`` is not ours go through the wrapped functions unchanged.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from mergekit_omp.errors import OmpError
+
+LOG = logging.getLogger("mergekit_omp")
+
+SUPPORTED = ">=0.1.5,<0.2"
+_CONNECTED = "_mergekit_omp_connected"
+
+Wrapped = Callable[..., Any]
+
+
+def connect_methods(merge_methods: ModuleType) -> None:
+    """Register ``omp`` and an ``omp_<method>`` for every method that is registered."""
+    if not hasattr(merge_methods, "registered_methods"):
+        return  # before 0.1.5; a recipe of ours is refused when it runs
+    from mergekit_omp.methods import realigned_methods
+
+    for method in realigned_methods(merge_methods.registered_methods()):
+        merge_methods.register(method)
+
+
+def connect_planner(plan: ModuleType) -> None:
+    """Have the planner put our tasks in front of our methods."""
+    if hasattr(plan, _CONNECTED):
+        return
+    setattr(plan, _CONNECTED, True)
+    wrapt.wrap_function_wrapper(plan, "MergePlanner.__init__", _init_planner)
+    wrapt.wrap_function_wrapper(plan, "MergePlanner._plan", _plan)
+    wrapt.wrap_function_wrapper(plan, "MergePlanner.plan_to_disk", _plan_to_disk)
+
+
+def connect_run(merge: ModuleType) -> None:
+    """Have ``run_merge`` check a recipe of ours first, and publish its output only when it is whole."""
+    if hasattr(merge, _CONNECTED):
+        return
+    setattr(merge, _CONNECTED, True)
+    wrapt.wrap_function_wrapper(merge, "run_merge", _run_merge)
+
+
+def require_supported() -> None:
+    """Raise an OmpError unless everything that this file uses is where it expects it."""
+    from mergekit import merge_methods
+    from mergekit import plan as plan_module
+
+    planner = getattr(plan_module, "MergePlanner", None)
+    if hasattr(merge_methods, "registered_methods") and all(
+        hasattr(planner, name) for name in ("_plan", "plan_to_disk", "plan_tensor", "normalize_config")
+    ):
+        return
+    from importlib.metadata import version
+
+    raise OmpError(
+        f"merge_method: omp works with mergekit{SUPPORTED}, but mergekit {version('mergekit')} is installed; "
+        f"run `pip install 'mergekit{SUPPORTED}'`."
+    )
+
+
+def _init_planner(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
+    from mergekit import merge_methods
+
+    connect_methods(merge_methods)  # for methods that were registered since
+    return wrapped(*args, **kwargs)
+
+
+def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
+    from mergekit_omp.methods import is_ours
+
+    if not is_ours(planner.config.merge_method):
+        return wrapped(*args, **kwargs)
+    from mergekit.tokenizer import PermutedVocabulary
+
+    from mergekit_omp.planning import plan_realignment
+    from mergekit_omp.recipe import check_recipe
+
+    output = check_recipe(planner.config, planner.options)
+    result = wrapped(*args, **kwargs)
+    planner._tokenizer_task = output
+    planner._tensors = [
+        (weight, task.model_copy(update={"gather_tensors": plan_realignment(task, output, planner.options)}))
+        if isinstance(task.gather_tensors, PermutedVocabulary)
+        else (weight, task)
+        for weight, task in planner._tensors
+    ]
+    return result
+
+
+def _plan_to_disk(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
+    from mergekit_omp.methods import is_ours
+
+    tasks = wrapped(*args, **kwargs)
+    if not is_ours(planner.config.merge_method):
+        return tasks
+    from mergekit_omp.tasks import RealignVocabulary, SummarizeTransplant
+
+    realigned = [task.gather_tensors for _, task in planner._tensors]
+    realigned = tuple(task for task in realigned if isinstance(task, RealignVocabulary))
+    return [*tasks, SummarizeTransplant(realigned=realigned)]
+
+
+def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
+    from mergekit_omp.methods import is_ours
+
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    config, options = call.arguments["merge_config"], call.arguments["options"]
+    if not is_ours(config.merge_method):
+        return wrapped(*args, **kwargs)
+    require_supported()
+    from mergekit_omp import vocabularies
+    from mergekit_omp.output import finish_output, staged
+    from mergekit_omp.recipe import check_recipe
+
+    LOG.setLevel(logging.ERROR if options.quiet else logging.INFO)
+    vocabularies.forget()
+    output = check_recipe(config, options)
+    with staged(call.arguments["out_path"]) as folder:
+        call.arguments["out_path"] = str(folder)
+        result = wrapped(*call.args, **call.kwargs)
+        finish_output(folder, config, output, options)
+    return result

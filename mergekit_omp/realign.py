@@ -1,0 +1,136 @@
+"""Build a model's rows for the output vocabulary: kept anchors, applied codes, overrides, fallback and padding."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.solver import SparseCodes
+from mergekit_omp.vocabulary.matching import MatchReason, VocabularyMatch
+
+NOISE_SEED = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be solved for one donor: its tokens that a model lacks, in terms of those that both have.
+
+    Shapes: B targets, N atoms; all int64.
+    """
+
+    target_ids: torch.Tensor  # [B] output ids
+    target_rows: torch.Tensor  # [B] rows of the donor
+    atom_ids: torch.Tensor  # [N] output ids
+    atom_rows: torch.Tensor  # [N] rows of the donor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The codes of one :class:`Problem`, with the seconds that they took."""
+
+    problem: Problem
+    codes: SparseCodes
+    seconds: float
+
+
+_LACKING = torch.tensor([MatchReason.MISSING, MatchReason.MISSING_SPECIAL], dtype=torch.int8)
+
+
+def pose_problem(base: VocabularyMatch, donor: VocabularyMatch, earlier: Sequence[VocabularyMatch] = ()) -> Problem:
+    """Find what ``base`` lacks, ``donor`` has and no ``earlier`` donor has, and the anchors of both.
+
+    Args:
+        base: match of the model that is realigned against the output vocabulary.
+        donor: match of the donor against the same vocabulary.
+        earlier: matches of the donors that take precedence.
+    """
+    wanted = lacking(base)
+    for other in earlier:
+        wanted &= other.rows < 0
+    target_ids = (wanted & (donor.rows >= 0)).nonzero().squeeze(1)
+    atom_ids = base.atoms()
+    atom_ids = atom_ids[torch.isin(atom_ids, donor.atoms())]
+    return Problem(target_ids, donor.rows[target_ids], atom_ids, donor.rows[atom_ids])
+
+
+def lacking(match: VocabularyMatch) -> torch.Tensor:
+    """Boolean [V]: the output tokens that a model has no row for and that mean something.
+
+    Tokens that are kept free for later use are not among them: there is nothing to approximate.
+    """
+    return torch.isin(match.reasons, _LACKING)
+
+
+def realign(
+    weight: torch.Tensor,
+    match: VocabularyMatch,
+    solutions: Sequence[Solution],
+    *,
+    parameters: OmpParameters,
+    size: int,
+    overrides: Mapping[int, torch.Tensor] | None = None,
+    name: str = "the tensor",
+) -> torch.Tensor:
+    """Give one tensor of a model the rows of the output vocabulary.
+
+    Args:
+        weight: [R, ...] floating point, vocabulary axis first; borrowed. Rows of anchors are copied bit for bit, the rest is
+            computed in float32.
+        match: which of the R rows each of the V output tokens has.
+        solutions: codes for tokens that the model lacks.
+        parameters: noise and scale of approximated rows.
+        size: rows of the result, at least V; rows beyond V, and ids without a token, get the mean of the anchors' rows, as
+            do tokens that no donor has.
+        overrides: output id to row [...], which win over everything else.
+        name: what errors call the tensor.
+
+    Returns:
+        [size, ...] of the weight's dtype, on its device.
+
+    Raises:
+        OmpError: where the weight is not floating point, has too few rows, or holds a NaN or an infinity.
+    """
+    check_rows(weight, match.rows, name)
+    kept = (match.rows >= 0).nonzero().squeeze(1)
+    kept_rows = weight[match.rows[kept].to(weight.device)]
+    # Padding as in mergekit, after https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+    result = kept_rows.float().mean(dim=0).to(weight.dtype).expand(size, *weight.shape[1:]).clone()
+    result[kept.to(weight.device)] = kept_rows
+    for solution in solutions:
+        atom_rows = weight[match.rows[solution.problem.atom_ids].to(weight.device)]
+        rows = solution.codes.apply(atom_rows.flatten(start_dim=1) if weight.ndim > 1 else atom_rows.unsqueeze(1))
+        rows = _with_noise(rows, parameters.new_vocab_noise) * parameters.new_vocab_scale
+        result[solution.problem.target_ids.to(weight.device)] = rows.reshape(-1, *weight.shape[1:]).to(weight.dtype)
+    for token_id, row in (overrides or {}).items():
+        result[token_id] = row.to(weight)
+    return result
+
+
+def check_rows(weight: torch.Tensor, rows: torch.Tensor, name: str) -> None:
+    """Raise an OmpError unless ``weight`` [R, ...] is finite, floating point and has all of ``rows``."""
+    if not weight.is_floating_point():
+        raise OmpError(
+            f"{name} is {weight.dtype}: only floating point embeddings can be realigned; dequantize it first."
+        )
+    highest = int(rows.max()) if len(rows) else -1
+    if highest >= weight.shape[0]:
+        raise OmpError(
+            f"{name} has {weight.shape[0]} rows, but its config.json promises at least {highest + 1}: "
+            "set vocab_size there to the rows that the checkpoint has."
+        )
+    finite = torch.isfinite(weight).flatten(start_dim=1).all(dim=1) if weight.ndim > 1 else torch.isfinite(weight)
+    if not bool(finite.all()):
+        bad = (~finite).nonzero().squeeze(1).tolist()
+        raise OmpError(
+            f"{name} holds NaN or infinite values in {len(bad)} rows (first: {', '.join(map(str, bad[:5]))}); "
+            "repair the checkpoint."
+        )
+
+
+def _with_noise(rows: torch.Tensor, scale: float) -> torch.Tensor:
+    if not scale:
+        return rows
+    generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU, so that every device adds the same noise
+    return rows + scale * torch.randn(rows.shape, generator=generator).to(rows.device)

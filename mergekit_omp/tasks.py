@@ -1,0 +1,240 @@
+"""The tasks that stand between loading the inputs of a vocabulary tensor and merging them.
+
+Each is a frozen mergekit ``Task``, so that the graph's own equality removes repeated work: input embedding and LM head of a
+donor with tied embeddings share one solve, and so do all inputs of one vocabulary.
+"""
+
+import logging
+import time
+from typing import Any
+
+import torch
+import tqdm
+from mergekit.common import ModelReference
+from mergekit.graph import Task
+from mergekit.io.tasks import GatherTensors
+from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
+
+from pydantic import BaseModel
+
+from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.realign import Problem, Solution, check_rows, lacking, pose_problem, realign
+from mergekit_omp.solver import solve_omp
+from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, vocabulary_of
+from mergekit_omp.vocabulary.canonical import Vocabulary
+from mergekit_omp.vocabulary.matching import VocabularyMatch
+
+LOG = logging.getLogger(__name__)
+
+
+class MatchVocabulary(Task[VocabularyMatch]):
+    """Find the row of ``model`` that each token of the output vocabulary has."""
+
+    output: OutputTokenizer
+    model: ModelReference
+
+    def arguments(self) -> dict[str, Task]:
+        """No task: tokenizers are read while planning, and cached."""
+        return {}
+
+    def execute(self, **_kwargs: Any) -> VocabularyMatch:
+        """The match."""
+        return match_of(self.output, self.model)
+
+
+class SolveCodes(Task[Solution]):
+    """Write the rows of a donor's tokens that a model lacks as sparse combinations of rows of shared tokens.
+
+    It depends on the donor's tensor and on vocabularies alone, not on the model's weights: ``base`` names the first model of
+    the recipe that has the model's vocabulary.
+    """
+
+    donor_weight: Task
+    vocabulary_axis: int
+    base: MatchVocabulary
+    donors: tuple[MatchVocabulary, ...]  # in order of precedence; this solve is for the last of them
+    k: int
+    normalize_atoms: bool
+    quiet: bool
+
+    def arguments(self) -> dict[str, Task]:
+        """The donor's tensor."""
+        return {"weight": self.donor_weight}
+
+    def uses_accelerator(self) -> bool:
+        """The solve runs where mergekit does its arithmetic."""
+        return True
+
+    def problem(self) -> Problem:
+        """The targets and atoms."""
+        *earlier, donor = (match.execute() for match in self.donors)
+        return pose_problem(self.base.execute(), donor, earlier)
+
+    def name(self) -> str:
+        """What log lines and errors call the donor's tensor."""
+        return f"{self.donor_weight.tensor} of {self.donor_weight.model}"
+
+    def execute(self, weight: torch.Tensor) -> Solution:
+        """Solve, with a progress bar in tokens."""
+        problem = self.problem()
+        rows = weight.movedim(self.vocabulary_axis, 0).flatten(start_dim=1)
+        check_rows(rows, torch.cat([problem.target_rows, problem.atom_rows]), self.name())
+        started = time.perf_counter()
+        with tqdm.tqdm(
+            total=len(problem.target_ids), desc="Approximating tokens", unit="token", disable=self.quiet
+        ) as bar:
+            codes = solve_omp(
+                rows[problem.target_rows.to(rows.device)],
+                rows[problem.atom_rows.to(rows.device)],
+                self.k,
+                normalize_atoms=self.normalize_atoms,
+                progress=bar.update,
+                name=self.name(),
+            )
+        return Solution(problem, codes, time.perf_counter() - started)
+
+
+class RealignedInput(BaseModel, frozen=True):
+    """How one input of a vocabulary tensor is realigned."""
+
+    model: ModelReference
+    match: MatchVocabulary
+    solves: tuple[SolveCodes, ...]
+    parameters: OmpParameters
+
+
+class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
+    """Give every input of one tensor the rows of the output vocabulary; stands where mergekit would permute rows."""
+
+    gather_tensors: GatherTensors
+    output: OutputTokenizer
+    inputs: tuple[RealignedInput, ...]
+    overrides: tuple[tuple[str, TokenEmbeddingConfig], ...]
+    pad_to_multiple_of: int | None
+    vocabulary_axis: int
+    name: str
+
+    def arguments(self) -> dict[str, Task]:
+        """The loaded inputs and the solves of each."""
+        solves = {f"solution_{i}_{j}": s for i, each in enumerate(self.inputs) for j, s in enumerate(each.solves)}
+        return {"tensors": self.gather_tensors, **solves}
+
+    def group_label(self) -> str | None:
+        """The label of the loaded tensors, so that they are read shard by shard."""
+        return self.gather_tensors.group_label()
+
+    def execute(
+        self, tensors: dict[ModelReference, torch.Tensor], **solutions: Solution
+    ) -> dict[ModelReference, torch.Tensor]:
+        """Realign every input that has the tensor (optional ones may not)."""
+        views = {model: tensor.movedim(self.vocabulary_axis, 0) for model, tensor in tensors.items()}
+        return {
+            each.model: self._realign(
+                each, views, [solutions[f"solution_{i}_{j}"] for j in range(len(each.solves))]
+            ).movedim(0, self.vocabulary_axis)
+            for i, each in enumerate(self.inputs)
+            if each.model in views
+        }
+
+    def _realign(
+        self, each: RealignedInput, views: dict[ModelReference, torch.Tensor], solutions: list[Solution]
+    ) -> torch.Tensor:
+        started = time.perf_counter()
+        match = each.match.execute()
+        result = realign(
+            views[each.model],
+            match,
+            solutions,
+            parameters=each.parameters,
+            size=output_rows(output_vocabulary(self.output), self.pad_to_multiple_of),
+            overrides=self._override_rows(match, views),
+            name=f"{self.name} of {each.model}",
+        )
+        LOG.info(
+            "%s of %s: %d rows from %d; %d kept, %s; %.1f s",
+            self.name,
+            each.model,
+            result.shape[0],
+            views[each.model].shape[0],
+            int((match.rows >= 0).sum()),
+            _describe_solutions(solutions),
+            time.perf_counter() - started + sum(solution.seconds for solution in solutions),
+        )
+        return result
+
+    def _override_rows(
+        self, match: VocabularyMatch, views: dict[ModelReference, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """The rows that ``tokenizer.tokens`` gives, for tokens that the model lacks or whose override is forced."""
+        ids = {token.text: id_ for id_, token in output_vocabulary(self.output).tokens.items()}
+        rows = {}
+        for token, config in self.overrides:
+            id_ = ids[token]
+            if config.source is not None and (config.force or match.rows[id_] < 0):
+                rows[id_] = self._override_row(id_, config, views)
+        return rows
+
+    def _override_row(
+        self, id_: int, config: TokenEmbeddingConfig, views: dict[ModelReference, torch.Tensor]
+    ) -> torch.Tensor:
+        if isinstance(config.source, ZeroEmbedding):
+            weight = next(iter(views.values()))
+            return weight.new_zeros(weight.shape[1:])
+        model, row = override_source(id_, config, self.output)
+        return views[model][row]
+
+
+class SummarizeTransplant(Task[None]):
+    """Log what the whole transplant did, once every solve is done."""
+
+    realigned: tuple[RealignVocabulary, ...]
+
+    def arguments(self) -> dict[str, Task]:
+        """Every distinct solve."""
+        solves = dict.fromkeys(s for task in self.realigned for each in task.inputs for s in each.solves)
+        return {f"solution_{index}": solve for index, solve in enumerate(solves)}
+
+    def execute(self, **solutions: Solution) -> None:
+        """Log one line a model and one line for the solves."""
+        matches = dict.fromkeys(each.match for task in self.realigned for each in task.inputs)
+        for match in matches:
+            LOG.info("%s", describe_match(match))
+        LOG.info(
+            "%d solves: %s; %.1f s",
+            len(solutions),
+            _describe_solutions(list(solutions.values())),
+            sum(solution.seconds for solution in solutions.values()),
+        )
+
+
+def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None) -> int:
+    """Rows that the output's embedding has: one for every id up to the highest, and padding."""
+    multiple = pad_to_multiple_of or 1
+    return -(-vocabulary.size // multiple) * multiple
+
+
+def override_source(id_: int, config: TokenEmbeddingConfig, output: OutputTokenizer) -> tuple[ModelReference, int]:
+    """The model and the row that an override of ``tokenizer.tokens`` names; the row is -1 where the model lacks the token."""
+    source = config.source
+    if not isinstance(source, ModelTokenEmbedding):
+        return source, int(match_of(output, source).rows[id_])
+    if source.token_id is not None:
+        return source.model, source.token_id
+    tokens = vocabulary_of(source.model, output.trust_remote_code).tokens.values()
+    return source.model, next((token.id for token in tokens if token.text == source.token), -1)
+
+
+def describe_match(match: MatchVocabulary) -> str:
+    """One line: how the output's tokens were matched to a model's, and how many it lacks."""
+    result = match.execute()
+    counts = ", ".join(f"{count} {reason.name.lower().replace('_', ' ')}" for reason, count in result.counts().items())
+    return (
+        f"{match.model}: {int((result.rows >= 0).sum())} tokens kept, {int(lacking(result).sum())} lacking ({counts})"
+    )
+
+
+def _describe_solutions(solutions: list[Solution]) -> str:
+    residuals = torch.cat([torch.zeros(0), *(solution.codes.relative_residuals for solution in solutions)])
+    if not len(residuals):
+        return "nothing to approximate"
+    return f"{len(residuals)} approximated with a mean relative residual of {residuals.mean():.3f}"

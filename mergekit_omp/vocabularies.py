@@ -1,0 +1,109 @@
+"""The tokenizers and vocabularies of the models that a recipe names, each read once a run."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import transformers
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
+from mergekit.tokenizer.build import build_union_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_omp.architecture import vocabulary_size
+from mergekit_omp.errors import OmpError
+from mergekit_omp.vocabulary.canonical import Vocabulary, read_vocabulary
+from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabulary
+
+
+class OutputTokenizer(BuildTokenizer):
+    """Build the tokenizer of the merged model.
+
+    mergekit's own task also maps every vocabulary onto the output's by comparing strings, one token at a time, and refuses
+    some tokenizers that it would have to strip for that. The mapping here is :func:`match_of`, so that is left out.
+    """
+
+    def execute(self, **_kwargs: object) -> TokenizerInfo:
+        """The tokenizer alone; it is a new object, which mergekit may change."""
+        return TokenizerInfo(tokenizer=build_output_tokenizer(self), permutations={}, original_vocabs={})
+
+    def base(self) -> ModelReference:
+        """The model that ``source: base`` and ``source: union`` start from."""
+        return self.base_model or self.referenced_models[0]
+
+    def donors(self) -> tuple[ModelReference, ...]:
+        """The models that give the rows which an input lacks, in order of precedence."""
+        if isinstance(self.tokenizer_source, ModelReference):
+            return (self.tokenizer_source,)
+        return tuple(dict.fromkeys((self.base(), *self.referenced_models)))
+
+
+def forget() -> None:
+    """Drop everything that was read: a path may hold another model in the next run."""
+    for cached in (tokenizer_of, vocabulary_of, output_vocabulary, match_of):
+        cached.cache_clear()
+
+
+def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer afresh.
+
+    Raises:
+        OmpError: naming the recipe ``key`` that the model stands under.
+    """
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            model.model.path, revision=model.model.revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises whatever its parsers raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OmpError(
+            f"{key}: no tokenizer can be read from {model.model} ({reason}); name a model with a tokenizer."
+        ) from error
+
+
+@lru_cache(maxsize=32)
+def tokenizer_of(model: ModelReference, trust_remote_code: bool, key: str = "models") -> PreTrainedTokenizerBase:
+    """A model's tokenizer, shared: not to be changed."""
+    return load_tokenizer(model, trust_remote_code, key)
+
+
+@lru_cache(maxsize=32)
+def vocabulary_of(model: ModelReference, trust_remote_code: bool) -> Vocabulary:
+    """The tokens of a model that its embedding has rows for."""
+    vocabulary = read_vocabulary(tokenizer_of(model, trust_remote_code))
+    return vocabulary.truncated(vocabulary_size(model, MergeOptions(trust_remote_code=trust_remote_code)))
+
+
+def build_output_tokenizer(output: OutputTokenizer) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe's ``tokenizer:`` section asks for, as a new object."""
+    source, trust = output.tokenizer_source, output.trust_remote_code
+    if source == "union":
+        tokenizers = {model: tokenizer_of(model, trust) for model in output.donors()}
+        result = build_union_tokenizer(tokenizers[output.base()], tokenizers, trust_remote_code=trust)
+    else:
+        result = load_tokenizer(output.donors()[0], trust, "tokenizer.source")
+    present = result.get_vocab()
+    result.add_tokens([token for token in output.add_tokens or () if token not in present])
+    return result
+
+
+@lru_cache(maxsize=4)
+def output_vocabulary(output: OutputTokenizer) -> Vocabulary:
+    """The vocabulary of the output tokenizer, every id of which gets a row.
+
+    In a union, a token stands for the bytes that it stands for in the vocabulary it came from: ``Ġthe`` that another model
+    brings is " the", though the union's tokenizer holds it as an added token.
+    """
+    vocabulary = read_vocabulary(build_output_tokenizer(output))
+    if output.tokenizer_source != "union":
+        return vocabulary
+    origins = [read_vocabulary(tokenizer_of(model, output.trust_remote_code)) for model in output.donors()]
+    origin_of = {token.text: token for origin in reversed(origins) for token in origin.tokens.values()}
+    tokens = {id_: replace(origin_of.get(token.text, token), id=id_) for id_, token in vocabulary.tokens.items()}
+    return replace(vocabulary, tokens=tokens)
+
+
+@lru_cache(maxsize=32)
+def match_of(output: OutputTokenizer, model: ModelReference) -> VocabularyMatch:
+    """Which row of ``model`` each token of the output vocabulary has."""
+    return match_vocabulary(output_vocabulary(output), vocabulary_of(model, output.trust_remote_code))
