@@ -12,9 +12,10 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.vocabulary.scheme import as_text, name_of, read_scheme
 from mergekit_omp.vocabulary.special import is_unused_text
 
-# The order in which a token with several roles is known by one of them: the end of a text is what models learn best,
-# and padding what they never learn.
-ROLES = ("eos", "bos", "sep", "cls", "mask", "unk", "pad")
+# In the order in which a token of several roles is known by them: models learn best what the end of a text is.
+TRAINED_ROLES = ("eos", "bos", "sep", "cls", "mask")
+UNTRAINED_ROLES = ("unk", "pad")
+ROLES = TRAINED_ROLES + UNTRAINED_ROLES
 
 
 class TokenKind(str, Enum):
@@ -93,12 +94,12 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     Raises:
         OmpError: the tokenizer's kind cannot be read, or it has no tokens.
     """
+    scheme = read_scheme(tokenizer)
     added = tokenizer.added_tokens_decoder
     texts = _texts_by_id(tokenizer, added)
     if not texts:
         raise OmpError(f"The tokenizer {name_of(tokenizer)} has no tokens; name a tokenizer that has some.")
     roles = _roles(tokenizer, {text: id_ for id_, text in texts.items()})
-    scheme = read_scheme(tokenizer)
     with_role = set(roles.values())
     special = {id_ for id_, token in added.items() if token.special} | with_role | _control_pieces(tokenizer)
 

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 import torch
 
-from mergekit_omp.vocabulary.canonical import ROLES, Token, TokenKind, Vocabulary
+from mergekit_omp.vocabulary.canonical import TRAINED_ROLES, UNTRAINED_ROLES, Token, TokenKind, Vocabulary
 from mergekit_omp.vocabulary.special import equivalents_of, is_html, meaning_of
 
 
@@ -67,8 +67,9 @@ def match_vocabulary(output: Vocabulary, model: Vocabulary) -> VocabularyMatch:
     Text pairs with text by its bytes: every output token whose bytes the model has gets a row, also where several have
     the same. Among the model's tokens with those bytes, the one of the same string is taken, else an ordinary one
     before a byte-fallback one. Special tokens pair with special tokens: the same string first, then the same role,
-    then by the table of equivalents; text never pairs with them, save that one tokenizer may declare a control token
-    of the table as special and another as merely added. ``match_vocabulary(v, v)`` is the identity.
+    then by the table of equivalents, and only then as unknown or padding token, whose rows mean little. Text never
+    pairs with them, save that one tokenizer may declare a control token of the table as special and another as merely
+    added. ``match_vocabulary(v, v)`` is the identity.
 
     Args:
         output: the output tokenizer's vocabulary.
@@ -85,11 +86,8 @@ class _RowFinder:
     """Looks up a model's row for one output token at a time."""
 
     def __init__(self, output: Vocabulary, model: Vocabulary) -> None:
+        self._output_roles = output.roles
         self._model_roles = model.roles
-        self._roles_of: dict[int, list[str]] = {}
-        for role in ROLES:
-            if role in output.roles:
-                self._roles_of.setdefault(output.roles[role], []).append(role)
         tokens = sorted(model.tokens.values(), key=lambda token: token.id)
         self._text = _TextIndex(token for token in tokens if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE))
         self._special = _rows_by_text(token for token in tokens if token.kind is TokenKind.SPECIAL)
@@ -110,10 +108,18 @@ class _RowFinder:
     def _find_special(self, token: Token) -> tuple[int, MatchReason]:
         if token.text in self._special:
             return self._special[token.text], MatchReason.SPECIAL_CONTENT
-        for role in self._roles_of.get(token.id, ()):
-            if role in self._model_roles:
+        return (
+            self._find_role(token, TRAINED_ROLES)
+            or self._find_equivalent(token)
+            or self._find_role(token, UNTRAINED_ROLES)
+            or (-1, MatchReason.MISSING_SPECIAL)
+        )
+
+    def _find_role(self, token: Token, roles: Iterable[str]) -> tuple[int, MatchReason] | None:
+        for role in roles:
+            if self._output_roles.get(role) == token.id and role in self._model_roles:
                 return self._model_roles[role], MatchReason.SPECIAL_ROLE
-        return self._find_equivalent(token) or (-1, MatchReason.MISSING_SPECIAL)
+        return None
 
     def _find_equivalent(self, token: Token) -> tuple[int, MatchReason] | None:
         for text in (token.text, *equivalents_of(token.text)):

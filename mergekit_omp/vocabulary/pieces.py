@@ -24,7 +24,7 @@ def pieces(
 
     Each token is split as its text would be in the middle of a text: without special tokens, and without the space
     that many SentencePiece tokenizers put before a text. Where that does not spell the token's bytes (bytes that are
-    no valid UTF-8, or text that the model's tokenizer normalizes), the longest tokens that do are taken, left to right.
+    no valid UTF-8, or text that the model's tokenizer normalizes), the longest tokens that do are taken in order.
 
     Args:
         output: the output tokenizer's vocabulary.
