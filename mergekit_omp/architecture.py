@@ -1,4 +1,4 @@
-"""Which of a model's tensors have a vocabulary axis, and whether they are input embeddings or belong to the LM head."""
+"""Which of a model's tensors have a vocabulary axis: input embeddings, and what belongs to the LM head."""
 
 import re
 from enum import Enum
@@ -26,8 +26,9 @@ _INPUT_NAME = re.compile(r"(embed_tokens|embed_in|embeddings?|tok_embeddings|wte
 def vocabulary_role(name: str) -> VocabularyRole:
     """The role of a tensor that is known to have a vocabulary axis, from its name.
 
-    mergekit's architecture data tells the axis but not the role. Names of input embeddings are few; whatever else has a
-    vocabulary axis (``lm_head``, ``embed_out``, ``output_layer``, ``cls.predictions``, their biases) is on the output side.
+    mergekit's architecture data tells the axis but not the role. Names of input embeddings are few; whatever else has
+    a vocabulary axis (``lm_head``, ``embed_out``, ``output_layer``, ``cls.predictions``, their biases) is on the
+    output side.
     """
     return VocabularyRole.INPUT if _INPUT_NAME.search(name) else VocabularyRole.HEAD
 
@@ -68,8 +69,8 @@ def _config_value_or_none(config: PretrainedConfig, key: str) -> int | None:
 def donor_weight(donor: ModelReference, role: VocabularyRole, options: MergeOptions) -> tuple[LoadTensor, int]:
     """The task that loads a donor's matrix for one role, and the matrix's vocabulary axis.
 
-    A donor with tied embeddings has one matrix for both roles, so that both roles give the same task and mergekit's graph
-    solves for it once.
+    A donor with tied embeddings has one matrix for both roles, so that both roles give the same task and mergekit's
+    graph solves for it once.
 
     Raises:
         OmpError: where the donor has no weights, or none with a vocabulary axis.
@@ -78,8 +79,8 @@ def donor_weight(donor: ModelReference, role: VocabularyRole, options: MergeOpti
         stored = LoaderCache().get(donor).index.tensor_paths
     except (RuntimeError, OSError) as error:
         raise OmpError(
-            f"tokenizer.source: {donor} has a tokenizer but no weights that mergekit can read ({error}); OMP needs the "
-            "embeddings of the tokens that are new, so name a model that has both."
+            f"tokenizer.source: {donor} has a tokenizer but no weights that mergekit can read ({error}); "
+            "OMP needs the embeddings of the tokens that are new, so name a model that has both."
         ) from error
     by_role: dict[VocabularyRole, tuple[LoadTensor, int]] = {}
     architecture = architecture_of(donor, options)

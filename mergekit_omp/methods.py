@@ -1,7 +1,7 @@
 """The merge methods: ``omp`` and ``omp_<method>``, each a mergekit method whose inputs are realigned first.
 
-Realigning is done by the tasks that :mod:`mergekit_omp.plugin` puts before the merge, so that a method object has only to
-accept our parameters and to hand the realigned tensors to the inner method.
+Realigning is done by the tasks that :mod:`mergekit_omp.plugin` puts before the merge, so that a method object has only
+to accept our parameters and to hand the realigned tensors to the inner method.
 """
 
 from collections.abc import Mapping, Sequence

@@ -17,6 +17,7 @@ from mergekit.options import MergeOptions
 from transformers import GenerationConfig
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.shipped_tokenizer import ensure_read_as_written
 from mergekit_omp.tasks import output_rows
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary
 from mergekit_omp.vocabulary.canonical import ROLES
@@ -30,8 +31,8 @@ UNFINISHED = ".unfinished"
 def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write a model to, which becomes ``out_path`` when the block ends without an exception.
 
-    Until then everything is under ``<out_path>.unfinished``, which a failed run removes and the next run after a killed one
-    replaces.
+    Until then everything is under ``<out_path>.unfinished``, which a failed run removes and the next run after a
+    killed one replaces.
 
     Raises:
         OmpError: where ``out_path`` holds something already, cannot be written, or is being written by another run.
@@ -69,8 +70,8 @@ def _check_free(final: Path) -> None:
     present = sorted(path.name for path in final.iterdir() if not path.name.startswith("."))
     if present:
         raise OmpError(
-            f"{final} is not empty (it has {', '.join(present[:3])}{', …' if len(present) > 3 else ''}), and nothing is "
-            "replaced unasked; name a new folder or empty that one."
+            f"{final} is not empty (it has {', '.join(present[:3])}{', …' if len(present) > 3 else ''}), "
+            "and nothing is replaced unasked; name a new folder or empty that one."
         )
 
 
@@ -78,7 +79,7 @@ def _publish(folder: Path, final: Path) -> None:
     if not final.exists():
         os.rename(folder, final)
         return
-    # An empty folder, or one with dotfiles such as .git. Without its config.json a folder can't be mistaken for a model.
+    # An empty folder, or one with dotfiles such as .git; config.json comes last, since without it nothing is a model.
     for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
         os.rename(path, final / path.name)
 
@@ -86,7 +87,8 @@ def _publish(folder: Path, final: Path) -> None:
 def finish_output(folder: Path, config: MergeConfiguration, output: OutputTokenizer, options: MergeOptions) -> None:
     """Make config.json and generation_config.json of a merged model agree with its tokenizer.
 
-    mergekit writes the base model's ids, one row for each token where ids may have gaps, and no generation_config.json.
+    mergekit writes the base model's ids, one row for each token where ids may have gaps, and no
+    generation_config.json.
     """
     multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
     ids = TokenIds(output)
@@ -101,6 +103,7 @@ def finish_output(folder: Path, config: MergeConfiguration, output: OutputTokeni
     ids.set_roles(generation)
     generation["eos_token_id"] = _stop_ids(output, generation["eos_token_id"])
     _write_json(folder / "generation_config.json", generation)
+    ensure_read_as_written(folder)
 
 
 class TokenIds:

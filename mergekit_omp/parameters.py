@@ -8,9 +8,9 @@ from pydantic import BaseModel, Field, FiniteFloat, StrictBool
 class OmpParameters(BaseModel, frozen=True):
     """What a recipe can set under ``parameters:``, globally, per slice or per model.
 
-    The one place where our parameters are defined: mergekit's parameter specs, the checks of a recipe and the tables in
-    the documentation are derived from these fields. Names follow ``mergekit-tokensurgeon``'s flags where they mean the
-    same.
+    The one place where our parameters are defined: mergekit's parameter specs, the checks of a recipe and the tables
+    in the documentation are derived from these fields. Names follow ``mergekit-tokensurgeon``'s flags where they mean
+    the same.
     """
 
     k: Annotated[int, Field(ge=1, strict=True)] = Field(

@@ -14,7 +14,7 @@ from mergekit_omp.vocabularies import OutputTokenizer, vocabulary_of
 
 
 def models_in_order(config: MergeConfiguration) -> tuple[ModelReference, ...]:
-    """Every model that a recipe merges, the base model first, then as the recipe lists them (mergekit's own list is a set)."""
+    """Every model that a recipe merges, the base model first, then as listed; mergekit's own list is in no order."""
     blocks = [config, *(config.modules or {}).values()]
     listed = [m.model for block in blocks for m in block.models or ()]
     sliced = [s.model for block in blocks for part in block.slices or () for s in part.sources]

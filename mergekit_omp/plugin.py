@@ -1,7 +1,7 @@
 """The seam into mergekit, and the only file that knows its internals.
 
-Three things of mergekit 0.1.5 are connected to: the registry of merge methods, the planner, and ``run_merge``. Recipes whose
-``merge_method`` is not ours go through the wrapped functions unchanged.
+Three things of mergekit 0.1.5 are connected to: the registry of merge methods, the planner, and ``run_merge``. Recipes
+whose ``merge_method`` is not ours go through the wrapped functions unchanged.
 """
 
 import inspect

@@ -76,12 +76,14 @@ def realign(
     """Give one tensor of a model the rows of the output vocabulary.
 
     Args:
-        weight: [R, ...] floating point, vocabulary axis first; borrowed. Rows of anchors are copied bit for bit, the rest is
+        weight: [R, ...] floating point, vocabulary axis first; borrowed. Rows of anchors are copied bit for bit, the
+        rest is
             computed in float32.
         match: which of the R rows each of the V output tokens has.
         solutions: codes for tokens that the model lacks.
         parameters: noise and scale of approximated rows.
-        size: rows of the result, at least V; rows beyond V, and ids without a token, get the mean of the anchors' rows, as
+        size: rows of the result, at least V; rows beyond V, and ids without a token, get the mean of the anchors'
+        rows, as
             do tokens that no donor has.
         overrides: output id to row [...], which win over everything else.
         name: what errors call the tensor.

@@ -116,8 +116,9 @@ def _check_transplant_inputs(config: MergeConfiguration, output: OutputTokenizer
     if config.merge_method == TRANSPLANT and config.models and len(output.referenced_models) != 1:
         names = ", ".join(map(str, output.referenced_models))
         raise OmpError(
-            f"merge_method: omp transplants one model, but the recipe names {len(output.referenced_models)} ({names}); "
-            "keep the one whose body is wanted (the donor is named by tokenizer.source alone), or merge with omp_<method>."
+            f"merge_method: omp transplants one model, but the recipe names {len(output.referenced_models)} "
+            f"({names}); keep the one whose body is wanted (the donor is named by tokenizer.source alone), "
+            "or merge with omp_<method>."
         )
 
 
@@ -179,14 +180,14 @@ def _check_donors(model: ModelReference, output: OutputTokenizer, overridden: It
         found = True
         if not len(problem.atom_ids):
             raise OmpError(
-                f"tokenizer.source: {donor} and {model} share no token, so there are no anchors to express new tokens with; "
-                "name a donor whose vocabulary overlaps with the model's."
+                f"tokenizer.source: {donor} and {model} share no token, so there are no anchors to express new tokens "
+                "with; name a donor whose vocabulary overlaps with the model's."
             )
     if not found:
         examples = [output_vocabulary(output).tokens[i].text for i in missing.nonzero().squeeze(1)[:3].tolist()]
         raise OmpError(
-            f"tokenizer.source: {output.tokenizer_source} has no embedding row for any of the {int(missing.sum())} tokens "
-            f"that {model} lacks (such as {', '.join(map(repr, examples))}); name a donor whose model has them."
+            f"tokenizer.source: {output.tokenizer_source} has no embedding row for any of the {int(missing.sum())} "
+            f"tokens that {model} lacks (such as {', '.join(map(repr, examples))}); name a donor whose model has them."
         )
 
 

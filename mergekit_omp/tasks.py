@@ -1,7 +1,7 @@
 """The tasks that stand between loading the inputs of a vocabulary tensor and merging them.
 
-Each is a frozen mergekit ``Task``, so that the graph's own equality removes repeated work: input embedding and LM head of a
-donor with tied embeddings share one solve, and so do all inputs of one vocabulary.
+Each is a frozen mergekit ``Task``, so that the graph's own equality removes repeated work: input embedding and LM head
+of a donor with tied embeddings share one solve, and so do all inputs of one vocabulary.
 """
 
 import logging
@@ -14,7 +14,6 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
-
 from pydantic import BaseModel
 
 from mergekit_omp.parameters import OmpParameters
@@ -45,8 +44,8 @@ class MatchVocabulary(Task[VocabularyMatch]):
 class SolveCodes(Task[Solution]):
     """Write the rows of a donor's tokens that a model lacks as sparse combinations of rows of shared tokens.
 
-    It depends on the donor's tensor and on vocabularies alone, not on the model's weights: ``base`` names the first model of
-    the recipe that has the model's vocabulary.
+    It depends on the donor's tensor and on vocabularies alone, not on the model's weights: ``base`` names the first
+    model of the recipe that has the model's vocabulary.
     """
 
     donor_weight: Task
@@ -195,15 +194,39 @@ class SummarizeTransplant(Task[None]):
         return {f"solution_{index}": solve for index, solve in enumerate(solves)}
 
     def execute(self, **solutions: Solution) -> None:
-        """Log one line a model and one line for the solves."""
-        matches = dict.fromkeys(each.match for task in self.realigned for each in task.inputs)
-        for match in matches:
-            LOG.info("%s", describe_match(match))
+        """Log one line a model, the tokens that nothing gives a row, and one line for the solves."""
+        for each, overridden in self._one_input_a_model():
+            LOG.info("%s", describe_match(each.match))
+            _warn_of_orphans(each, overridden)
         LOG.info(
             "%d solves: %s; %.1f s",
             len(solutions),
             _describe_solutions(list(solutions.values())),
             sum(solution.seconds for solution in solutions.values()),
+        )
+
+    def _one_input_a_model(self) -> list[tuple[RealignedInput, set[str]]]:
+        inputs = {each.model: (each, dict(task.overrides)) for task in self.realigned for each in task.inputs}
+        return [
+            (each, {token for token, c in given.items() if c.source is not None}) for each, given in inputs.values()
+        ]
+
+
+def _warn_of_orphans(each: RealignedInput, overridden: set[str]) -> None:
+    """Name the tokens that the model lacks and that no donor and no override gives a row."""
+    orphans = lacking(each.match.execute())
+    for solve in each.solves:
+        orphans[solve.problem().target_ids] = False
+    tokens = output_vocabulary(each.match.output).tokens
+    names = [tokens[id_].text for id_ in orphans.nonzero().squeeze(1).tolist()]
+    names = [name for name in names if name not in overridden]
+    if names:
+        LOG.warning(
+            "%s has no row for %d tokens and neither has a donor; they get the mean of the kept rows: %s%s",
+            each.model,
+            len(names),
+            " ".join(map(repr, names[:20])),
+            " …" if len(names) > 20 else "",
         )
 
 
@@ -214,7 +237,7 @@ def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None) -> int:
 
 
 def override_source(id_: int, config: TokenEmbeddingConfig, output: OutputTokenizer) -> tuple[ModelReference, int]:
-    """The model and the row that an override of ``tokenizer.tokens`` names; the row is -1 where the model lacks the token."""
+    """The model and the row that an override of ``tokenizer.tokens`` names; -1 where the model lacks the token."""
     source = config.source
     if not isinstance(source, ModelTokenEmbedding):
         return source, int(match_of(output, source).rows[id_])

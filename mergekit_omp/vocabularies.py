@@ -19,8 +19,9 @@ from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabulary
 class OutputTokenizer(BuildTokenizer):
     """Build the tokenizer of the merged model.
 
-    mergekit's own task also maps every vocabulary onto the output's by comparing strings, one token at a time, and refuses
-    some tokenizers that it would have to strip for that. The mapping here is :func:`match_of`, so that is left out.
+    mergekit's own task also maps every vocabulary onto the output's by comparing strings, one token at a time, and
+    refuses some tokenizers that it would have to strip for that. The mapping here is :func:`match_of`, so that is left
+    out.
     """
 
     def execute(self, **_kwargs: object) -> TokenizerInfo:
@@ -91,8 +92,8 @@ def build_output_tokenizer(output: OutputTokenizer) -> PreTrainedTokenizerBase:
 def output_vocabulary(output: OutputTokenizer) -> Vocabulary:
     """The vocabulary of the output tokenizer, every id of which gets a row.
 
-    In a union, a token stands for the bytes that it stands for in the vocabulary it came from: ``Ġthe`` that another model
-    brings is " the", though the union's tokenizer holds it as an added token.
+    In a union, a token stands for the bytes that it stands for in the vocabulary it came from: ``Ġthe`` that another
+    model brings is " the", though the union's tokenizer holds it as an added token.
     """
     vocabulary = read_vocabulary(build_output_tokenizer(output))
     if output.tokenizer_source != "union":

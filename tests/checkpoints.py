@@ -1,0 +1,173 @@
+"""Small checkpoints and recipes for tests of the real commands."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+ENGLISH = [
+    "The quick brown fox jumps over the lazy dog while other foxes watch the river and the hills.",
+    "Tokenizers split words into pieces, and every piece has a row in the embedding matrix of a model.",
+    "Merging models whose vocabularies differ needs their rows to be realigned before anything is averaged.",
+    "In the beginning there were 12 numbers, then 345 numbers, and at the end of 2024 there were 67890.",
+] * 3
+PYTHON = [
+    "def realign(weight, match):\n    return weight[match.rows]\n\n\nfor index in range(10):\n    print(index)\n",
+    "class Tokenizer:\n    def __init__(self, vocabulary):\n        self.vocabulary = vocabulary\n",
+    "The river and the model: while True, every other token is a word of the vocabulary.",
+] * 3
+
+
+def byte_level_tokenizer(
+    corpus: list[str] = ENGLISH, size: int = 420, eos: str = "<|endoftext|>", special: tuple[str, ...] = ()
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[eos, *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, bos_token=eos, pad_token=eos)
+
+
+def sentencepiece_tokenizer(corpus: list[str] = ENGLISH, size: int = 520) -> PreTrainedTokenizerFast:
+    """BPE with ``▁`` for spaces and byte fallback, as Gemma, Llama 2 and Mistral have it."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special + fallback, show_progress=False)
+    backend.train_from_iterator(corpus, trainer)
+    described = json.loads(backend.to_str())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] not in fallback]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+    )
+
+
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+}
+
+
+def make_model(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    architecture: str = "llama",
+    tied: bool = False,
+    hidden: int = 32,
+    layers: int = 2,
+    rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A random model for a tokenizer, whose embedding and head differ unless they are tied."""
+    config_class, model_class = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    config = config_class(
+        vocab_size=rows or max(tokenizer.get_vocab().values()) + 1,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return model_class(config).to(dtype)
+
+
+def save(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    shard_size: str = "5GB",
+    safe: bool = True,
+) -> Path:
+    """Write a checkpoint, as .safetensors or as pytorch .bin shards."""
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    tokenizer.save_pretrained(folder)
+    if not safe:
+        _as_pickles(folder)
+    return folder
+
+
+def _as_pickles(folder: Path) -> None:
+    for path in list(folder.glob("*.safetensors")):
+        torch.save(load_file(path), folder / (_pickle_name(path.name)))
+        path.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        described = json.loads(index.read_text())
+        described["weight_map"] = {name: _pickle_name(shard) for name, shard in described["weight_map"].items()}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(described))
+        index.unlink()
+
+
+def _pickle_name(name: str) -> str:
+    return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+
+
+def run_recipe(
+    recipe: dict[str, Any] | str, out: Path, *options: str, command: str = "mergekit-yaml"
+) -> subprocess.CompletedProcess[str]:
+    """Run a recipe through a real command of mergekit, as a user does."""
+    path = out.parent / f"{out.name}.yml"
+    path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False))
+    program = shutil.which(command, path=str(Path(sys.executable).parent)) or command
+    return subprocess.run([program, str(path), str(out), *options], capture_output=True, text=True, check=False)
+
+
+def merge(recipe: dict[str, Any] | str, out: Path, *options: str) -> str:
+    """Run a recipe that must succeed; returns what the command wrote to its error stream."""
+    result = run_recipe(recipe, out, *options)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stderr
+
+
+def refused(recipe: dict[str, Any] | str, out: Path, *options: str) -> str:
+    """Run a recipe that must be refused with a sentence and leave nothing; returns the sentence."""
+    result = run_recipe(recipe, out, *options)
+    assert result.returncode == 1, (result.returncode, result.stderr[-4000:])
+    assert "Traceback" not in result.stderr, result.stderr[-4000:]
+    assert not out.exists()
+    assert not out.with_name(out.name + ".unfinished").exists()
+    return " ".join(result.stderr.split("Error: ", 1)[1].split())
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint in .safetensors shards."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
