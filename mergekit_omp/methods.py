@@ -4,6 +4,7 @@ Realigning is done by the tasks that :mod:`mergekit_omp.plugin` puts before the 
 to accept our parameters and to hand the realigned tensors to the inner method.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
+from mergekit_omp.errors import OmpError
 from mergekit_omp.parameters import OmpParameters
 
 TRANSPLANT = "omp"
@@ -35,15 +37,15 @@ class RealignedMerge(MergeMethod):
     The inner method's parameters, input contract and optional-tensor policy are unchanged.
 
     Raises:
-        ValueError: where a parameter of the inner method has the name of one of ours.
+        OmpError: where a parameter of the inner method has the name of one of ours.
     """
 
     def __init__(self, name: str, inner: MergeMethod) -> None:
         clash = sorted({p.name for p in inner.spec.parameters} & set(OmpParameters.model_fields))
         if clash:
-            raise ValueError(
-                f"{name} is not available: the merge method {inner.spec.name} has parameters of its own named "
-                f"{', '.join(clash)}, as mergekit-omp does"
+            raise OmpError(
+                f"merge_method: {name} is not available, since {inner.spec.name} has parameters of its own named "
+                f"{', '.join(clash)}, which mean other things here; use {inner.spec.name} on transplanted models."
             )
         self.inner = inner
         self.supports_batching = inner.supports_batching
@@ -73,14 +75,18 @@ class RealignedMerge(MergeMethod):
 
 
 def realigned_methods(registered: Sequence[MergeMethod]) -> list[RealignedMerge]:
-    """The methods that are still to be registered, given those that mergekit knows; ``omp`` is ``omp_passthrough``."""
+    """The methods that are still to be registered, given those that mergekit knows; ``omp`` is ``omp_passthrough``.
+
+    A method whose parameters clash with ours is left out; a recipe that names it is told so.
+    """
     known = {method.spec.name for method in registered}
     missing = []
     for inner in registered:
         if isinstance(inner, RealignedMerge):
             continue
         names = [PREFIX + inner.spec.name, *([TRANSPLANT] if inner.spec.name == "passthrough" else [])]
-        missing += [RealignedMerge(name, inner) for name in names if name not in known]
+        with contextlib.suppress(OmpError):
+            missing += [RealignedMerge(name, inner) for name in names if name not in known]
     return missing
 
 

@@ -69,9 +69,7 @@ def require_supported() -> None:
 
 
 def _init_planner(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
-    from mergekit import merge_methods
-
-    connect_methods(merge_methods)  # for methods that were registered since
+    connect_later_methods()
     return wrapped(*args, **kwargs)
 
 
@@ -110,6 +108,13 @@ def _plan_to_disk(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> 
     return [*tasks, SummarizeTransplant(realigned=realigned)]
 
 
+def connect_later_methods() -> None:
+    """Register an ``omp_<method>`` for methods that were registered since."""
+    from mergekit import merge_methods
+
+    connect_methods(merge_methods)
+
+
 def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
     from mergekit_omp.methods import is_ours
 
@@ -123,6 +128,7 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     from mergekit_omp.recipe import check_recipe
 
     LOG.setLevel(logging.ERROR if options.quiet else logging.INFO)
+    connect_later_methods()
     vocabularies.forget()
     output = check_recipe(config, options)
     with staged(call.arguments["out_path"]) as folder:

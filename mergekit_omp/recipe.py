@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from mergekit_omp.architecture import hidden_size, vocabulary_size
 from mergekit_omp.errors import OmpError
-from mergekit_omp.methods import TRANSPLANT, is_ours
+from mergekit_omp.methods import PREFIX, TRANSPLANT, RealignedMerge, is_ours
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.planning import output_tokenizer
 from mergekit_omp.realign import lacking, pose_problem
@@ -39,8 +39,12 @@ def check_recipe(config: MergeConfiguration, options: MergeOptions) -> OutputTok
 
 
 def _check_method(config: MergeConfiguration) -> None:
-    known = [m.spec.name for m in merge_methods.registered_methods() if is_ours(m.spec.name)]
+    methods = {m.spec.name: m for m in merge_methods.registered_methods()}
+    known = [name for name in methods if is_ours(name)]
     if config.merge_method not in known:
+        inner = methods.get(config.merge_method.removeprefix(PREFIX))
+        if inner is not None:
+            RealignedMerge(config.merge_method, inner)  # says why it was not registered
         raise OmpError(
             f"merge_method: {config.merge_method} is unknown{_did_you_mean(config.merge_method, known)}; "
             f"mergekit-omp has {', '.join(sorted(known))}."

@@ -22,6 +22,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import mergekit_omp
+
 ENGLISH = [
     "The quick brown fox jumps over the lazy dog while other foxes watch the river and the hills.",
     "Tokenizers split words into pieces, and every piece has a row in the embedding matrix of a model.",
@@ -171,3 +173,15 @@ def refused(recipe: dict[str, Any] | str, out: Path, *options: str) -> str:
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint in .safetensors shards."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def run(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """Run a recipe in this process, quietly unless told otherwise, and return the tensors that it wrote."""
+    mergekit_omp.register()
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    settings = {"random_seed": 7, "quiet": True, **options}
+    run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(**settings))
+    return tensors_of(out)

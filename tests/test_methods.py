@@ -1,17 +1,13 @@
 """``omp_<method>``: realign and merge in one pass, against transplanting first and merging afterwards."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer, tensors_of
+from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, run, save, sentencepiece_tokenizer
 from mergekit import merge_methods
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.merge_methods import BasePolicy, InputContract, TensorGroup, merge_method
-from mergekit.options import MergeOptions
+from mergekit.merge_methods import BasePolicy
 
 import mergekit_omp
 from mergekit_omp.methods import RealignedMerge
@@ -36,12 +32,6 @@ NEEDS = {
     "nuslerp": {"weight": 0.5},
     "multislerp": {"weight": 0.5},
 }
-
-
-def run(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """Run a recipe in this process and return what it wrote."""
-    run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(random_seed=7, quiet=True, **options))
-    return tensors_of(out)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +74,7 @@ def recipe_for(method: str, inputs: list[Path], **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", PLAIN)
 def test_one_pass_equals_transplanting_then_merging(method: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """The merge of realigned rows, bit for bit: each input transplanted by ``omp``, written, merged by the plain method."""
+    """Bit for bit what comes of transplanting each input by ``omp``, writing it, and merging by the plain method."""
     inputs = inputs_for(method)
     transplanted = {}
     for name in inputs:
