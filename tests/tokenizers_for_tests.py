@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.integrations.mistral.tokenizer import MistralConverter
 
@@ -49,6 +49,12 @@ def package_file(package: str, path: str) -> Path:
     spec = find_spec(package)
     assert spec, f"pip install {package.replace('_', '-')}"
     return Path(spec.submodule_search_locations[0]) / path
+
+
+@cache
+def load(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, loaded once. Tests that change it take a copy."""
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @cache

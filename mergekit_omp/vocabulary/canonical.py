@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
@@ -55,7 +55,7 @@ class Vocabulary:
         roles: "bos", "eos", "pad", "unk", "mask", "sep", "cls" -> id, where set.
     """
 
-    tokens: Mapping[int, Token]
+    tokens: Mapping[int, Token] = field(repr=False)
     roles: Mapping[str, int]
 
     @property

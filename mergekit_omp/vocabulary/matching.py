@@ -111,7 +111,7 @@ class _RowFinder:
         return (
             self._find_role(token, TRAINED_ROLES)
             or self._find_equivalent(token)
-            or self._find_role(token, UNTRAINED_ROLES)
+            or self._find_untrained_role(token)
             or (-1, MatchReason.MISSING_SPECIAL)
         )
 
@@ -120,6 +120,12 @@ class _RowFinder:
             if self._output_roles.get(role) == token.id and role in self._model_roles:
                 return self._model_roles[role], MatchReason.SPECIAL_ROLE
         return None
+
+    def _find_untrained_role(self, token: Token) -> tuple[int, MatchReason] | None:
+        """Pair as unknown or padding token; not an end of text that serves as padding too, which is well trained."""
+        if any(self._output_roles.get(role) == token.id for role in TRAINED_ROLES):
+            return None
+        return self._find_role(token, UNTRAINED_ROLES)
 
     def _find_equivalent(self, token: Token) -> tuple[int, MatchReason] | None:
         for text in (token.text, *equivalents_of(token.text)):

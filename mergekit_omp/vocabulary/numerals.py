@@ -36,7 +36,7 @@ def numeral_scheme(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | 
     vocabulary = vocabulary or read_vocabulary(tokenizer)
     numbers = _probes()
     splits = [
-        (len(number), tuple(len(vocabulary.tokens[id_].data.strip()) for id_ in ids))
+        (len(number), tuple(filter(None, (len(vocabulary.tokens[id_].data.strip()) for id_ in ids))))
         for number, ids in zip(numbers, _encode(tokenizer, vocabulary, numbers), strict=True)
     ]
     for scheme, expected in _EXPECTED.items():
