@@ -144,13 +144,19 @@ def _pickle_name(name: str) -> str:
 
 
 def run_recipe(
-    recipe: dict[str, Any] | str, out: Path, *options: str, command: str = "mergekit-yaml"
+    recipe: dict[str, Any] | str,
+    out: Path,
+    *options: str,
+    command: str = "mergekit-yaml",
+    positional: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run a recipe through a real command of mergekit, as a user does."""
+    """Run a recipe through a real command of mergekit, as a user does; ``positional`` comes between it and ``out``."""
     path = out.parent / f"{out.name}.yml"
     path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False))
     program = shutil.which(command, path=str(Path(sys.executable).parent)) or command
-    return subprocess.run([program, str(path), str(out), *options], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [program, str(path), *positional, str(out), *options], capture_output=True, text=True, check=False
+    )
 
 
 def merge(recipe: dict[str, Any] | str, out: Path, *options: str) -> str:
