@@ -7,53 +7,17 @@ Source: Goddard & Fernandes Neto, "Training-Free Tokenizer Transplantation via O
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.solver.pursuit import pursue
-from mergekit_omp.solver.refit import refit
+from mergekit_omp.solver.codes import SparseCodes, concatenate
+from mergekit_omp.solver.device import solve_on
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SparseCodes:
-    """B targets as combinations of at most k atoms each, on the CPU.
-
-    Attributes:
-        indices: int64 (B, k), atom of each slot in the order of selection; -1 where the slot is unused.
-        coefficients: float32 (B, k), 0 where the slot is unused.
-        relative_residuals: float32 (B,), ‖x - x̂‖ / ‖x‖; 0 for a zero target.
-    """
-
-    indices: Tensor
-    coefficients: Tensor
-    relative_residuals: Tensor
-
-    def apply(self, rows: Tensor, chunk_bytes: int = 256 * 2**20) -> Tensor:
-        """Combine other rows with these codes: Σᵢ cᵢ rows[idxᵢ] for each target.
-
-        Args:
-            rows: (N, D) of any floating dtype, one row for each atom, in the atoms' order.
-            chunk_bytes: bound on the float32 rows gathered at a time.
-
-        Returns:
-            float32 (B, D) on the device of ``rows``.
-        """
-        combined = torch.empty(len(self.indices), rows.shape[1], dtype=torch.float32, device=rows.device)
-        row_bytes = max(1, self.indices.shape[1] * rows.shape[1] * 4)
-        step = max(1, chunk_bytes // row_bytes)
-        for start in range(0, len(self.indices), step):
-            part = slice(start, start + step)
-            indices = self.indices[part].clamp(min=0).to(rows.device)
-            coefficients = self.coefficients[part].to(rows.device)
-            combined[part] = torch.einsum("bk,bkd->bd", coefficients, rows[indices].float())
-        return combined
 
 
 def solve_omp(
@@ -95,49 +59,32 @@ def solve_omp(
         LOG.warning("k is %d, but %s has only %d atoms: all of them are used.", k, name, len(atoms))
         k = len(atoms)
     devices = list(devices) if devices else [targets.device]
-    parts = torch.arange(len(targets)).tensor_split(len(devices))
-    with ThreadPoolExecutor(len(devices)) as pool:
-        jobs = [
-            pool.submit(_solve_on, device, targets[part[0] : part[-1] + 1], atoms, k, normalize_atoms, progress)
-            for device, part in zip(devices, parts, strict=True)
-            if len(part)
-        ]
-        solved = [codes for job in jobs for codes in job.result()]
-    if not solved:
+    parts = [part for part in torch.arange(len(targets)).tensor_split(len(devices)) if len(part)]
+    if not parts:
         return SparseCodes(torch.empty(0, k, dtype=torch.int64), torch.empty(0, k), torch.empty(0))
-    return SparseCodes(*(torch.cat(column) for column in zip(*solved, strict=True)))
 
+    def solve(device: torch.device, part: Tensor) -> SparseCodes:
+        rows = targets[int(part[0]) : int(part[-1]) + 1]
+        sharing = devices.count(device)
+        return solve_on(
+            device,
+            rows,
+            atoms,
+            k,
+            normalize_atoms=normalize_atoms,
+            budget=memory_budget,
+            sharing=sharing,
+            progress=progress,
+        )
 
-def _solve_on(
-    device: torch.device,
-    targets: Tensor,
-    atoms: Tensor,
-    k: int,
-    normalize_atoms: bool,
-    progress: Callable[[int], None] | None,
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    atoms = atoms.to(device, torch.float32)
-    selectable = torch.nn.functional.normalize(atoms) if normalize_atoms else atoms
-    solved = []
-    for chunk in _chunks(targets, 512):
-        chunk = chunk.to(device, torch.float32)
-        support = pursue(chunk, selectable, k)
-        coefficients, residuals = refit(chunk, atoms, support)
-        solved.append((support.cpu(), coefficients.cpu(), residuals.cpu()))
-        if progress is not None:
-            progress(len(chunk))
-    return solved
-
-
-def _chunks(rows: Tensor, size: int) -> Iterator[Tensor]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        solved = list(pool.map(solve, devices, parts))
+    return concatenate(solved)
 
 
 def _check_finite(rows: Tensor, what: str) -> None:
-    bad = [i for i, row in enumerate(_chunks(rows, 4096)) if not torch.isfinite(row).all()]
-    if bad:
-        start = bad[0] * 4096
-        first = (~torch.isfinite(rows[start : start + 4096]).all(dim=1)).nonzero().flatten()[:5] + start
-        listed = ", ".join(str(int(i)) for i in first)
-        raise OmpError(f"The {what} hold NaN or infinity, first in rows {listed}: repair the checkpoint.")
+    for start in range(0, len(rows), 4096):
+        bad = (~torch.isfinite(rows[start : start + 4096]).all(dim=1)).nonzero().flatten()
+        if len(bad):
+            listed = ", ".join(str(int(row) + start) for row in bad[:5])
+            raise OmpError(f"The {what} hold NaN or infinity, first in rows {listed}: repair the checkpoint.")

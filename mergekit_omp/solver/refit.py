@@ -4,16 +4,29 @@ import torch
 from torch import Tensor
 
 
-def refit(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients float32 (B, k) of the targets (B, d) on their support (B, k), and relative residuals (B,)."""
+def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients (B, k) of the targets (B, d) on their support (B, k), and residuals (B, d), all in float64.
+
+    Unused slots (-1) get the coefficient 0. Normal equations square the condition number; one step of refinement
+    with the residual itself gives the digits back.
+    """
     used = support >= 0
-    chosen = atoms[support.clamp(min=0)].double() * used[..., None]  # (B, k, d)
-    exact = targets.double()
-    gram = chosen @ chosen.transpose(1, 2)
-    gram.diagonal(dim1=1, dim2=2).add_((~used).double())  # unused slots: c = 0
-    right = chosen @ exact[..., None]
-    coefficients = torch.cholesky_solve(right, torch.linalg.cholesky(gram)).squeeze(-1) * used
-    error = exact - torch.einsum("bk,bkd->bd", coefficients, chosen)
-    norm = exact.norm(dim=1)
-    relative = torch.where(norm > 0, error.norm(dim=1) / norm.where(norm > 0, 1), 0)
+    chosen = atoms[support.clamp(min=0)].double() * used[:, :, None]  # (B, k, d)
+    gram = torch.bmm(chosen, chosen.transpose(1, 2))
+    gram.diagonal(dim1=1, dim2=2).add_((~used).double())
+    factor = torch.linalg.cholesky(gram)
+    residual = targets.double()
+    coefficients = torch.zeros_like(support, dtype=torch.float64)
+    for _ in range(2):
+        change = torch.cholesky_solve(torch.bmm(chosen, residual[:, :, None]), factor)
+        coefficients += change.squeeze(2)
+        residual = residual - torch.bmm(change.transpose(1, 2), chosen).squeeze(1)
+    return coefficients * used, residual
+
+
+def refit(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 coefficients (B, k) of the targets (B, d) on their support (B, k), and relative residuals (B,)."""
+    coefficients, residual = least_squares(targets, atoms, support)
+    norm = targets.double().norm(dim=1)
+    relative = residual.norm(dim=1) / norm.where(norm > 0, torch.ones_like(norm))
     return coefficients.float(), relative.float()

@@ -1,0 +1,51 @@
+"""The result of a solve."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseCodes:
+    """B targets as combinations of at most k atoms each, on the CPU.
+
+    Attributes:
+        indices: int64 (B, k), atom of each slot in the order of selection; -1 where the slot is unused.
+        coefficients: float32 (B, k), 0 where the slot is unused.
+        relative_residuals: float32 (B,), ‖x - x̂‖ / ‖x‖; 0 for a zero target.
+    """
+
+    indices: Tensor
+    coefficients: Tensor
+    relative_residuals: Tensor
+
+    def apply(self, rows: Tensor, chunk_bytes: int = 256 * 2**20) -> Tensor:
+        """Combine other rows with these codes: Σᵢ cᵢ rows[idxᵢ] for each target.
+
+        Args:
+            rows: (N, D) of any floating dtype, one row for each atom, in the atoms' order.
+            chunk_bytes: bound on the float32 rows gathered at a time.
+
+        Returns:
+            float32 (B, D) on the device of ``rows``.
+        """
+        combined = torch.empty(len(self.indices), rows.shape[1], dtype=torch.float32, device=rows.device)
+        row_bytes = max(1, self.indices.shape[1] * rows.shape[1] * 4)
+        step = max(1, chunk_bytes // row_bytes)
+        for start in range(0, len(self.indices), step):
+            part = slice(start, start + step)
+            indices = self.indices[part].clamp(min=0).to(rows.device)
+            coefficients = self.coefficients[part].to(rows.device)
+            combined[part] = torch.einsum("bk,bkd->bd", coefficients, rows[indices].float())
+        return combined
+
+
+def concatenate(parts: Sequence[SparseCodes]) -> SparseCodes:
+    """The codes of all parts, in order."""
+    return SparseCodes(
+        torch.cat([part.indices for part in parts]),
+        torch.cat([part.coefficients for part in parts]),
+        torch.cat([part.relative_residuals for part in parts]),
+    )

@@ -1,0 +1,119 @@
+"""The solve of some targets on one device."""
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from mergekit_omp.solver.budget import SHARE_OF_FREE, free_memory, plan
+from mergekit_omp.solver.chunk import find_supports
+from mergekit_omp.solver.codes import SparseCodes, concatenate
+from mergekit_omp.solver.gram import Gram
+from mergekit_omp.solver.refit import refit
+from mergekit_omp.solver.screen import Screen
+
+LOG = logging.getLogger(__name__)
+
+
+def solve_on(
+    device: torch.device,
+    targets: Tensor,
+    atoms: Tensor,
+    k: int,
+    *,
+    normalize_atoms: bool,
+    budget: int | None,
+    sharing: int,
+    progress: Callable[[int], None] | None,
+) -> SparseCodes:
+    """Codes of the targets (B, d), on the CPU. ``sharing`` solves run on this device and share its budget."""
+    lanes = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
+    dtype = _screening_dtype(device)
+    budget = int((free_memory(device) * SHARE_OF_FREE if budget is None else budget) / sharing)
+    chosen = plan(device, budget, len(targets), len(atoms), atoms.shape[1], k, dtype.itemsize, lanes)
+
+    atoms = atoms.to(device, torch.float32)
+    first = _first_copies(atoms)
+    norms = atoms.norm(dim=1, keepdim=True)
+    if len(first) < len(atoms):
+        atoms, norms = atoms[first], norms[first]
+    if normalize_atoms:
+        atoms = atoms / norms.where(norms > 0, torch.ones_like(norms))
+    screen = Screen(atoms, dtype)
+    gram = Gram(screen) if chosen.use_gram else None
+
+    def solve(chunk: Tensor) -> SparseCodes:
+        rows = chunk.to(device, torch.float32)
+        support = find_supports(rows, screen, gram, k)
+        coefficients, residuals = refit(rows, atoms, support)
+        used = support >= 0
+        if normalize_atoms:
+            coefficients = (coefficients / norms.squeeze(1)[support.clamp(min=0)]).masked_fill(~used, 0)
+        indices = first[support.clamp(min=0)].masked_fill(~used, -1)
+        codes = SparseCodes(indices.cpu(), coefficients.cpu(), residuals.cpu())
+        if progress is not None:
+            progress(len(chunk))
+        return codes
+
+    return concatenate(_in_lanes(solve, targets, chosen.chunk, lanes))
+
+
+def _in_lanes(solve: Callable[[Tensor], SparseCodes], targets: Tensor, chunk: int, lanes: int) -> list[SparseCodes]:
+    """Solve all chunks, several at a time with a thread each, and chunks of half the size after out-of-memory.
+
+    A pursuit is many small operations. Threads that each take whole chunks never wait for each other, as those of one
+    operation do.
+    """
+    threads = torch.get_num_threads()
+    size, lock = [chunk], threading.Lock()
+
+    def solve_or_halve(rows: Tensor) -> list[SparseCodes]:
+        done, start = [], 0
+        while start < len(rows):
+            part = rows[start : start + size[0]]
+            try:
+                done.append(solve(part))
+                start += len(part)
+            except torch.cuda.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                with lock:
+                    size[0] = max(1, min(size[0], len(part) // 2))
+                LOG.warning("Out of memory with %d targets at a time: going on with %d.", len(part), size[0])
+            if rows.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return done
+
+    if lanes == 1:
+        return solve_or_halve(targets)
+    try:
+        with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return [codes for part in pool.map(solve_or_halve, targets.split(chunk)) for codes in part]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _first_copies(atoms: Tensor) -> Tensor:
+    """Indices int64 of the atoms (N, d) that equal none before them; the lowest index stands for all its copies."""
+    seed = torch.Generator().manual_seed(0)
+    probe = torch.randn(atoms.shape[1], generator=seed).to(atoms)
+    # Equal rows have equal sums: only neighbours in this order need to be compared. Blocks keep the sums' shape alike.
+    sums = torch.cat([(block * probe).sum(1) for block in atoms.split(8192)])
+    order = sums.argsort(stable=True)
+    same = torch.zeros(len(atoms), dtype=torch.bool, device=atoms.device)
+    for start in range(1, len(atoms), 8192):
+        here, before = order[start : start + 8192], order[start - 1 : start - 1 + len(order[start : start + 8192])]
+        same[here] = (atoms[here] == atoms[before]).all(dim=1)
+    return (~same).nonzero().flatten()
+
+
+def _screening_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which the device multiplies matrices fastest, for estimates."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return torch.bfloat16 if fast else torch.float32
