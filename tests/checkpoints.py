@@ -88,6 +88,7 @@ def make_model(
     architecture: str = "llama",
     tied: bool = False,
     hidden: int = 32,
+    intermediate: int = 64,
     layers: int = 2,
     rows: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -99,7 +100,7 @@ def make_model(
     config = config_class(
         vocab_size=rows or max(tokenizer.get_vocab().values()) + 1,
         hidden_size=hidden,
-        intermediate_size=2 * hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
