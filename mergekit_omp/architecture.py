@@ -1,11 +1,16 @@
 """Which of a model's tensors have a vocabulary axis: input embeddings, and what belongs to the LM head."""
 
+import json
+import os
 import re
 from enum import Enum
+from pathlib import Path
 
+import huggingface_hub
 from mergekit.architecture import ConfiguredModelArchitecture, WeightInfo, arch_info_for_config
 from mergekit.architecture.auto import infer_architecture_info
 from mergekit.common import ModelReference, get_config_value
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
@@ -76,7 +81,7 @@ def donor_weight(donor: ModelReference, role: VocabularyRole, options: MergeOpti
         OmpError: where the donor has no weights, or none with a vocabulary axis.
     """
     try:
-        stored = LoaderCache().get(donor).index.tensor_paths
+        stored = open_donor(donor, options).index.tensor_paths
     except (RuntimeError, OSError) as error:
         raise OmpError(
             f"tokenizer.source: {donor} has a tokenizer but no weights that mergekit can read ({error}); "
@@ -99,6 +104,30 @@ def donor_weight(donor: ModelReference, role: VocabularyRole, options: MergeOpti
     if VocabularyRole.INPUT in by_role and (tied or role not in by_role):
         return by_role[VocabularyRole.INPUT]
     return by_role.get(role) or next(iter(by_role.values()))
+
+
+def open_donor(donor: ModelReference, options: MergeOptions) -> LazyTensorLoader:
+    """The loader of a donor's checkpoint, downloading from the Hub only the shards with a vocabulary axis.
+
+    mergekit fetches whole repositories; a draft model's donor may have hundreds of gigabytes, of which one or two
+    shards are needed.
+    """
+    cache = LoaderCache()
+    known = arch_info_for_config(donor.config(trust_remote_code=options.trust_remote_code))
+    if donor in cache.loaders or donor.lora or known is None or os.path.exists(donor.model.path):
+        return cache.get(donor)
+    hub = {"revision": donor.model.revision, "cache_dir": options.transformers_cache}
+    try:
+        index = huggingface_hub.hf_hub_download(donor.model.path, "model.safetensors.index.json", **hub)
+    except huggingface_hub.errors.EntryNotFoundError:
+        return cache.get(donor)  # one file, or pickles
+    shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    weights = known.all_weights(donor.config(trust_remote_code=options.trust_remote_code))
+    names = {_stored_name(weight, shard_of) for weight in weights if weight.vocabulary_axis is not None}
+    shards = sorted({shard_of[name] for name in names if name is not None})
+    folder = huggingface_hub.snapshot_download(donor.model.path, allow_patterns=["*.json", *shards], **hub)
+    cache.loaders[donor] = LazyTensorLoader.from_disk(folder, lazy_unpickle=options.lazy_unpickle)
+    return cache.loaders[donor]
 
 
 def _stored_name(weight: WeightInfo, stored: dict[str, str]) -> str | None:
