@@ -357,7 +357,8 @@ def tokenizers(draw: st.DrawFn) -> PreTrainedTokenizerFast:
     if parts := draw(st.lists(NORMALIZERS, max_size=2)):
         backend.normalizer = normalizers.Sequence(parts)
     added = draw(st.lists(TEXTS.filter(bool), max_size=3, unique=True))
-    backend.add_tokens([AddedToken(text, special=draw(st.booleans())) for text in added])
+    # The library itself panics on any text if a normalizer leaves nothing of an added token.
+    backend.add_tokens([AddedToken(text, special=draw(st.booleans()), normalized=False) for text in added])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=draw(st.sampled_from([None, *added])))
 
 

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_omp.vocabulary.canonical import ROLES, Token, TokenKind, Vocabulary, read_vocabulary
-from mergekit_omp.vocabulary.matching import MatchReason, VocabularyMatch, match_vocabulary
-from mergekit_omp.vocabulary.special import equivalents_of, is_unused_text, meaning_of
+from mergekit_omp.vocabulary.matching import TEXT_REASONS, MatchReason, VocabularyMatch, match_vocabulary
+from mergekit_omp.vocabulary.special import equivalents_of, is_unused_text, meaning_of, table
 
 ORDINARY, BYTE, SPECIAL, UNUSED = TokenKind.ORDINARY, TokenKind.BYTE, TokenKind.SPECIAL, TokenKind.UNUSED
-TEXT = {MatchReason.SAME_STRING, MatchReason.SAME_BYTES, MatchReason.BYTE_TOKEN}
 
 
 def vocabulary(*tokens: tuple[str, bytes, TokenKind] | tuple[str, bytes, TokenKind, bool], **roles: int) -> Vocabulary:
@@ -176,7 +175,7 @@ def test_special_tokens_pair_by_content_before_role() -> None:
     ]
 
 
-def test_special_tokens_pair_by_role_before_the_table() -> None:
+def test_special_tokens_pair_by_role_before_thetable() -> None:
     output = special("<|im_end|>", "<|other|>", eos=0)
     model = special("<end_of_turn>", "<eos>", eos=1)
     assert found(match_vocabulary(output, model)) == [
@@ -220,12 +219,10 @@ def test_table_of_equivalents_is_sound() -> None:
     assert meaning_of("<|im_end|>") == meaning_of("<|eot_id|>") == "end_of_turn"
     assert "<|im_end|>" in equivalents_of("<end_of_turn>")
     assert equivalents_of("word") == ()
-    from mergekit_omp.vocabulary.special import _table
-
-    texts = [text for listed in _table()["equivalents"].values() for text in listed]
+    texts = [text for listed in table()["equivalents"].values() for text in listed]
     assert len(texts) == len(set(texts))
     assert not any(map(is_unused_text, texts))
-    assert set(_table()["html"]) <= set(texts)
+    assert set(table()["html"]) <= set(texts)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +275,7 @@ def test_matches_are_sound_and_complete(output: Vocabulary, model: Vocabulary) -
     has = {token.data for token in model.tokens.values() if token.kind in (ORDINARY, BYTE)}
     for id_, (row, reason) in enumerate(found(match)):
         assert (reason is MatchReason.NO_TOKEN) == (id_ not in output.tokens)
-        if reason in TEXT:
+        if reason in TEXT_REASONS:
             assert output.tokens[id_].data == model.tokens[row].data
             assert {output.tokens[id_].kind, model.tokens[row].kind} <= {ORDINARY, BYTE}
         elif row >= 0 and reason is not MatchReason.UNUSED:
@@ -287,7 +284,7 @@ def test_matches_are_sound_and_complete(output: Vocabulary, model: Vocabulary) -
             assert output.tokens[id_].data not in has
     atoms = match.atoms()
     assert len(set(match.rows[atoms].tolist())) == len(atoms)
-    assert set(match.rows[atoms].tolist()) == {row for row, reason in found(match) if reason in TEXT}
+    assert set(match.rows[atoms].tolist()) == {row for row, reason in found(match) if reason in TEXT_REASONS}
 
 
 @given(vocabularies(), vocabularies(), st.randoms())

