@@ -34,6 +34,7 @@ def register() -> None:
     if _registered:
         return
     for module, hook in (
+        ("mergekit.config", "connect_config"),
         ("mergekit.merge_methods", "connect_methods"),
         ("mergekit.plan", "connect_planner"),
         ("mergekit.merge", "connect_run"),

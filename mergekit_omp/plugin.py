@@ -1,7 +1,7 @@
 """The seam into mergekit, and the only file that knows its internals.
 
-Three things of mergekit 0.1.5 are connected to: the registry of merge methods, the planner, and ``run_merge``. Recipes
-whose ``merge_method`` is not ours go through the wrapped functions unchanged.
+Four things of mergekit 0.1.5 are connected to: the recipe's data model, the registry of merge methods, the planner,
+and ``run_merge``. Recipes whose ``merge_method`` is not ours go through the wrapped functions unchanged.
 """
 
 import inspect
@@ -20,6 +20,14 @@ SUPPORTED = ">=0.1.5,<0.2"
 _CONNECTED = "_mergekit_omp_connected"
 
 Wrapped = Callable[..., Any]
+
+
+def connect_config(config: ModuleType) -> None:
+    """Have the mistakes in the text of a recipe of ours told in sentences."""
+    if hasattr(config, _CONNECTED):
+        return
+    setattr(config, _CONNECTED, True)
+    wrapt.wrap_function_wrapper(config, "MergeConfiguration.model_validate", _validate_recipe)
 
 
 def connect_methods(merge_methods: ModuleType) -> None:
@@ -66,6 +74,22 @@ def require_supported() -> None:
         f"merge_method: omp works with mergekit{SUPPORTED}, but mergekit {version('mergekit')} is installed; "
         f"run `pip install 'mergekit{SUPPORTED}'`."
     )
+
+
+def _validate_recipe(wrapped: Wrapped, _class: Any, args: tuple, kwargs: dict) -> Any:
+    from mergekit_omp.methods import is_ours
+
+    recipe = args[0] if args else kwargs.get("obj")
+    method = recipe.get("merge_method") if isinstance(recipe, dict) else None
+    if not isinstance(method, str) or not is_ours(method):
+        return wrapped(*args, **kwargs)
+    from mergekit_omp.schema import check_keys, explain
+
+    check_keys(recipe)
+    try:
+        return wrapped(*args, **kwargs)
+    except (ValueError, RuntimeError) as error:
+        raise explain(recipe, error) from error
 
 
 def _init_planner(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
@@ -124,14 +148,17 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
         return wrapped(*args, **kwargs)
     require_supported()
     from mergekit_omp import vocabularies
+    from mergekit_omp.failures import told
     from mergekit_omp.output import finish_output, staged
-    from mergekit_omp.recipe import check_recipe
+    from mergekit_omp.recipe import check_inputs, check_recipe
 
     LOG.setLevel(logging.ERROR if options.quiet else logging.INFO)
     connect_later_methods()
     vocabularies.forget()
     output = check_recipe(config, options)
-    with staged(call.arguments["out_path"]) as folder:
+    check_inputs(config, output, options)
+    out_path = call.arguments["out_path"]
+    with told(out_path), staged(out_path) as folder:
         call.arguments["out_path"] = str(folder)
         result = wrapped(*call.args, **call.kwargs)
         finish_output(folder, config, output, options)

@@ -1,26 +1,41 @@
 """Check a recipe before anything is loaded, planned or written: every mistake gets a sentence."""
 
-import difflib
+import importlib.resources
+import itertools
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import jinja2
 from mergekit import merge_methods
-from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
+from mergekit._data import chat_templates
+from mergekit.architecture import arch_info_for_config
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import ConditionalParameter, MergeConfiguration, OutputSliceDefinition, ParameterSetting
 from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import ModelTokenEmbedding
 from pydantic import TypeAdapter, ValidationError
+from transformers import PretrainedConfig
 
 from mergekit_omp.architecture import hidden_size, vocabulary_size
+from mergekit_omp.checkpoint import check_weights, read_config, weight_file
 from mergekit_omp.errors import OmpError
 from mergekit_omp.methods import PREFIX, TRANSPLANT, RealignedMerge, is_ours
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.planning import output_tokenizer
 from mergekit_omp.realign import lacking, pose_problem
+from mergekit_omp.schema import did_you_mean
 from mergekit_omp.tasks import override_source
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of
 
 Settings = Mapping[str, ParameterSetting]
+
+LARGEST_PADDING = 2**16
+"""Hardware asks for multiples of some hundreds at most; beyond this it is a slip of the hand."""
+
+_GENERATION_TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # transformers' own, unknown to Jinja
 
 
 def check_recipe(config: MergeConfiguration, options: MergeOptions) -> OutputTokenizer:
@@ -31,11 +46,55 @@ def check_recipe(config: MergeConfiguration, options: MergeOptions) -> OutputTok
     _check_method(config)
     _check_tokenizer_section(config)
     _check_parameters(config)
+    _check_dtypes(config)
+    _check_chat_template(config)
+    _check_duplicates(config)
     output = output_tokenizer(config, options)
+    configs = _read_configs(config, output)
     _check_transplant_inputs(config, output)
-    _check_hidden_sizes(output)
+    _check_layer_ranges(config, configs)
+    _check_hidden_sizes(output, configs)
     _check_vocabularies(output, config, options)
     return output
+
+
+def check_inputs(config: MergeConfiguration, output: OutputTokenizer, options: MergeOptions) -> None:
+    """Raise an :class:`OmpError` for the first model of a checked recipe whose weights cannot be read."""
+    places = places_of_models(config)
+    for model in output.referenced_models:
+        check_weights(model, options, places[model])
+        _check_depth(model, options, places[model])
+    if not any(bool(lacking(match_of(output, model)).any()) for model in output.referenced_models):
+        return
+    for donor in output.donors():
+        local = weight_file(Path(donor.model.path)) if os.path.isdir(donor.model.path) else "on the hub"
+        if donor not in places and local:  # planning tells of a donor that has a tokenizer alone
+            check_weights(donor, options, "tokenizer.source")
+
+
+def _check_depth(model: ModelReference, options: MergeOptions, place: str) -> None:
+    """A promise of a billion layers is refused here, since planning one would use up the memory."""
+    layers = _layers(model.config(trust_remote_code=options.trust_remote_code))
+    tensors = 0 if model.lora else len(model.tensor_index(options.transformers_cache).tensor_paths)
+    if tensors and layers and layers > tensors:
+        raise OmpError(
+            f"{place}: config.json of {model} promises {layers} layers, but its checkpoint has {tensors} tensors in "
+            "all; download the model again."
+        )
+
+
+def places_of_models(config: MergeConfiguration) -> dict[ModelReference, str]:
+    """Where a recipe first names each of its inputs."""
+    places: dict[ModelReference, str] = {}
+    for path, block in _blocks(config):
+        for i, listed in enumerate(block.models or ()):
+            places.setdefault(listed.model, f"{path}models[{i}].model")
+        for i, part in enumerate(block.slices or ()):
+            for j, source in enumerate(part.sources):
+                places.setdefault(source.model, f"{path}slices[{i}].sources[{j}].model")
+    if config.base_model:
+        places.setdefault(config.base_model, "base_model")
+    return places
 
 
 def _check_method(config: MergeConfiguration) -> None:
@@ -46,7 +105,7 @@ def _check_method(config: MergeConfiguration) -> None:
         if inner is not None:
             RealignedMerge(config.merge_method, inner)  # says why it was not registered
         raise OmpError(
-            f"merge_method: {config.merge_method} is unknown{_did_you_mean(config.merge_method, known)}; "
+            f"merge_method: {config.merge_method} is unknown{did_you_mean(config.merge_method, known)}; "
             f"mergekit-omp has {', '.join(sorted(known))}."
         )
 
@@ -60,6 +119,10 @@ def _check_tokenizer_section(config: MergeConfiguration) -> None:
     multiple = config.tokenizer and config.tokenizer.pad_to_multiple_of
     if multiple is not None and multiple < 1:
         raise OmpError(f"tokenizer.pad_to_multiple_of: {multiple} is not a positive integer; write one such as 64.")
+    if multiple is not None and multiple > LARGEST_PADDING:
+        raise OmpError(
+            f"tokenizer.pad_to_multiple_of: {multiple} is more than {LARGEST_PADDING}; write a multiple such as 64."
+        )
 
 
 def _check_parameters(config: MergeConfiguration) -> None:
@@ -68,7 +131,7 @@ def _check_parameters(config: MergeConfiguration) -> None:
         for name, setting in settings.items():
             if name not in known:
                 raise OmpError(
-                    f"{place}.{name} is not a parameter of {config.merge_method}{_did_you_mean(name, known)}; "
+                    f"{place}.{name} is not a parameter of {config.merge_method}{did_you_mean(name, known)}; "
                     f"it has {', '.join(known)}."
                 )
             if name in OmpParameters.model_fields:
@@ -78,8 +141,7 @@ def _check_parameters(config: MergeConfiguration) -> None:
 
 def _parameter_scopes(config: MergeConfiguration) -> Iterator[tuple[str, Settings]]:
     """Every ``parameters:`` of a recipe, with the path to it."""
-    blocks = [("", config), *((f"modules.{name}.", module) for name, module in (config.modules or {}).items())]
-    for path, block in blocks:
+    for path, block in _blocks(config):
         yield f"{path}parameters", block.parameters or {}
         for i, model in enumerate(block.models or ()):
             yield f"{path}models[{i}].parameters", model.parameters or {}
@@ -89,11 +151,18 @@ def _parameter_scopes(config: MergeConfiguration) -> Iterator[tuple[str, Setting
                 yield f"{path}slices[{i}].sources[{j}].parameters", source.parameters or {}
 
 
+def _blocks(config: MergeConfiguration) -> list[tuple[str, Any]]:
+    """What lists models or slices, with the path to it: the recipe itself, and each of its modules."""
+    return [("", config), *((f"modules.{name}.", module) for name, module in (config.modules or {}).items())]
+
+
 def _leaves(place: str, setting: ParameterSetting) -> Iterator[Any]:
     """The values that a setting can take: its own, or one for each of its filters."""
     if isinstance(setting, ConditionalParameter):
         yield from _leaves(place, setting.value)
     elif isinstance(setting, list):
+        if not setting:
+            raise OmpError(f"{place}: the list is empty; write one value, or a list of filters.")
         if not all(isinstance(each, ConditionalParameter) for each in setting):
             raise OmpError(
                 f"{place}: {setting} is a gradient over layers, but vocabulary tensors belong to no layer; "
@@ -116,6 +185,102 @@ def _check_value(place: str, name: str, value: Any) -> None:
         ) from error
 
 
+def _check_dtypes(config: MergeConfiguration) -> None:
+    for key in ("dtype", "out_dtype"):
+        name = getattr(config, key)
+        try:
+            dtype = dtype_from_name(name)
+        except RuntimeError as error:
+            raise OmpError(
+                f"{key}: {name} is no type that mergekit knows; write bfloat16, float16 or float32."
+            ) from error
+        if dtype is not None and not dtype.is_floating_point:
+            raise OmpError(f"{key}: {name} has no fractions; write bfloat16, float16 or float32.")
+
+
+def _check_chat_template(config: MergeConfiguration) -> None:
+    """mergekit looks at the template when everything else is done."""
+    template = config.chat_template
+    if not template or template == "auto":
+        return
+    if "{" not in template:
+        known = sorted(
+            path.name.removesuffix(".jinja")
+            for path in importlib.resources.files(chat_templates).iterdir()
+            if path.name.endswith(".jinja")
+        )
+        if template not in known:
+            raise OmpError(
+                f"chat_template: {template!r} is no template{did_you_mean(template, known)}; "
+                f"write auto, {', '.join(known)}, or a Jinja template."
+            )
+        return
+    try:
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", template))
+    except jinja2.TemplateSyntaxError as error:
+        reason = error.message.rstrip(".")
+        raise OmpError(f"chat_template: line {error.lineno} of the template is no Jinja: {reason}.") from error
+    if len(template) < 20:
+        raise OmpError(f"chat_template: {template!r} is too short for mergekit, which wants 20 characters or more.")
+
+
+def _check_duplicates(config: MergeConfiguration) -> None:
+    for path, block in _blocks(config):
+        lists = [(f"{path}models", block.models or ())]
+        for i, part in enumerate(block.slices or ()):
+            if not part.sources:
+                raise OmpError(f"{path}slices[{i}].sources: the list is empty; name the models of this slice.")
+            lists.append((f"{path}slices[{i}].sources", part.sources))
+        for place, listed in lists:
+            seen: dict[ModelReference, int] = {}
+            for i, each in enumerate(listed):
+                first = seen.setdefault(each.model, i)
+                if first != i:
+                    raise OmpError(
+                        f"{place}[{i}].model: {each.model} is listed already, as {place}[{first}]; remove one of them."
+                    )
+
+
+def _read_configs(config: MergeConfiguration, output: OutputTokenizer) -> dict[ModelReference, PretrainedConfig]:
+    places = places_of_models(config)
+    donors = [(donor, "tokenizer.source") for donor in output.donors() if donor not in places]
+    configs = {}
+    for model, place in itertools.chain(places.items(), donors):
+        configs[model] = read_config(model, output.trust_remote_code, place)
+        size = vocabulary_size(model, MergeOptions(trust_remote_code=output.trust_remote_code))
+        if size < 1:
+            raise OmpError(f"{place}: vocab_size in config.json of {model} is {size}; download the model again.")
+    return configs
+
+
+def _check_layer_ranges(config: MergeConfiguration, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
+    for path, block in _blocks(config):
+        for i, part in enumerate(block.slices or ()):
+            _check_slice(f"{path}slices[{i}]", part, configs, has_modules=bool(config.modules))
+
+
+def _check_slice(
+    place: str, part: OutputSliceDefinition, configs: Mapping[ModelReference, PretrainedConfig], *, has_modules: bool
+) -> None:
+    for j, source in enumerate(part.sources):
+        start, end = source.layer_range
+        layers = None if has_modules else _layers(configs[source.model])
+        if not 0 <= start < end or (layers is not None and end > layers):
+            has = "" if layers is None else f" ({source.model} has {layers} layers)"
+            raise OmpError(
+                f"{place}.sources[{j}].layer_range: [{start}, {end}] is no range of layers{has}; "
+                f"write the first layer and the one after the last, such as [0, {layers or 12}]."
+            )
+
+
+def _layers(config: PretrainedConfig) -> int | None:
+    info = arch_info_for_config(config)
+    if info is None or len(info.modules) != 1:
+        return None
+    [module] = info.modules.values()
+    return getattr(config, module.architecture.num_layers_config_key() or "", None)
+
+
 def _check_transplant_inputs(config: MergeConfiguration, output: OutputTokenizer) -> None:
     if config.merge_method == TRANSPLANT and config.models and len(output.referenced_models) != 1:
         names = ", ".join(map(str, output.referenced_models))
@@ -126,8 +291,8 @@ def _check_transplant_inputs(config: MergeConfiguration, output: OutputTokenizer
         )
 
 
-def _check_hidden_sizes(output: OutputTokenizer) -> None:
-    sizes = {m: hidden_size(m.config(trust_remote_code=output.trust_remote_code)) for m in output.referenced_models}
+def _check_hidden_sizes(output: OutputTokenizer, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
+    sizes = {model: hidden_size(configs[model]) for model in output.referenced_models}
     (first, expected), *others = sizes.items()
     for model, size in others:
         if None not in (size, expected) and size != expected:
@@ -139,8 +304,9 @@ def _check_hidden_sizes(output: OutputTokenizer) -> None:
 
 def _check_vocabularies(output: OutputTokenizer, config: MergeConfiguration, options: MergeOptions) -> None:
     trust = output.trust_remote_code
-    for index, model in enumerate(output.referenced_models):
-        tokenizer_of(model, trust, f"models[{index}]")
+    places = places_of_models(config)
+    for model in output.referenced_models:
+        tokenizer_of(model, trust, places[model])
     for donor in output.donors():
         tokenizer_of(donor, trust, "tokenizer.source")
     _check_overrides(output, config, options)
@@ -152,6 +318,8 @@ def _check_vocabularies(output: OutputTokenizer, config: MergeConfiguration, opt
 def _check_overrides(output: OutputTokenizer, config: MergeConfiguration, options: MergeOptions) -> None:
     tokens = (config.tokenizer and config.tokenizer.tokens) or {}
     for token, embedding in tokens.items():
+        if not token:
+            raise OmpError("tokenizer.tokens: '' is no token; name one that has characters.")
         source = embedding.source
         model = source.model if isinstance(source, ModelTokenEmbedding) else source
         if not isinstance(model, ModelReference):
@@ -197,8 +365,3 @@ def _check_donors(model: ModelReference, output: OutputTokenizer, overridden: It
 
 def _id_of(token: str, output: OutputTokenizer) -> int:
     return next(id_ for id_, each in output_vocabulary(output).tokens.items() if each.text == token)
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

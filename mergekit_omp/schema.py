@@ -1,0 +1,140 @@
+"""The keys of a recipe and the types of their values, before mergekit makes a configuration of them.
+
+mergekit ignores keys that it does not know, so that a misspelt one changes nothing, and answers values of a wrong type
+with a traceback. A recipe of ours gets a sentence for both.
+"""
+
+import difflib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Union, get_args, get_origin
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from pydantic import BaseModel, ValidationError
+
+from mergekit_omp.errors import OmpError
+
+_TOLERATED = {"name"}
+"""What people write into a recipe for themselves, or for mergekit-multi."""
+
+_MODEL = "the name or the folder of a model"
+_WANTED = {
+    "merge_method": "the name of a merge method, such as omp",
+    "models": "a list, such as `- model: <name or folder>`",
+    "slices": "a list of slices, each with `sources:`",
+    "sources": "a list, such as `- {model: <name or folder>, layer_range: [0, 12]}`",
+    "modules": "a mapping from the name of a module to its `models:` or `slices:`",
+    "layer_range": "two numbers, such as [0, 12]",
+    "model": _MODEL,
+    "base_model": _MODEL,
+    "tokenizer_source": f"{_MODEL}, union or base",
+    "source": f"{_MODEL}, union or base",
+    "tokenizer": "a mapping, such as `{source: <the donor model>}`",
+    "tokens": "a mapping from a token to `{source: <an input model>}`",
+    "pad_to_multiple_of": "a positive integer, such as 64",
+    "parameters": "a mapping, such as `{k: 64}`",
+    "dtype": "a type such as bfloat16",
+    "out_dtype": "a type such as bfloat16",
+    "chat_template": "auto, the name of a template or a template",
+    "force": "true or false",
+}
+_WANTED_SETTING = "a value, or a list of filters such as `- {filter: lm_head, value: 64}`"
+_WANTED_OVERRIDE = (
+    f"{_MODEL}, `{{kind: zero}}`, or `{{kind: model_token, model: <name or folder>, token: <its token>}}`"
+)
+_ADVICE = {
+    "Exactly one of": "write one of them",
+    "Cannot specify both": "keep `tokenizer: {source: <the donor model>}`",
+    "Invalid model path": "write <name>@<revision>",
+    "Can't parse": "write <model>+<LoRA>",
+    "Must specify either": "write one of models: and slices: in each module",
+}
+
+
+def check_keys(recipe: Mapping[Any, Any]) -> None:
+    """Raise an OmpError for the first key, at any depth, that mergekit would ignore."""
+    for place, key, known in _unknown_keys(recipe, MergeConfiguration, ""):
+        raise OmpError(
+            f"{place}{key}: no such key{did_you_mean(str(key), known)}; "
+            f"{place.rstrip('.') or 'a recipe'} can have {', '.join(known)}."
+        )
+
+
+def explain(recipe: Mapping[Any, Any], error: Exception) -> OmpError:
+    """A sentence for what mergekit raises where a recipe's values are not of the types that it needs."""
+    if not isinstance(error, ValidationError):
+        advice = next((text for start, text in _ADVICE.items() if str(error).startswith(start)), None)
+        return OmpError(f"The recipe is not possible: {error}{f'; {advice}' if advice else ''}.")
+    first = error.errors()[0]
+    path, value = _follow(recipe, first["loc"])
+    if first["type"] == "missing" and (first["loc"][-1] in _WANTED):
+        path, problem = [*path, first["loc"][-1]], "is missing"
+    else:
+        problem = f"{_shortened(value)} is not possible here"
+    return OmpError(f"{_place(path)}: {problem}; write {_wanted(path)}.")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean …?)`` where a known word is close, else nothing."""
+    by_lower_case = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(word.lower(), by_lower_case, n=1)
+    return f" (did you mean {by_lower_case[close[0]]}?)" if close else ""
+
+
+def _unknown_keys(value: Any, annotation: Any, place: str) -> Iterator[tuple[str, Any, list[str]]]:
+    """Each unknown key with the path before it and the keys that are known there."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        # Of a model's own keys, and of which kind of override is meant, mergekit's unions judge.
+        for argument in arguments if len([a for a in arguments if _is_schema(a)]) < 2 else ():
+            yield from _unknown_keys(value, argument, place)
+    elif origin is list and isinstance(value, list):
+        for index, each in enumerate(value):
+            yield from _unknown_keys(each, arguments[0], f"{place.removesuffix('.')}[{index}].")
+    elif origin is dict and isinstance(value, dict):
+        for key, each in value.items():
+            yield from _unknown_keys(each, arguments[1], f"{place}{key}.")
+    elif _is_schema(annotation) and isinstance(value, dict):
+        fields = annotation.model_fields
+        for key, each in value.items():
+            if key in fields:
+                yield from _unknown_keys(each, fields[key].annotation, f"{place}{key}.")
+            elif place or key not in _TOLERATED:
+                yield place, key, list(fields)
+
+
+def _is_schema(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not ModelReference
+
+
+def _follow(recipe: Any, location: Iterable[int | str]) -> tuple[list[int | str], Any]:
+    """The part of an error's location that is in the recipe (the rest names types that were tried), and the value."""
+    path: list[int | str] = []
+    value = recipe
+    for step in location:
+        if (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+            value = value[step]
+            path.append(step)
+    return path, value
+
+
+def _wanted(path: list[int | str]) -> str:
+    keys = [step for step in path if isinstance(step, str)]
+    if "parameters" in keys[:-1]:
+        return _WANTED_SETTING
+    if "tokens" in keys[:-1]:
+        return _WANTED_OVERRIDE
+    if path and isinstance(path[-1], int):
+        return f"an entry of {_WANTED[keys[-1]]}" if keys and keys[-1] in _WANTED else "another value"
+    return _WANTED.get(keys[-1] if keys else "", "another value")
+
+
+def _place(path: list[int | str]) -> str:
+    text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return text.removeprefix(".") or "the recipe"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
