@@ -1,6 +1,7 @@
 """How tokenizers split numbers, since models that split them differently reckon differently.
 
-The paper (section 5) names mismatched numerals as what a transplant costs most mathematical ability for.
+Goddard and Fernandes Neto (2025), who propose OMP for transplants, name mismatched numerals as what costs mathematical
+ability.
 """
 
 import random
