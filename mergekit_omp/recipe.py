@@ -2,7 +2,6 @@
 
 import importlib.resources
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -67,8 +66,8 @@ def check_inputs(config: MergeConfiguration, output: OutputTokenizer, options: M
     if not any(bool(lacking(match_of(output, model)).any()) for model in output.referenced_models):
         return
     for donor in output.donors():
-        local = weight_file(Path(donor.model.path)) if os.path.isdir(donor.model.path) else "on the hub"
-        if donor not in places and local:  # planning tells of a donor that has a tokenizer alone
+        # Of a donor on the hub only some shards are downloaded; planning tells of one that has no weights at all.
+        if donor not in places and weight_file(Path(donor.model.path)) is not None:
             check_weights(donor, options, "tokenizer.source")
 
 

@@ -16,9 +16,9 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 from pydantic import BaseModel
 
+from mergekit_omp.cache import solve_with_cache
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign import Problem, Solution, check_rows, lacking, pose_problem, realign
-from mergekit_omp.solver import solve_omp
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, vocabulary_of
 from mergekit_omp.vocabulary.canonical import Vocabulary
 from mergekit_omp.vocabulary.matching import VocabularyMatch
@@ -82,7 +82,7 @@ class SolveCodes(Task[Solution]):
         with tqdm.tqdm(
             total=len(problem.target_ids), desc="Approximating tokens", unit="token", disable=self.quiet
         ) as bar:
-            codes = solve_omp(
+            codes = solve_with_cache(
                 rows[problem.target_rows.to(rows.device)],
                 rows[problem.atom_rows.to(rows.device)],
                 self.k,

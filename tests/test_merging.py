@@ -61,13 +61,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def solves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of targets of every solve that is run."""
     counted: list[int] = []
-    original = tasks.solve_omp
+    original = tasks.solve_with_cache
 
     def counting(targets: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         counted.append(len(targets))
         return original(targets, *args, **kwargs)
 
-    monkeypatch.setattr(tasks, "solve_omp", counting)
+    monkeypatch.setattr(tasks, "solve_with_cache", counting)
     return counted
 
 
