@@ -19,6 +19,9 @@ ZERO = 8 * ROUNDING
 DEPENDENT = 1e-5
 """An atom of which only this share lies outside the support's span is in that span."""
 
+CANCELLED = 0.2
+"""Where less than this share of an atom is left after Gram-Schmidt, it is repeated."""
+
 TIE = 1e-12
 """Scores in float64 that differ by less than this share of the larger are equal; the lowest index is taken."""
 
@@ -68,17 +71,17 @@ class Pursuit:
         """Add the atom ``choice`` (B,) to the targets where ``go`` (B,) holds; says where it was independent."""
         here = torch.arange(len(choice), device=choice.device)
         width = int(self.size.max())
-        atom = self.atoms[choice]
-        rest, shadow = self._orthogonalise(atom, width)
-        length, whole = rest.norm(dim=1), atom.norm(dim=1)
+        rest, shadow = self._orthogonalise(choice, width)
+        length, whole = rest.norm(dim=1), self.atom_norms[choice]
         go = go & ~self.done & (length > DEPENDENT * whole)
         at, slot = here[go], self.size[go]
 
         share = 1 / length[go]
         direction = rest[go] * share[:, None]
         weight = (direction * self.residual[go]).sum(1)
-        column = torch.zeros(len(at), self.k, dtype=atom.dtype, device=atom.device)
-        column[:, :width] = -torch.bmm(self._inverse[go, :width, :width], shadow[go, :, None]).squeeze(2)
+        column = torch.zeros_like(self.path[:, 0])
+        column[:, :width] = -torch.bmm(self._inverse[:, :width, :width], shadow[:, :, None]).squeeze(2)
+        column = column[go]
         column[torch.arange(len(at), device=at.device), slot] = 1
         column *= share[:, None]
 
@@ -92,13 +95,13 @@ class Pursuit:
         self._finish()
         return go
 
-    def _orthogonalise(self, atom: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    def _orthogonalise(self, choice: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The part (B, d) of each atom outside its target's basis, and its coordinates (B, width) in the basis."""
-        seen = self.basis[:, :width]
+        atom, seen = self.atoms[choice], self.basis[:, :width]
         shadow = torch.bmm(seen, atom[:, :, None])
         rest = atom - torch.bmm(shadow.transpose(1, 2), seen).squeeze(1)
         # Gram-Schmidt loses digits where most of the atom cancels; a second pass there is enough (Kahan, Parlett).
-        cancelled = (rest.norm(dim=1) < 0.5 * atom.norm(dim=1)).nonzero().flatten()
+        cancelled = (rest.norm(dim=1) < CANCELLED * self.atom_norms[choice]).nonzero().flatten()
         if len(cancelled):
             seen = seen[cancelled]
             again = torch.bmm(seen, rest[cancelled, :, None])

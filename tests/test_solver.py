@@ -1,0 +1,300 @@
+"""The solver against slow, obvious references, and at its edges."""
+
+import logging
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from sklearn.linear_model import orthogonal_mp
+
+import mergekit_omp.solver.device as device_module
+from mergekit_omp.errors import OmpError
+from mergekit_omp.solver import SparseCodes, solve_omp
+from mergekit_omp.solver.budget import Plan
+from mergekit_omp.solver.refit import least_squares
+
+CPU = torch.device("cpu")
+
+
+def reference_omp(target: np.ndarray, atoms: np.ndarray, k: int) -> list[int]:
+    """OMP in float64, one target at a time: add argmax |⟨r, a⟩|, refit by least squares, until r is zero."""
+    support: list[int] = []
+    residual = target
+    while len(support) < min(k, len(atoms)) and np.linalg.norm(residual) > 1e-6 * np.linalg.norm(target):
+        support.append(int(np.argmax(np.abs(atoms @ residual))))
+        coefficients = np.linalg.lstsq(atoms[support].T, target, rcond=None)[0]
+        residual = target - atoms[support].T @ coefficients
+    return support
+
+
+def random_rows(count: int, dim: int, seed: int, common: float = 0.0) -> torch.Tensor:
+    """Gaussian rows of different lengths; with ``common`` they share a direction, as embeddings do."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = 0.5 + 2 * torch.rand(count, 1, generator=draw)
+    return lengths * (torch.randn(count, dim, generator=draw) + common * torch.randn(dim, generator=draw))
+
+
+def embedding(folder: Path) -> torch.Tensor:
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            if "model.embed_tokens.weight" in weights.keys():  # noqa: SIM118
+                return weights.get_tensor("model.embed_tokens.weight")
+    raise AssertionError(f"no embedding in {folder}")
+
+
+def supports(codes: SparseCodes) -> list[list[int]]:
+    return [[atom for atom in row if atom >= 0] for row in codes.indices.tolist()]
+
+
+@pytest.fixture(params=["scan", "gram"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to look at all atoms, whatever the shape would choose."""
+    force(monkeypatch, request.param == "gram")
+    return request.param
+
+
+def force(monkeypatch: pytest.MonkeyPatch, use_gram: bool, chunk: int = 64) -> None:
+    monkeypatch.setattr(device_module, "plan", lambda *_: Plan(use_gram, chunk))
+
+
+@pytest.mark.parametrize("common", [0.0, 2.0], ids=["isotropic", "common-direction"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_supports_are_those_of_a_float64_reference(path: str, common: float, dtype: torch.dtype) -> None:
+    atoms, targets = random_rows(3000, 96, 0, common).to(dtype), random_rows(40, 96, 1, common).to(dtype)
+    codes = solve_omp(targets, atoms, 24)
+    expected = [reference_omp(x, atoms.double().numpy(), 24) for x in targets.double().numpy()]
+    assert supports(codes) == expected
+
+
+def test_same_as_scikit_learn(path: str) -> None:
+    """sklearn selects in the same way on unit atoms, and its coefficients are the same least-squares solution."""
+    atoms = torch.nn.functional.normalize(random_rows(400, 48, 2))
+    targets = random_rows(30, 48, 3)
+    codes = solve_omp(targets, atoms, 12)
+    expected = orthogonal_mp(atoms.double().numpy().T, targets.double().numpy().T, n_nonzero_coefs=12).T
+    found = torch.zeros(30, 400).scatter_(1, codes.indices, codes.coefficients)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["smollm2_dir", "gemma3_dir"])
+def test_real_rows(model: str, path: str, request: pytest.FixtureRequest) -> None:
+    """Real embeddings share strong directions and have near-copies; the supports are still those of float64."""
+    rows = embedding(request.getfixturevalue(model))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    atoms, targets = rows[order[:6000]].float(), rows[order[6000:6008]].float()
+    codes = solve_omp(targets, atoms, 32)
+    expected = [reference_omp(x, atoms.double().numpy(), 32) for x in targets.double().numpy()]
+    assert supports(codes) == expected
+
+
+def test_normalized_atoms_are_selected_by_angle() -> None:
+    atoms = torch.tensor([[10.0, 10.0], [0.1, 0.0]])
+    target = torch.tensor([[1.0, 0.1]])
+    assert solve_omp(target, atoms, 1).indices.item() == 0
+    by_angle = solve_omp(target, atoms, 1, normalize_atoms=True)
+    assert by_angle.indices.item() == 1
+    torch.testing.assert_close(by_angle.coefficients, torch.tensor([[10.0]]))
+
+
+def test_exact_copies_and_multiples_stop_after_one_step(path: str) -> None:
+    atoms = random_rows(500, 64, 4)
+    targets = torch.stack([atoms[7], -3 * atoms[11], atoms[7] + atoms[11]])
+    codes = solve_omp(targets, atoms, 8, normalize_atoms=True)
+    assert [set(support) for support in supports(codes)][:2] == [{7}, {11}]
+    torch.testing.assert_close(codes.coefficients[:2, 0], torch.tensor([1.0, -3.0]))
+    assert (codes.indices[:2, 1:] == -1).all()
+    assert (codes.coefficients[:2, 1:] == 0).all()
+    assert (codes.relative_residuals < 1e-6).sum() >= 2
+
+
+def test_zero_rows(path: str) -> None:
+    atoms, targets = random_rows(300, 32, 5), random_rows(4, 32, 6)
+    atoms[17] = 0
+    targets[2] = 0
+    codes = solve_omp(targets, atoms, 300)
+    assert (codes.indices[2] == -1).all()
+    assert codes.relative_residuals[2] == 0
+    assert (codes.indices != 17).all()
+
+
+def test_only_zero_atoms_give_empty_codes() -> None:
+    codes = solve_omp(random_rows(3, 8, 7), torch.zeros(5, 8), 2)
+    assert (codes.indices == -1).all()
+    torch.testing.assert_close(codes.relative_residuals, torch.ones(3))
+
+
+def test_of_equal_atoms_the_first_is_used_and_never_both(path: str) -> None:
+    atoms = random_rows(400, 24, 8)
+    atoms[200:] = atoms[:200].flip(0)
+    codes = solve_omp(random_rows(20, 24, 9), atoms, 24)
+    assert int(codes.indices.max()) < 200
+    assert codes.coefficients.abs().max() < 1e3
+
+
+def test_opposite_atoms_tie_and_the_first_is_used(path: str) -> None:
+    """|⟨r, a⟩| = |⟨r, -a⟩| exactly; the second of the pair is dependent and must not follow the first."""
+    atoms = random_rows(200, 40, 10)
+    atoms = torch.cat([atoms, -atoms])
+    codes = solve_omp(random_rows(20, 40, 11), atoms, 30)
+    assert int(codes.indices.max()) < 200
+
+
+def test_more_steps_than_dimensions_end_with_a_zero_residual(path: str) -> None:
+    codes = solve_omp(random_rows(10, 16, 12), random_rows(300, 16, 13), 64)
+    assert ((codes.indices >= 0).sum(1) <= 16).all()
+    assert codes.relative_residuals.max() < 1e-5
+
+
+def test_k_above_the_number_of_atoms_uses_all_and_warns(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        codes = solve_omp(random_rows(4, 32, 14), random_rows(6, 32, 15), 10)
+    assert codes.indices.shape == (4, 6)
+    assert (codes.indices.sort(1).values == torch.arange(6)).all()
+    assert "k is 10" in caplog.text
+    assert "6 atoms" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["targets", "atoms"])
+def test_nan_and_infinity_are_named(bad: float, where: str) -> None:
+    rows = {"targets": random_rows(10, 8, 16), "atoms": random_rows(20, 8, 17)}
+    rows[where][3, 1] = rows[where][7, 2] = bad
+    with pytest.raises(OmpError, match=f"{where} of lm_head.weight hold NaN or infinity, first in rows 3, 7"):
+        solve_omp(rows["targets"], rows["atoms"], 2, name="lm_head.weight")
+
+
+def test_no_atoms_and_k_below_one_are_errors() -> None:
+    with pytest.raises(OmpError, match="no atoms"):
+        solve_omp(random_rows(2, 8, 18), torch.empty(0, 8), 2)
+    with pytest.raises(OmpError, match="k is 0"):
+        solve_omp(random_rows(2, 8, 18), random_rows(5, 8, 19), 0)
+
+
+def test_no_targets() -> None:
+    codes = solve_omp(torch.empty(0, 8), random_rows(5, 8, 20), 2)
+    assert codes.indices.shape == (0, 2)
+    assert codes.apply(torch.ones(5, 3)).shape == (0, 3)
+
+
+def test_chunks_devices_and_ways_give_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    atoms, targets = random_rows(2000, 64, 21, 2.0), random_rows(61, 64, 22, 2.0)
+    force(monkeypatch, False, 61)
+    whole = solve_omp(targets, atoms, 40)
+    for use_gram, chunk, devices in [(False, 1, [CPU]), (True, 7, [CPU]), (True, 61, [CPU] * 3), (False, 64, [CPU] * 2)]:
+        force(monkeypatch, use_gram, chunk)
+        codes = solve_omp(targets, atoms, 40, devices=devices)
+        assert torch.equal(codes.indices, whole.indices)
+        torch.testing.assert_close(codes.coefficients, whole.coefficients, rtol=1e-6, atol=1e-6)
+
+
+def test_devices_share_the_targets_and_progress_adds_up() -> None:
+    finished: list[int] = []
+    targets, atoms = random_rows(50, 32, 23), random_rows(200, 32, 24)
+    codes = solve_omp(targets, atoms, 4, devices=[CPU] * 3, progress=finished.append)
+    assert sum(finished) == 50
+    assert len(finished) >= 3
+    assert torch.equal(codes.indices, solve_omp(targets, atoms, 4).indices)
+
+
+def test_threads_of_torch_are_left_as_they_were() -> None:
+    before = torch.get_num_threads()
+    solve_omp(random_rows(50, 32, 23), random_rows(200, 32, 24), 4)
+    assert torch.get_num_threads() == before
+
+
+def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A fault that is injected: chunks of more than five targets run out of memory."""
+    targets, atoms = random_rows(40, 32, 25), random_rows(200, 32, 26)
+    expected = solve_omp(targets, atoms, 6)
+    honest = device_module.find_supports
+    sizes: list[int] = []
+
+    def short_of_memory(rows: torch.Tensor, *rest: object) -> torch.Tensor:
+        sizes.append(len(rows))
+        if len(rows) > 5:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory (injected)")
+        return honest(rows, *rest)
+
+    monkeypatch.setattr(device_module, "find_supports", short_of_memory)
+    force(monkeypatch, False, 40)
+    codes = solve_omp(targets, atoms, 6)
+    assert torch.equal(codes.indices, expected.indices)
+    assert max(sizes) == 40
+    assert "Out of memory with 40 targets at a time: going on with 20" in caplog.text
+
+
+def test_memory_stays_within_the_budget() -> None:
+    """Peak resident memory of a process of its own, above what it held before the solve."""
+    budget = 300 * 2**20
+    script = f"""
+        import resource, torch
+        from mergekit_omp.solver import solve_omp
+        draw = torch.Generator().manual_seed(0)
+        atoms, targets = torch.randn(20000, 128, generator=draw), torch.randn(400, 128, generator=draw)
+        solve_omp(targets[:8], atoms[:500], 4, memory_budget=2**24)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        solve_omp(targets, atoms, 16, memory_budget={budget})
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    """
+    output = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert int(output.stdout) <= 1.1 * budget
+
+
+def test_apply_is_the_weighted_sum_whatever_the_chunk() -> None:
+    atoms, targets = random_rows(100, 16, 27), random_rows(9, 16, 28)
+    codes = solve_omp(targets, atoms, 5)
+    rows = random_rows(100, 24, 29).bfloat16()
+    dense = torch.zeros(9, 100).scatter_(1, codes.indices, codes.coefficients)
+    combined = codes.apply(rows)
+    assert combined.dtype == torch.float32
+    torch.testing.assert_close(combined, dense @ rows.float())
+    torch.testing.assert_close(codes.apply(rows, chunk_bytes=1), combined)
+
+
+def test_relative_residual_is_that_of_the_combination() -> None:
+    atoms, targets = random_rows(500, 64, 30), random_rows(9, 64, 31)
+    codes = solve_omp(targets, atoms, 10)
+    error = (codes.apply(atoms) - targets).norm(dim=1) / targets.norm(dim=1)
+    torch.testing.assert_close(codes.relative_residuals, error, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(1, 120),
+    dim=st.integers(1, 40),
+    k=st.integers(1, 48),
+    seed=st.integers(0, 10_000),
+    common=st.sampled_from([0.0, 3.0]),
+)
+def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, common: float) -> None:
+    """At most k distinct atoms; the residual is orthogonal to them; more atoms never make it larger."""
+    atoms, targets = random_rows(count, dim, seed, common), random_rows(7, dim, seed + 1, common)
+    codes = solve_omp(targets, atoms, k)
+    last, zero = torch.full((7,), torch.inf, dtype=torch.float64), 1e-12 * targets.norm(dim=1)
+    for row in supports(codes):
+        assert len(set(row)) == len(row) <= min(k, count, dim)
+    for size in range(codes.indices.shape[1] + 1):
+        _, residual = least_squares(targets, atoms, codes.indices[:, :size])
+        assert (residual.norm(dim=1) <= last + zero).all()
+        last = residual.norm(dim=1)
+    chosen = atoms[codes.indices.clamp(min=0)].double() * (codes.indices >= 0)[:, :, None]
+    inner = torch.einsum("bkd,bd->bk", torch.nn.functional.normalize(chosen, dim=2), residual)
+    assert (inner.abs().amax(1) <= 1e-7 * targets.norm(dim=1)).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), use_gram=st.booleans())
+def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, use_gram: bool) -> None:
+    atoms, targets = random_rows(300, 32, seed, 1.0), random_rows(20, 32, seed + 1, 1.0)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
+    with pytest.MonkeyPatch.context() as patch:
+        force(patch, use_gram, chunk)
+        shuffled = solve_omp(targets, atoms[order], 12)
+    assert torch.equal(order[shuffled.indices], solve_omp(targets, atoms, 12).indices)
