@@ -16,6 +16,7 @@ from mergekit.io.tasks import GatherTensors
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 from pydantic import BaseModel
 
+from mergekit_omp.advice import advice
 from mergekit_omp.cache import solve_with_cache
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign import Problem, Solution, check_rows, lacking, pose_problem, realign
@@ -194,10 +195,12 @@ class SummarizeTransplant(Task[None]):
         return {f"solution_{index}": solve for index, solve in enumerate(solves)}
 
     def execute(self, **solutions: Solution) -> None:
-        """Log one line a model, the tokens that nothing gives a row, and one line for the solves."""
+        """Log one line a model, what its user should know, and one line for the solves."""
         for each, overridden in self._one_input_a_model():
             LOG.info("%s", describe_match(each.match))
             _warn_of_orphans(each, overridden)
+            for sentence in advice(each.match.output, each.model):
+                LOG.warning("%s", sentence)
         LOG.info(
             "%d solves: %s; %.1f s",
             len(solutions),

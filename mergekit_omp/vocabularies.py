@@ -41,7 +41,7 @@ class OutputTokenizer(BuildTokenizer):
 
 def forget() -> None:
     """Drop everything that was read: a path may hold another model in the next run."""
-    for cached in (tokenizer_of, vocabulary_of, output_vocabulary, match_of):
+    for cached in (tokenizer_of, vocabulary_of, shared_output_tokenizer, output_vocabulary, match_of):
         cached.cache_clear()
 
 
@@ -89,13 +89,19 @@ def build_output_tokenizer(output: OutputTokenizer) -> PreTrainedTokenizerBase:
 
 
 @lru_cache(maxsize=4)
+def shared_output_tokenizer(output: OutputTokenizer) -> PreTrainedTokenizerBase:
+    """The output tokenizer, shared: not to be changed."""
+    return build_output_tokenizer(output)
+
+
+@lru_cache(maxsize=4)
 def output_vocabulary(output: OutputTokenizer) -> Vocabulary:
     """The vocabulary of the output tokenizer, every id of which gets a row.
 
     In a union, a token stands for the bytes that it stands for in the vocabulary it came from: ``Ġthe`` that another
     model brings is " the", though the union's tokenizer holds it as an added token.
     """
-    vocabulary = read_vocabulary(build_output_tokenizer(output))
+    vocabulary = read_vocabulary(shared_output_tokenizer(output))
     if output.tokenizer_source != "union":
         return vocabulary
     origins = [read_vocabulary(tokenizer_of(model, output.trust_remote_code)) for model in output.donors()]

@@ -1,0 +1,49 @@
+"""What the summary tells a user about a pair of tokenizers."""
+
+from pathlib import Path
+
+import pytest
+from checkpoints import PYTHON, byte_level_tokenizer, make_model, save
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from tokenizers.processors import TemplateProcessing
+from tokenizers_for_tests import llama3
+from transformers import PreTrainedTokenizerFast
+
+from mergekit_omp.advice import advice
+from mergekit_omp.planning import output_tokenizer
+
+
+def advice_for(base: Path, donor: Path) -> list[str]:
+    config = MergeConfiguration(merge_method="omp", models=[{"model": str(base)}], tokenizer={"source": str(donor)})
+    return advice(output_tokenizer(config, MergeOptions()), ModelReference.parse(str(base)))
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return tokenizer
+
+
+@pytest.mark.parametrize("output_has", [True, False])
+def test_a_missing_bos_is_told(tmp_path: Path, output_has: bool) -> None:
+    base = with_bos(byte_level_tokenizer(size=300))
+    donor = byte_level_tokenizer(PYTHON, size=300, eos="</s>")
+    donor = with_bos(donor) if output_has else donor
+    paths = [save(tmp_path / name, make_model(t), t) for name, t in (("base", base), ("donor", donor))]
+    expected = [
+        f"{paths[0]}: it was trained with '<|endoftext|>' at the start of every text, and its own tokenizer adds it; "
+        "the output tokenizer does not, so begin prompts with '</s>' yourself."
+    ]
+    assert [s for s in advice_for(*paths) if "begin prompts" in s] == ([] if output_has else expected)
+
+
+def test_other_numerals_are_told(tmp_path: Path, smollm2_dir: Path) -> None:
+    """Llama 3 writes chunks of three digits, SmolLM2 learnt single ones."""
+    folder = tmp_path / "llama3"
+    llama3().save_pretrained(folder)
+    [told] = [s for s in advice_for(smollm2_dir, folder) if "numbers" in s]
+    assert "chunks of up to three digits from the left" in told
+    assert "single digits" in told
+    assert advice_for(smollm2_dir, smollm2_dir) == []
