@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_omp.solver.gram import DIRECTIONS
-from mergekit_omp.solver.speculate import POOL, RESCORED, STEPS
+from mergekit_omp.solver.speculate import POOL, RESCORED, STEPS, SUSPECTS
 
 SHARE_OF_FREE = 0.5
 """What a solve takes of the memory that is free on a device, unless the caller sets a budget."""
@@ -64,10 +64,10 @@ def _bytes_per_target(atoms: int, dim: int, k: int, itemsize: int, use_gram: boo
     """The most that is alive at a time for one target, counted generously."""
     state = 4 * (3 * k * dim + 5 * k * k + 6 * dim)  # the pursuit, and the copy when finished targets are dropped
     scores = atoms * (3 * itemsize + 1)
-    rescored = 8 * 256 * dim
+    rescored = 4 * SUSPECTS * dim
     refit = 8 * (2 * k * dim + 3 * k * k)
     if not use_gram:
         return scores + max(state + rescored, refit)
-    pool = POOL * (k * 16 + 4 * DIRECTIONS + 4 * RESCORED) + 4 * POOL // 2 * dim
+    pool = POOL * (k * 16 + 4 * DIRECTIONS + 4 * RESCORED)
     trial = 4 * STEPS * (6 * dim + 2 * k) + 8 * k * dim
     return 2 * scores + max(state + rescored + pool + trial, refit)

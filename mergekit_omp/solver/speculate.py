@@ -12,11 +12,14 @@ from mergekit_omp.solver.gram import Gram
 from mergekit_omp.solver.pursuit import ZERO, Pursuit, decide
 from mergekit_omp.solver.screen import Screen, largest, score_exactly
 
-POOL = 512
+POOL = 384
 """Atoms that the pursuit may choose from before it has to look at all of them again."""
 
-STEPS = 16
+STEPS = 12
 """Steps before all atoms are looked at again; more of them outlive the pool."""
+
+SUSPECTS = 256
+"""Atoms that are rescored at all steps; where there are more, the steps are given up."""
 
 RESCORED = 4
 """Atoms of the pool that are rescored in float32 at each step."""
@@ -134,7 +137,7 @@ def _suspects(
     level = (scale * sure).masked_fill(~trial.valid, 1).amin(1) - rounding
 
     ceiling = screen.ceiling(peaks, reach.amax(1))
-    values, suspects = largest(ceiling, min(POOL // 2, ceiling.shape[1]))
+    values, suspects = largest(ceiling, min(SUSPECTS, ceiling.shape[1]))
     possible = values.float() * (1 + 1.5 * screen.spacing) >= level[:, None]
     certain = ~possible[:, -1] if len(screen.norms) > values.shape[1] else torch.ones_like(possible[:, -1])
     most = max(1, int(possible[certain].sum(1).max())) if bool(certain.any()) else 1
