@@ -1,0 +1,97 @@
+"""The regression initializer on small problems whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.initializers import RowRegression, piece_rows, pieces_of_anchors
+from mergekit_omp.solver import solve_omp
+
+N, B = 200, 20
+
+
+class Problem:
+    """Anchors and targets, the anchors in the first rows of the base; truth is linear in donor rows and pieces."""
+
+    def __init__(self, noise: float = 0.0, size: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        donor = draw(N + B, 8)
+        self.anchors, self.targets = donor[:N], donor[N:]
+        spare = draw(50, 6)  # rows of the base that serve as pieces
+        split = torch.randint(0, 50, (N + B, 3), generator=generator)
+        parts = (spare[split].mean(dim=1), spare[split[:, 0]], spare[split[:, 2]])
+        rows = donor @ draw(8, 6) + sum(part @ draw(6, 6) for part in parts) + 0.5 + noise * draw(N + B, 6)
+        self.base = torch.cat([rows[:N], spare]) * size
+        self.truth = rows[N:] * size
+        pieces = (split + N).tolist()
+        self.anchor_pieces, self.target_pieces = pieces[:N], pieces[N:]
+        self.codes = solve_omp(self.targets, self.anchors, k=4)
+
+    def fit(self, ridge: float = 0.01) -> RowRegression:
+        return RowRegression.fit(self.anchors, self.base, torch.arange(N), self.anchor_pieces, ridge)
+
+    def predict(self, ridge: float = 0.01, correction: float = 0.5) -> torch.Tensor:
+        return self.fit(ridge).predict(self.targets, self.target_pieces, self.codes, correction)
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.5, 1.0])
+def test_rows_that_are_linear_in_the_features_are_found(correction: float) -> None:
+    """The anchors leave nothing to correct, so that the share of the correction does not matter."""
+    problem = Problem()
+    found = problem.predict(ridge=1e-7, correction=correction)
+    torch.testing.assert_close(found, problem.truth, atol=1e-2, rtol=1e-2)
+
+
+def test_the_regression_is_ridge_regression() -> None:
+    """scikit-learn's Ridge on the same features, with the documented regularisation."""
+    problem = Problem(noise=0.5)
+    fitted = problem.fit(ridge=0.01)
+    known = fitted.features(problem.anchors, problem.anchor_pieces).numpy()
+    reference = Ridge(alpha=0.01 * float(np.mean(np.sum(known**2, axis=0))), fit_intercept=False)
+    reference.fit(known, problem.base[:N].numpy())
+    expected = reference.predict(fitted.features(problem.targets, problem.target_pieces).numpy())
+    np.testing.assert_allclose(problem.predict(ridge=0.01, correction=0.0).numpy(), expected, atol=1e-4)
+
+
+def test_a_full_correction_gives_a_copy_of_an_anchor_its_row() -> None:
+    """A target that is an anchor in the donor and in its pieces, whatever the regression says of it."""
+    problem = Problem(noise=1.0)
+    problem.targets, problem.target_pieces = problem.anchors[:3], problem.anchor_pieces[:3]
+    problem.codes = solve_omp(problem.targets, problem.anchors, k=1, normalize_atoms=True)
+    torch.testing.assert_close(problem.predict(correction=1.0), problem.base[:3], atol=1e-4, rtol=1e-4)
+
+
+def test_the_correction_is_linear_in_its_share() -> None:
+    problem = Problem(noise=1.0)
+    none, half, full = (problem.predict(correction=share) for share in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(half, (none + full) / 2, atol=1e-4, rtol=1e-4)
+    assert (full - none).abs().max() > 0.1
+
+
+def test_the_scale_of_the_base_does_not_matter() -> None:
+    """Base rows three times as large give rows three times as large."""
+    torch.testing.assert_close(Problem(0.5, size=3.0).predict(), 3 * Problem(0.5).predict(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_ridge_of_nothing_is_refused() -> None:
+    with pytest.raises(OmpError, match="The ridge is 0"):
+        Problem().fit(ridge=0)
+
+
+def test_piece_rows_are_mean_first_and_last() -> None:
+    base = torch.arange(8.0).reshape(4, 2)
+    mean, first, last = piece_rows([[1, 2, 3], [], [0]], base, fallback=torch.tensor([9.0, 9.0]))
+    assert mean.tolist() == [[4, 5], [9, 9], [0, 1]]
+    assert first.tolist() == [[2, 3], [9, 9], [0, 1]]
+    assert last.tolist() == [[6, 7], [9, 9], [0, 1]]
+
+
+def test_anchors_are_split_without_themselves() -> None:
+    rows_of = {b"abc": 0, b"ab": 1, b"a": 2, b"c": 3, b"b": 4}
+    assert pieces_of_anchors([b"abc", b"ab", b"a", b"abcab", b"cx"], rows_of) == [[1, 3], [2, 4], [], [0, 1], []]
