@@ -37,29 +37,38 @@ def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         OmpError: where ``out_path`` holds something already, cannot be written, or is being written by another run.
     """
-    final = Path(os.path.abspath(out_path))
+    final = Path(os.path.realpath(out_path))
     _check_free(final)
-    staging = final.with_name(final.name + UNFINISHED)
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OmpError(
-            f"{out_path}: the output folder cannot be made ({error.strerror}); name another one."
-        ) from error
-    lock = FileLock(staging / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise OmpError(f"{out_path} is being written by another run; wait for it or name another folder.") from error
-    try:
+    with _locked(final.with_name(final.name + UNFINISHED), final) as staging:
         folder = staging / final.name  # mergekit takes the model card's title from the folder's name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         yield folder
-        _publish(folder, final)
+        _check_free(final)
+        if final.exists():
+            final.rmdir()
+        os.rename(folder, final)
+
+
+@contextmanager
+def _locked(staging: Path, final: Path) -> Iterator[Path]:
+    """The staging folder, for one run at a time, and gone afterwards."""
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(staging / "lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OmpError(f"{final} is being written by another run; wait for it or name another folder.") from error
+    except OSError as error:
+        raise OmpError(f"{final}: the output folder cannot be made ({error.strerror}); name another one.") from error
+    try:
+        if not os.path.exists(lock.lock_file):  # the run that held it has just ended, and has removed it
+            raise OmpError(f"{final} was being written by another run until now; look at it or name another folder.")
+        yield staging
     finally:
-        lock.release()
+        # While the lock is held, so that no other run is in there.
         shutil.rmtree(staging, ignore_errors=True)
+        lock.release()
 
 
 def _check_free(final: Path) -> None:
@@ -67,21 +76,14 @@ def _check_free(final: Path) -> None:
         return
     if not final.is_dir():
         raise OmpError(f"{final} is a file; name a folder that is new or empty.")
-    present = sorted(path.name for path in final.iterdir() if not path.name.startswith("."))
+    if os.path.ismount(final):
+        raise OmpError(f"{final} is a mount point, which a folder cannot replace; name a folder in it.")
+    present = sorted(path.name for path in final.iterdir())
     if present:
         raise OmpError(
             f"{final} is not empty (it has {', '.join(present[:3])}{', …' if len(present) > 3 else ''}), "
             "and nothing is replaced unasked; name a new folder or empty that one."
         )
-
-
-def _publish(folder: Path, final: Path) -> None:
-    if not final.exists():
-        os.rename(folder, final)
-        return
-    # An empty folder, or one with dotfiles such as .git; config.json comes last, since without it nothing is a model.
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-        os.rename(path, final / path.name)
 
 
 def finish_output(folder: Path, config: MergeConfiguration, output: OutputTokenizer, options: MergeOptions) -> None:
@@ -103,7 +105,16 @@ def finish_output(folder: Path, config: MergeConfiguration, output: OutputTokeni
     ids.set_roles(generation)
     generation["eos_token_id"] = _stop_ids(output, generation["eos_token_id"])
     _write_json(folder / "generation_config.json", generation)
+    if not options.trust_remote_code:
+        _forget_code(folder / "tokenizer_config.json")
     ensure_read_as_written(folder)
+
+
+def _forget_code(path: Path) -> None:
+    """Remove the name of a tokenizer class that came with the donor: its code was neither run nor copied."""
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if settings.pop("auto_map", None):
+        _write_json(path, settings)
 
 
 class TokenIds:

@@ -6,6 +6,7 @@ and ``run_merge``. Recipes whose ``merge_method`` is not ours go through the wra
 
 import inspect
 import logging
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -129,7 +130,8 @@ def _plan_to_disk(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> 
 
     realigned = [task.gather_tensors for _, task in planner._tensors]
     realigned = tuple(task for task in realigned if isinstance(task, RealignVocabulary))
-    return [*tasks, SummarizeTransplant(realigned=realigned)]
+    out_path = inspect.signature(wrapped).bind(*args, **kwargs).arguments["out_path"]
+    return [*tasks, SummarizeTransplant(realigned=realigned, out_path=out_path)]
 
 
 def connect_later_methods() -> None:
@@ -151,7 +153,9 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     from mergekit_omp.failures import told
     from mergekit_omp.output import finish_output, staged
     from mergekit_omp.recipe import check_inputs, check_recipe
+    from mergekit_omp.record import complete_record
 
+    started = time.perf_counter()
     LOG.setLevel(logging.ERROR if options.quiet else logging.INFO)
     connect_later_methods()
     vocabularies.forget()
@@ -162,4 +166,5 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
         call.arguments["out_path"] = str(folder)
         result = wrapped(*call.args, **call.kwargs)
         finish_output(folder, config, output, options)
+        complete_record(folder, config, output, options, time.perf_counter() - started)
     return result

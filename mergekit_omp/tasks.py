@@ -6,6 +6,7 @@ of a donor with tied embeddings share one solve, and so do all inputs of one voc
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mergekit_omp.advice import advice
 from mergekit_omp.cache import solve_with_cache
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign import Problem, Solution, check_rows, lacking, pose_problem, realign
+from mergekit_omp.record import begin_record
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, vocabulary_of
 from mergekit_omp.vocabulary.canonical import Vocabulary
 from mergekit_omp.vocabulary.matching import VocabularyMatch
@@ -185,9 +187,10 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
 
 
 class SummarizeTransplant(Task[None]):
-    """Log what the whole transplant did, once every solve is done."""
+    """Tell what the whole transplant did, once every solve is done."""
 
     realigned: tuple[RealignVocabulary, ...]
+    out_path: str
 
     def arguments(self) -> dict[str, Task]:
         """Every distinct solve."""
@@ -195,7 +198,10 @@ class SummarizeTransplant(Task[None]):
         return {f"solution_{index}": solve for index, solve in enumerate(solves)}
 
     def execute(self, **solutions: Solution) -> None:
-        """Log one line a model, what its user should know, and one line for the solves."""
+        """Log one line a model, what its user should know, and one line for the solves; begin the record."""
+        begin_record(
+            Path(self.out_path), self.realigned, {self.arguments()[name]: each for name, each in solutions.items()}
+        )
         for each, overridden in self._one_input_a_model():
             LOG.info("%s", describe_match(each.match))
             _warn_of_orphans(each, overridden)
