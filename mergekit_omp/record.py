@@ -25,7 +25,7 @@ from mergekit_omp.architecture import vocabulary_role
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation import builtin_texts
 from mergekit_omp.realign import Solution, lacking
-from mergekit_omp.samples import choose_samples, with_neighbours
+from mergekit_omp.samples import choose_samples, readable, with_neighbours
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of, vocabulary_of
 from mergekit_omp.vocabulary.matching import VocabularyMatch
 from mergekit_omp.vocabulary.numerals import numeral_scheme
@@ -199,7 +199,7 @@ def _describe_solve(solve: "SolveCodes", solution: Solution) -> dict[str, Any]:
             "never": int((used == 0).sum()),
             "counts": _histogram(used.sort(descending=True).values.tolist()),
             "most_used": [
-                {"token": tokens[int(problem.atom_ids[atom])].text, "count": int(used[atom])} for atom in order
+                {"token": readable(tokens[int(problem.atom_ids[atom])]), "count": int(used[atom])} for atom in order
             ],
         },
         "samples": choose_samples(solution, output_vocabulary(solve.base.output)),

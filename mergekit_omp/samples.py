@@ -11,12 +11,13 @@ from mergekit.options import MergeOptions
 from mergekit_omp.architecture import VocabularyRole, open_donor
 from mergekit_omp.realign import Solution
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary
-from mergekit_omp.vocabulary.canonical import TokenKind, Vocabulary
+from mergekit_omp.vocabulary.canonical import Token, TokenKind, Vocabulary
 
 SAMPLES = 12
 NEIGHBOURS = 5
 ANCHORS_SHOWN = 6
 _ROWS_AT_A_TIME = 2**14
+_VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 def choose_samples(solution: Solution, vocabulary: Vocabulary) -> list[dict[str, Any]]:
@@ -31,7 +32,7 @@ def choose_samples(solution: Solution, vocabulary: Vocabulary) -> list[dict[str,
         largest = codes.coefficients[index].abs().argsort(descending=True)[:ANCHORS_SHOWN].tolist()
         anchors = [
             {
-                "token": vocabulary.tokens[int(solution.problem.atom_ids[codes.indices[index, slot]])].text,
+                "token": readable(vocabulary.tokens[int(solution.problem.atom_ids[codes.indices[index, slot]])]),
                 "coefficient": round(float(codes.coefficients[index, slot]), 4),
             }
             for slot in largest
@@ -40,7 +41,7 @@ def choose_samples(solution: Solution, vocabulary: Vocabulary) -> list[dict[str,
         samples.append(
             {
                 "id": target_ids[index],
-                "token": vocabulary.tokens[target_ids[index]].text,
+                "token": readable(vocabulary.tokens[target_ids[index]]),
                 "residual": round(float(codes.relative_residuals[index]), 4),
                 "anchors": anchors,
             }
@@ -80,6 +81,15 @@ def with_neighbours(
     ]
 
 
+def readable(token: Token) -> str:
+    """A token as a reader sees it: its text with visible spaces and line ends; its bytes where they are no text."""
+    try:
+        text = token.data.decode()
+    except UnicodeDecodeError:
+        return f"<{token.data.hex(' ').upper()}>"
+    return "".join(_VISIBLE.get(character, character) for character in text)
+
+
 def _is_word(vocabulary: Vocabulary, id_: int) -> bool:
     token = vocabulary.tokens[id_]
     text = token.data.decode(errors="replace").strip()
@@ -105,4 +115,4 @@ def _nearest(
 
 def _named(found: list[tuple[int, float]], own_id: int, vocabulary: Vocabulary) -> list[dict[str, Any]]:
     others = [(id_, cosine) for id_, cosine in found if id_ != own_id][:NEIGHBOURS]
-    return [{"token": vocabulary.tokens[id_].text, "cosine": round(cosine, 3)} for id_, cosine in others]
+    return [{"token": readable(vocabulary.tokens[id_]), "cosine": round(cosine, 3)} for id_, cosine in others]

@@ -1,0 +1,234 @@
+"""The command ``mergekit-omp``: look before a merge, and look at what it did."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mergekit_omp import __version__
+
+_DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, …")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+_TRUST = click.option("--trust-remote-code", is_flag=True, help="Let models run code of their own.")
+
+
+@click.group()
+@click.version_option(__version__, prog_name="mergekit-omp")
+def main() -> None:
+    """Give a model another model's tokenizer, inside a mergekit recipe.
+
+    The transplant itself is a merge method, so a recipe with `merge_method: omp` runs with `mergekit-yaml`. These
+    commands are for before and after: `inspect` tells what a recipe would do and cost, `report` shows what it did,
+    `eval` measures how well a model reads, and `doctor` finds out why mergekit might not know the method.
+    """
+
+
+@main.command(short_help="What a recipe would do and cost, before it runs.")
+@click.argument("what", nargs=-1, required=True, metavar="RECIPE | BASE DONOR")
+@click.option("-k", default=None, type=click.IntRange(min=1), help="With BASE DONOR: the sparsity.  [default: 64]")
+@click.option("--time/--no-time", "measure", default=True, help="Estimate how long the solves take (the default).")
+@_DEVICE
+@_TRUST
+@_JSON
+def inspect(
+    what: tuple[str, ...], k: int | None, measure: bool, device: str, trust_remote_code: bool, as_json: bool
+) -> None:
+    """Tell what a recipe would do, without doing it.
+
+    Name a recipe's file, or a base model and a donor of its new tokenizer. Nothing is written, and of models on the
+    hub only tokenizers and configs are downloaded. You see which tokens keep their row, which are new, how special
+    tokens pair, what is known to suffer, and how much time, memory and disk a run takes.
+
+    \b
+    mergekit-omp inspect recipe.yml
+    mergekit-omp inspect google/gemma-3-270m HuggingFaceTB/SmolLM2-135M
+    """
+    _quiet()
+    from mergekit.options import MergeOptions
+
+    from mergekit_omp.inspection import describe, inspect_recipe
+
+    config = _load_recipe(what, k)
+    _check_device(device)
+    options = MergeOptions(device=device, trust_remote_code=trust_remote_code)
+    found = inspect_recipe(config, options, measure=measure)
+    click.echo(_as_json(found) if as_json else describe(found))
+
+
+@main.command(short_help="What a transplant did, as text and as a page with pictures.")
+@click.argument("out", type=click.Path())
+@click.option(
+    "--html", "page_path", type=click.Path(), help="Where to write the page.  [default: OUT/omp_report.html]"
+)
+@_JSON
+def report(out: str, page_path: str | None, as_json: bool) -> None:
+    """Show what a transplant did.
+
+    OUT is the folder of a model made with `merge_method: omp`. A summary is printed, and a page with pictures is
+    written: how well new tokens are approximated, by which anchors, and what is near them now. It is one file that
+    needs nothing else, so it can be sent around.
+    """
+    from mergekit_omp.record import read_record
+
+    record = read_record(out)
+    if as_json:
+        click.echo(_as_json(record))
+        return
+    from mergekit_omp.report import page, summary
+
+    click.echo(summary(record))
+    target = Path(page_path) if page_path else Path(out) / "omp_report.html"
+    text = page(record, Path(out).resolve().name)
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise click.ClickException(
+            f"{target} cannot be written ({error.strerror}); name another with --html."
+        ) from error
+    click.echo(f"\nPage with pictures: {target}")
+
+
+@main.command(name="eval", short_help="How well models read: bits and tokens per byte, agreement.")
+@click.argument("models", nargs=-1, required=True)
+@click.option("--base", help="The model to compare greedy continuations with.  [default: the first of MODELS]")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="A text file; may be repeated.",
+)
+@click.option(
+    "--suite",
+    type=click.Choice(["held_out", "tuning"]),
+    default="held_out",
+    show_default=True,
+    help="The built-in texts to read where no --text is given.",
+)
+@_DEVICE
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the models compute in.",
+)
+@_TRUST
+@_JSON
+def evaluate(
+    models: tuple[str, ...],
+    base: str | None,
+    texts: tuple[str, ...],
+    suite: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Measure how well MODELS read: bits per byte, tokens per byte, agreement.
+
+    Bits and tokens are counted by bytes of the text, so that models with different tokenizers compare; lower is
+    better. Agreement is how often a model's most likely next bytes are those of the base.
+
+    \b
+    mergekit-omp eval google/gemma-3-270m ./transplanted
+    """
+    _quiet()
+    import torch
+
+    from mergekit_omp.evaluation import builtin_texts, evaluate, format_scores
+
+    _check_device(device)
+    chosen = {Path(path).stem: _read_text(path) for path in texts} if texts else builtin_texts(suite)
+    scores = evaluate(
+        models,
+        chosen,
+        base=base,
+        device=device,
+        dtype=getattr(torch, dtype),
+        progress=not as_json,
+        trust_remote_code=trust_remote_code,
+    )
+    click.echo(_as_json([score.as_dict() for score in scores]) if as_json else format_scores(scores))
+
+
+@main.command(short_help="Whether mergekit knows the methods; versions and devices.")
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Check that mergekit knows the merge methods, and tell versions and devices.
+
+    The exit status is 1 where something stands in the way.
+    """
+    from mergekit_omp.diagnosis import diagnose
+
+    checks = diagnose()
+    if as_json:
+        click.echo(_as_json([{"ok": check.ok, "text": check.text} for check in checks]))
+    else:
+        for check in checks:
+            click.echo(f"{'ok     ' if check.ok else 'PROBLEM'}  {check.text}")
+    if not all(check.ok for check in checks):
+        raise SystemExit(1)
+
+
+def _load_recipe(what: tuple[str, ...], k: int | None) -> Any:
+    """The configuration of a recipe's file, or of the recipe that two models stand for."""
+    import yaml
+    from mergekit.config import MergeConfiguration
+
+    from mergekit_omp import register
+    from mergekit_omp.errors import OmpError
+    from mergekit_omp.methods import is_ours
+
+    register()
+    if len(what) == 2:
+        base, donor = what
+        return MergeConfiguration.model_validate(
+            {
+                "merge_method": "omp",
+                "models": [{"model": base}],
+                "tokenizer": {"source": donor},
+                **({"parameters": {"k": k}} if k else {}),
+            }
+        )
+    if len(what) > 2 or k is not None:
+        raise click.UsageError("Name one recipe, whose own k counts, or a base model and a donor.")
+    try:
+        recipe = yaml.safe_load(_read_text(what[0]))
+    except yaml.YAMLError as error:
+        raise OmpError(f"{what[0]} is no YAML: {' '.join(str(error).split())}.") from error
+    method = recipe.get("merge_method") if isinstance(recipe, dict) else None
+    if not isinstance(method, str) or not is_ours(method):
+        raise OmpError(
+            f"{what[0]}: merge_method is {method!r}; there is something to inspect where it is omp or omp_<method>."
+        )
+    return MergeConfiguration.model_validate(recipe)
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise click.ClickException(f"{path} cannot be read ({reason}); name a text file.") from error
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise click.ClickException(f"--device: {device} cannot be used here ({reason}); try cpu.") from error
+
+
+def _quiet() -> None:
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
