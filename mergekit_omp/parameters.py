@@ -19,6 +19,9 @@ class OmpParameters(BaseModel, frozen=True):
     normalize_atoms: StrictBool = Field(
         default=False, description="Choose anchors by the cosine with the residual instead of the inner product."
     )
+    magikarp: StrictBool = Field(
+        default=False, description="Leave under-trained tokens aside: they are neither anchors nor approximated."
+    )
     new_vocab_noise: Annotated[FiniteFloat, Field(ge=0)] = Field(
         default=0.0, description="Standard deviation of Gaussian noise added to approximated rows."
     )

@@ -7,9 +7,11 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import PermutedVocabulary
 
 from mergekit_omp.architecture import donor_weight, vocabulary_role
+from mergekit_omp.overrides import asks_to_approximate
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign import pose_problem
 from mergekit_omp.tasks import MatchVocabulary, RealignedInput, RealignVocabulary, SolveCodes
+from mergekit_omp.undertrained import find_trained_rows
 from mergekit_omp.vocabularies import OutputTokenizer, vocabulary_of
 
 
@@ -25,12 +27,14 @@ def models_in_order(config: MergeConfiguration) -> tuple[ModelReference, ...]:
 def output_tokenizer(config: MergeConfiguration, options: MergeOptions) -> OutputTokenizer:
     """The task that builds the recipe's output tokenizer."""
     section = config.tokenizer
+    overrides = (section and section.tokens) or {}
     return OutputTokenizer(
         base_model=config.base_model,
         referenced_models=models_in_order(config),
         tokenizer_source=section.source if section else config.tokenizer_source,
         trust_remote_code=options.trust_remote_code,
-        add_tokens=tuple((section and section.tokens) or ()),
+        add_tokens=tuple(overrides),
+        approximated=tuple(token for token, override in overrides.items() if asks_to_approximate(override)),
     )
 
 
@@ -72,10 +76,13 @@ def _plan_solves(
     """One solve for every donor that has tokens which neither the model nor an earlier donor has."""
     base = MatchVocabulary(output=output, model=_first_with_vocabulary_of(model, output))
     donors = [MatchVocabulary(output=output, model=donor) for donor in output.donors()]
+    base_trained = find_trained_rows(model, options) if parameters.magikarp else None
     solves = []
     for count, donor in enumerate(output.donors(), start=1):
         *earlier, match = (each.execute() for each in donors[:count])
-        if not len(pose_problem(base.execute(), match, earlier).target_ids):
+        lacks = len(pose_problem(base.execute(), match, earlier).target_ids) > 0
+        # Which tokens are under-trained is known once the tensors are loaded; a model teaches itself nothing.
+        if not lacks and (not parameters.magikarp or donor == model):
             continue
         weight, axis = donor_weight(donor, vocabulary_role(tensor), options)
         solves.append(
@@ -84,6 +91,8 @@ def _plan_solves(
                 vocabulary_axis=axis,
                 base=base,
                 donors=tuple(donors[:count]),
+                base_trained=base_trained,
+                donor_trained=find_trained_rows(donor, options) if parameters.magikarp else None,
                 k=parameters.k,
                 normalize_atoms=parameters.normalize_atoms,
                 quiet=options.quiet,

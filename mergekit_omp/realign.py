@@ -17,13 +17,22 @@ NOISE_SEED = 0
 class Problem:
     """What is to be solved for one donor: its tokens that a model lacks, in terms of those that both have.
 
-    Shapes: B targets, N atoms; all int64.
+    Shapes: B targets, N atoms, U under-trained; all int64.
     """
 
     target_ids: torch.Tensor  # [B] output ids
     target_rows: torch.Tensor  # [B] rows of the donor
     atom_ids: torch.Tensor  # [N] output ids
     atom_rows: torch.Tensor  # [N] rows of the donor
+    untrained_ids: torch.Tensor  # [U] output ids that the model lacks and the donor has not learnt
+
+
+@dataclass(frozen=True)
+class TrainedRows:
+    """Which rows belong to well-trained tokens: bool [R] of the model, and of the donor."""
+
+    base: torch.Tensor
+    donor: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -38,21 +47,48 @@ class Solution:
 _LACKING = torch.tensor([MatchReason.MISSING, MatchReason.MISSING_SPECIAL], dtype=torch.int8)
 
 
-def pose_problem(base: VocabularyMatch, donor: VocabularyMatch, earlier: Sequence[VocabularyMatch] = ()) -> Problem:
+def pose_problem(
+    base: VocabularyMatch,
+    donor: VocabularyMatch,
+    earlier: Sequence[VocabularyMatch] = (),
+    trained: TrainedRows | None = None,
+) -> Problem:
     """Find what ``base`` lacks, ``donor`` has and no ``earlier`` donor has, and the anchors of both.
 
     Args:
         base: match of the model that is realigned against the output vocabulary.
         donor: match of the donor against the same vocabulary.
         earlier: matches of the donors that take precedence.
+        trained: which rows are well trained; None takes all for it. Text that the model has not learnt but the donor
+            has is a target; what the donor has not learnt is neither an atom nor a target.
     """
-    wanted = lacking(base)
+    lacked = lacking(base)
+    untrained = torch.zeros(len(donor.rows), dtype=torch.bool)
+    atoms_of_donor = donor.atoms()
+    if trained is not None:
+        base = base.without((_untrained(base, trained.base) & base.is_text()).nonzero().flatten())
+        untrained = _untrained(donor, trained.donor)
+        atoms_of_donor = donor.without(untrained.nonzero().flatten()).atoms()
+    wanted = lacking(base) & (donor.rows >= 0)
     for other in earlier:
         wanted &= other.rows < 0
-    target_ids = (wanted & (donor.rows >= 0)).nonzero().squeeze(1)
+    target_ids = (wanted & ~untrained).nonzero().squeeze(1)
     atom_ids = base.atoms()
-    atom_ids = atom_ids[torch.isin(atom_ids, donor.atoms())]
-    return Problem(target_ids, donor.rows[target_ids], atom_ids, donor.rows[atom_ids])
+    atom_ids = atom_ids[torch.isin(atom_ids, atoms_of_donor)]
+    return Problem(
+        target_ids,
+        donor.rows[target_ids],
+        atom_ids,
+        donor.rows[atom_ids],
+        untrained_ids=(wanted & untrained & lacked).nonzero().squeeze(1),
+    )
+
+
+def _untrained(match: VocabularyMatch, trained: torch.Tensor) -> torch.Tensor:
+    """Boolean [V]: the output tokens whose row of a model is under-trained."""
+    result = match.rows >= 0
+    result[result.clone()] = ~trained[match.rows[result]]
+    return result
 
 
 def lacking(match: VocabularyMatch) -> torch.Tensor:
@@ -70,6 +106,7 @@ def realign(
     *,
     parameters: OmpParameters,
     size: int,
+    free_rows: Sequence[int] = (),
     overrides: Mapping[int, torch.Tensor] | None = None,
     name: str = "the tensor",
 ) -> torch.Tensor:
@@ -85,6 +122,8 @@ def realign(
         size: rows of the result, at least V; rows beyond V, and ids without a token, get the mean of the anchors'
         rows, as
             do tokens that no donor has.
+        free_rows: the model's rows that no text ever used. Tokens that are kept free for later use, and tokens that
+            the donor has not learnt either, get their mean; the mean of the anchors' rows where there are none.
         overrides: output id to row [...], which win over everything else.
         name: what errors call the tensor.
 
@@ -100,6 +139,9 @@ def realign(
     # Padding as in mergekit, after https://nlp.stanford.edu/~johnhew/vocab-expansion.html
     result = kept_rows.float().mean(dim=0).to(weight.dtype).expand(size, *weight.shape[1:]).clone()
     result[kept.to(weight.device)] = kept_rows
+    if len(free_rows):
+        unlearnt = torch.cat([_free_ids(match), *(solution.problem.untrained_ids for solution in solutions)])
+        result[unlearnt.to(weight.device)] = weight[list(free_rows)].float().mean(dim=0).to(weight.dtype)
     for solution in solutions:
         atom_rows = weight[match.rows[solution.problem.atom_ids].to(weight.device)]
         rows = solution.codes.apply(atom_rows.flatten(start_dim=1) if weight.ndim > 1 else atom_rows.unsqueeze(1))
@@ -108,6 +150,11 @@ def realign(
     for token_id, row in (overrides or {}).items():
         result[token_id] = row.to(weight)
     return result
+
+
+def _free_ids(match: VocabularyMatch) -> torch.Tensor:
+    """The output tokens that are kept free for later use, and that the model has no row for."""
+    return ((match.reasons == MatchReason.UNUSED) & (match.rows < 0)).nonzero().squeeze(1)
 
 
 def check_rows(weight: torch.Tensor, rows: torch.Tensor, name: str) -> None:

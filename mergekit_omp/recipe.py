@@ -22,11 +22,11 @@ from mergekit_omp.architecture import hidden_size, vocabulary_size
 from mergekit_omp.checkpoint import check_weights, read_config, weight_file
 from mergekit_omp.errors import OmpError
 from mergekit_omp.methods import PREFIX, TRANSPLANT, RealignedMerge, is_ours
+from mergekit_omp.overrides import asks_to_approximate, source_rows
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.planning import output_tokenizer
 from mergekit_omp.realign import lacking, pose_problem
 from mergekit_omp.schema import did_you_mean
-from mergekit_omp.tasks import override_source
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of
 
 Settings = Mapping[str, ParameterSetting]
@@ -321,16 +321,28 @@ def _check_overrides(output: OutputTokenizer, config: MergeConfiguration, option
             raise OmpError("tokenizer.tokens: '' is no token; name one that has characters.")
         source = embedding.source
         model = source.model if isinstance(source, ModelTokenEmbedding) else source
+        if asks_to_approximate(embedding):
+            _check_approximated(token, output)
         if not isinstance(model, ModelReference):
             continue
         place = f"tokenizer.tokens[{token!r}].source"
         if model not in output.referenced_models:
             inputs = ", ".join(map(str, output.referenced_models))
             raise OmpError(f"{place}: {model} is not an input of the merge; its rows can come from {inputs}.")
-        _, row = override_source(_id_of(token, output), embedding, output)
-        if not 0 <= row < vocabulary_size(model, options):
-            what = getattr(source, "token", None) or getattr(source, "token_id", None) or token
+        _, rows = source_rows(_id_of(token, output), embedding, output)
+        if not rows or not all(0 <= row < vocabulary_size(model, options) for row in rows):
+            named = (getattr(source, "token", None), getattr(source, "token_id", None), token)
+            what = next(each for each in named if each is not None)
             raise OmpError(f"{place}: {model} has no token {what!r}; name one that it has.")
+
+
+def _check_approximated(token: str, output: OutputTokenizer) -> None:
+    donor = output.donors()[0]
+    if match_of(output, donor).rows[_id_of(token, output)] < 0:
+        raise OmpError(
+            f"tokenizer.tokens[{token!r}]: force without a source asks to approximate the token, but {donor} has no "
+            "row to approximate; name a source, such as {kind: zero}."
+        )
 
 
 def _check_donors(model: ModelReference, output: OutputTokenizer, overridden: Iterable[int]) -> None:

@@ -14,14 +14,17 @@ import tqdm
 from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors
-from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
+from mergekit.tokenizer.config import TokenEmbeddingConfig
 from pydantic import BaseModel
 
 from mergekit_omp.advice import advice
+from mergekit_omp.architecture import vocabulary_role
 from mergekit_omp.cache import solve_with_cache
+from mergekit_omp.overrides import override_row
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.realign import Problem, Solution, check_rows, lacking, pose_problem, realign
+from mergekit_omp.realign import Problem, Solution, TrainedRows, check_rows, lacking, pose_problem, realign
 from mergekit_omp.record import begin_record
+from mergekit_omp.undertrained import FindTrainedRows
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, vocabulary_of
 from mergekit_omp.vocabulary.canonical import Vocabulary
 from mergekit_omp.vocabulary.matching import VocabularyMatch
@@ -55,30 +58,41 @@ class SolveCodes(Task[Solution]):
     vocabulary_axis: int
     base: MatchVocabulary
     donors: tuple[MatchVocabulary, ...]  # in order of precedence; this solve is for the last of them
+    base_trained: FindTrainedRows | None  # for magikarp; of the model that is realigned, so that nothing is shared
+    donor_trained: FindTrainedRows | None
     k: int
     normalize_atoms: bool
     quiet: bool
 
     def arguments(self) -> dict[str, Task]:
-        """The donor's tensor."""
-        return {"weight": self.donor_weight}
+        """The donor's tensor, and which rows are well trained where that is asked for."""
+        trained = {"base_trained": self.base_trained, "donor_trained": self.donor_trained}
+        return {"weight": self.donor_weight, **{name: task for name, task in trained.items() if task is not None}}
 
     def uses_accelerator(self) -> bool:
         """The solve runs where mergekit does its arithmetic."""
         return True
 
-    def problem(self) -> Problem:
-        """The targets and atoms."""
+    def problem(self, trained: TrainedRows | None = None) -> Problem:
+        """The targets and atoms, as far as they are known without the rows that are well trained."""
         *earlier, donor = (match.execute() for match in self.donors)
-        return pose_problem(self.base.execute(), donor, earlier)
+        return pose_problem(self.base.execute(), donor, earlier, trained)
 
     def name(self) -> str:
         """What log lines and errors call the donor's tensor."""
         return f"{self.donor_weight.tensor} of {self.donor_weight.model}"
 
-    def execute(self, weight: torch.Tensor) -> Solution:
+    def execute(
+        self,
+        weight: torch.Tensor,
+        base_trained: torch.Tensor | None = None,
+        donor_trained: torch.Tensor | None = None,
+    ) -> Solution:
         """Solve, with a progress bar in tokens."""
-        problem = self.problem()
+        if base_trained is None or donor_trained is None:
+            problem = self.problem()
+        else:
+            problem = self.problem(TrainedRows(base_trained.cpu(), donor_trained.cpu()))
         rows = weight.movedim(self.vocabulary_axis, 0).flatten(start_dim=1)
         check_rows(rows, torch.cat([problem.target_rows, problem.atom_rows]), self.name())
         started = time.perf_counter()
@@ -149,6 +163,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             solutions,
             parameters=each.parameters,
             size=output_rows(output_vocabulary(self.output), self.pad_to_multiple_of),
+            free_rows=vocabulary_of(each.model, self.output.trust_remote_code).free_rows(len(views[each.model])),
             overrides=self._override_rows(match, views),
             name=f"{self.name} of {each.model}",
         )
@@ -173,17 +188,8 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         for token, config in self.overrides:
             id_ = ids[token]
             if config.source is not None and (config.force or match.rows[id_] < 0):
-                rows[id_] = self._override_row(id_, config, views)
+                rows[id_] = override_row(id_, config, self.output, views, vocabulary_role(self.name))
         return rows
-
-    def _override_row(
-        self, id_: int, config: TokenEmbeddingConfig, views: dict[ModelReference, torch.Tensor]
-    ) -> torch.Tensor:
-        if isinstance(config.source, ZeroEmbedding):
-            weight = next(iter(views.values()))
-            return weight.new_zeros(weight.shape[1:])
-        model, row = override_source(id_, config, self.output)
-        return views[model][row]
 
 
 class SummarizeTransplant(Task[None]):
@@ -243,17 +249,6 @@ def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None) -> int:
     """Rows that the output's embedding has: one for every id up to the highest, and padding."""
     multiple = pad_to_multiple_of or 1
     return -(-vocabulary.size // multiple) * multiple
-
-
-def override_source(id_: int, config: TokenEmbeddingConfig, output: OutputTokenizer) -> tuple[ModelReference, int]:
-    """The model and the row that an override of ``tokenizer.tokens`` names; -1 where the model lacks the token."""
-    source = config.source
-    if not isinstance(source, ModelTokenEmbedding):
-        return source, int(match_of(output, source).rows[id_])
-    if source.token_id is not None:
-        return source.model, source.token_id
-    tokens = vocabulary_of(source.model, output.trust_remote_code).tokens.values()
-    return source.model, next((token.id for token in tokens if token.text == source.token), -1)
 
 
 def describe_match(match: MatchVocabulary) -> str:

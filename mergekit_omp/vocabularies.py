@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import lru_cache
 
+import torch
 import transformers
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
@@ -23,6 +24,8 @@ class OutputTokenizer(BuildTokenizer):
     refuses some tokenizers that it would have to strip for that. The mapping here is :func:`match_of`, so that is left
     out.
     """
+
+    approximated: tuple[str, ...] = ()  # tokens that only the first donor's row counts for
 
     def execute(self, **_kwargs: object) -> TokenizerInfo:
         """The tokenizer alone; it is a new object, which mergekit may change."""
@@ -113,4 +116,9 @@ def output_vocabulary(output: OutputTokenizer) -> Vocabulary:
 @lru_cache(maxsize=32)
 def match_of(output: OutputTokenizer, model: ModelReference) -> VocabularyMatch:
     """Which row of ``model`` each token of the output vocabulary has."""
-    return match_vocabulary(output_vocabulary(output), vocabulary_of(model, output.trust_remote_code))
+    vocabulary = output_vocabulary(output)
+    match = match_vocabulary(vocabulary, vocabulary_of(model, output.trust_remote_code))
+    if not output.approximated or model == output.donors()[0]:
+        return match
+    ids = [id_ for id_, token in vocabulary.tokens.items() if token.text in output.approximated]
+    return match.without(torch.tensor(ids, dtype=torch.int64))

@@ -379,8 +379,13 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         "tokenizer.tokens['<x>'].source: {other} is not an input of the merge; its rows can come from {base}.",
     ),
     "tokenizer.tokens: a token that the model lacks": (
-        lambda w: w.recipe(**w.tokens(source={"kind": "model_token", "model": str(w.base), "token": "zzz"})),
-        "tokenizer.tokens['<x>'].source: {base} has no token 'zzz'; name one that it has.",
+        lambda w: w.recipe(**w.tokens(source={"kind": "model_token", "model": str(w.base), "token": ""})),
+        "tokenizer.tokens['<x>'].source: {base} has no token ''; name one that it has.",
+    ),
+    "tokenizer.tokens: a token to approximate that no donor has": (
+        lambda w: w.recipe(**w.tokens(force=True)),
+        "tokenizer.tokens['<x>']: force without a source asks to approximate the token, but {donor} has no row to "
+        "approximate; name a source, such as {{kind: zero}}.",
     ),
     "tokenizer.tokens: an id that the model lacks": (
         lambda w: w.recipe(**w.tokens(source={"kind": "model_token", "model": str(w.base), "token_id": 9999})),

@@ -79,6 +79,10 @@ class Vocabulary:
             roles={role: id_ for role, id_ in self.roles.items() if id_ < rows},
         )
 
+    def free_rows(self, rows: int) -> list[int]:
+        """Of an embedding's first ``rows`` rows those that no text ever used: of unused tokens, and of none."""
+        return [i for i in range(rows) if i not in self.tokens or self.tokens[i].kind is TokenKind.UNUSED]
+
     def __eq__(self, other: object) -> bool:
         """Whether both have the same fingerprint."""
         return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint

@@ -48,13 +48,23 @@ class VocabularyMatch:
         counted = torch.bincount(self.reasons.long(), minlength=len(MatchReason)).tolist()
         return {reason: counted[reason] for reason in MatchReason if counted[reason]}
 
+    def is_text(self) -> torch.Tensor:
+        """Boolean [V]: the output ids that are text and have a row."""
+        return torch.isin(self.reasons, torch.tensor(TEXT_REASONS, dtype=torch.int8))
+
+    def without(self, ids: torch.Tensor) -> "VocabularyMatch":
+        """The match as if the model had no token for these output ids: int64 [I]."""
+        rows, reasons = self.rows.clone(), self.reasons.clone()
+        rows[ids], reasons[ids] = -1, int(MatchReason.MISSING)
+        return VocabularyMatch(rows, reasons)
+
     def atoms(self) -> torch.Tensor:
         """The output ids that serve as atoms: int64 [A], ascending, one for each row of the model.
 
         Special and unused tokens are no atoms, since what they embed is not text. Of several output tokens that stand
         for one row the best match counts: same string, then same bytes, then byte token, then the smallest id.
         """
-        ids = torch.nonzero(torch.isin(self.reasons, torch.tensor(TEXT_REASONS, dtype=torch.int8))).flatten()
+        ids = torch.nonzero(self.is_text()).flatten()
         best_first = ids[torch.argsort(self.reasons[ids], stable=True)]
         seen: dict[int, int] = {}
         for id_, row in zip(best_first.tolist(), self.rows[best_first].tolist(), strict=True):

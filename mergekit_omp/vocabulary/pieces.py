@@ -47,12 +47,13 @@ def pieces(
     return split
 
 
-def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> Encoder:
+def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, *, special: bool = False) -> Encoder:
     """An encoder of texts as they are in the middle of a text: no special tokens, no added space, no stripping.
 
     Args:
         tokenizer: left as it is.
         vocabulary: its vocabulary.
+        special: whether special tokens that stand in a text are read as such, instead of as ordinary characters.
 
     Returns:
         A function from texts to lists of ids. For a tokenizer without a ``tokenizers`` backend it finds no ids.
@@ -63,11 +64,13 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> 
     encoder = Tokenizer(backend.model)
     encoder.normalizer, encoder.pre_tokenizer = _without_added_space(backend)
     added = tokenizer.added_tokens_decoder
-    ordinary = {
-        token.content: id_ for id_, token in added.items() if vocabulary.tokens[id_].kind is TokenKind.ORDINARY
+    cut_out = {
+        token.content: id_
+        for id_, token in added.items()
+        if id_ in vocabulary.tokens and (special or vocabulary.tokens[id_].kind is TokenKind.ORDINARY)
     }
-    encoder.add_tokens([added[id_] for id_ in ordinary.values()])
-    own_id = {encoder.token_to_id(content): id_ for content, id_ in ordinary.items()}
+    encoder.add_tokens([added[id_] for id_ in cut_out.values()])
+    own_id = {encoder.token_to_id(content): id_ for content, id_ in cut_out.items()}
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
