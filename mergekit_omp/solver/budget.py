@@ -15,6 +15,10 @@ LARGEST_CHUNK = {"cpu": 64, "cuda": 2048}
 """Targets at a time: on a CPU more would leave its cache, on a GPU fewer would leave it idle."""
 
 
+LARGE_SCAN = 40_000_000
+"""Numbers N d from which a trial on a pool costs less than the scans that it saves (measured on a CPU)."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is held on one device: the Gram matrix or not, and the targets in one chunk."""
@@ -52,8 +56,8 @@ def plan(
     fixed = atoms * dim * (4 + itemsize)
     gram = atoms * (atoms + DIRECTIONS) * itemsize + atoms * dim * itemsize + atoms * DIRECTIONS * 4
     least = 8 * lanes * _bytes_per_target(atoms, dim, k, itemsize, True)
-    # The matrix costs N² d products, a scan at each step B k N d; with many steps a look at s rows costs as much as d.
-    pays = 2 * targets * k > atoms and dim >= max(1024, 4 * k) and k > 2 * STEPS
+    # The matrix costs N² d products, and a scan at each step costs B k N d.
+    pays = 2 * targets * k > atoms and atoms * dim >= LARGE_SCAN and k > 2 * STEPS and dim >= 4 * k
     use_gram = pays and fixed + gram + least <= budget
     room = budget - fixed - (gram if use_gram else 0)
     chunk = room // (lanes * _bytes_per_target(atoms, dim, k, itemsize, use_gram))

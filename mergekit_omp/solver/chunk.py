@@ -12,6 +12,9 @@ from mergekit_omp.solver.speculate import POOL, speculate
 SETTLED = 4
 """Steps after which scores change slowly enough for a pool to last."""
 
+WORTHWHILE = 2.0
+"""Steps that a trial has to give, on average, for another one."""
+
 
 def find_supports(targets: Tensor, screen: Screen, gram: Gram | None, k: int) -> Tensor:
     """Support int64 (B, k) of each target (B, d), in the order of selection, -1 where the slot is unused."""
@@ -23,7 +26,10 @@ def find_supports(targets: Tensor, screen: Screen, gram: Gram | None, k: int) ->
         origin, size = pursuit.residual.clone(), pursuit.size.clone()
         estimates, order = step(pursuit, screen, POOL if speculative else FIRST)
         if speculative and not pursuit.done.all():
-            speculate(pursuit, screen, gram, origin, size, estimates, order)
+            taken = speculate(pursuit, screen, gram, origin, size, estimates, order)
+            # Where scores are too close for the bound, trials prove nothing; near the end they are short anyway.
+            if taken < WORTHWHILE:
+                gram = None
         if pursuit.done.any():
             supports[rows[pursuit.done]] = pursuit.support[pursuit.done]
             rows, pursuit = rows[~pursuit.done], pursuit.view(~pursuit.done)

@@ -39,7 +39,7 @@ class _Trial:
 
 def speculate(
     pursuit: Pursuit, screen: Screen, gram: Gram, origin: Tensor, size: Tensor, estimates: Tensor, pool: Tensor
-) -> None:
+) -> float:
     """Take up to :data:`STEPS` steps, of which every one that stays is the one that a look at all atoms gives.
 
     Args:
@@ -50,11 +50,15 @@ def speculate(
         size: int64 (B,), the support's size there; at most the present one.
         estimates: (B, N), the screen's scores of ``origin``.
         pool: int64 (B, M), atoms with high scores there.
+
+    Returns:
+        The mean number of steps taken.
     """
     # In ascending order, the pool's places in a row of the table are read in the order of memory.
     trial = _pursue_pool(pursuit, gram, origin, size, estimates, pool.sort(dim=1).values)
     suspects, certain = _suspects(pursuit, screen, gram, trial, origin, size, estimates)
     _correct(pursuit, trial, suspects, certain)
+    return float((pursuit.size - trial.start).float().mean())
 
 
 def _pursue_pool(

@@ -1,0 +1,295 @@
+"""The solver side by side with other implementations of OMP, and how its time grows.
+
+``python -m benchmarks.solver`` writes benchmarks/solver.md; with ``--growth benchmarks/growth.png`` it draws the
+curves instead. Needs the ``test`` extra and matplotlib; orthogonal-matching-pursuit-gpu is measured if installed.
+Every measurement is a process of its own, so that its peak memory is its own.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "examples"))
+
+GRID_ATOMS = 8_000
+SECONDS = 6.0
+"""What batch_omp may take for one row of the table, about; the number of its targets follows."""
+
+HEAD = """# The solver against other implementations
+
+Written by `python -m benchmarks.solver` on {machine}.
+
+SmolLM2 (d = 576) and Gemma-3-270M (d = 640) are real embedding rows, split at random into atoms and targets.
+*Synthetic* rows have the shape of larger models: Gaussian with a spectrum that decays as 1/√i, and a common direction,
+rounded to bfloat16 as checkpoints are. All are scaled down so that one run takes a quarter of an hour: {atoms:,} atoms
+(a real pair has 40,000 to 130,000), and for each method as many targets as its column says. Times are per target, and
+the set-up of each method (copies, Gram matrix) is in them.
+
+- *ratio*: time per target of `batch_omp` over that of the row.
+- *peak*: resident memory above what the process held with the data loaded.
+- *same support*: share of the targets (those solved by both) whose set of atoms is `batch_omp`'s.
+- *residual*: mean ‖x - x̂‖ / ‖x‖ of the same targets; `batch_omp`'s in the first line.
+- `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan: the limit of any method that scans
+  all atoms at each step. Below it is what speculation with the Gram matrix gains.
+
+`batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`, batches of up to 512). `omp-gpu` is
+`orthogonal-matching-pursuit-gpu` {omp_gpu}. `sklearn` is `sklearn.linear_model.orthogonal_mp_gram`.
+
+CUDA rows: unmeasured; there was no GPU at hand. The command adds them where there is one.
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem."""
+
+    rows: str  # "smollm2", "gemma3" or "synthetic"
+    dim: int
+    atoms: int
+    k: int
+    targets: int
+    device: str = "cpu"
+
+
+@dataclass
+class Result:
+    """What a method did with a case; ``indices`` (B, k) and ``coefficients`` (B, k) are on the CPU."""
+
+    seconds: float
+    peak: int
+    targets: int
+    indices: Tensor | None = None
+    residual: Tensor | None = None
+    error: str = ""
+
+
+def load(case: Case) -> tuple[Tensor, Tensor]:
+    """Atoms (N, d) and targets (B, d) in float32; more targets never change the first ones."""
+    draw = torch.Generator().manual_seed(0)
+    if case.rows == "synthetic":
+        spectrum = torch.arange(1, case.dim + 1).rsqrt()
+        common = torch.randn(case.dim, generator=draw) * spectrum
+        atoms = torch.randn(case.atoms, case.dim, generator=draw) * spectrum + common
+        targets = torch.randn(case.targets, case.dim, generator=draw) * spectrum + common
+        return atoms.bfloat16().float(), targets.bfloat16().float()
+    import real_weights
+
+    (path,) = real_weights.checkpoint(case.rows).glob("*.safetensors")
+    with safe_open(path, "pt") as weights:
+        rows = weights.get_tensor("model.embed_tokens.weight")
+    order = torch.randperm(len(rows), generator=draw)[: case.atoms + case.targets]
+    chosen = rows[order].float()
+    return chosen[: case.atoms].clone(), chosen[case.atoms :].clone()
+
+
+def ours(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
+    """This package."""
+    from mergekit_omp.solver import solve_omp
+
+    return solve_omp(targets, atoms, k).indices
+
+
+def batch_omp(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
+    """mergekit's."""
+    from mergekit.tokensurgeon.omp import batch_omp as solve
+
+    return torch.cat([solve(batch, atoms, k)[0] for batch in targets.split(512)])
+
+
+def sklearn(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
+    """scikit-learn's, with the Gram matrix."""
+    from sklearn.linear_model import orthogonal_mp_gram
+
+    gram, inner = (atoms @ atoms.T).numpy(), (atoms @ targets.T).numpy()
+    return _dense_to_indices(torch.from_numpy(orthogonal_mp_gram(gram, inner, n_nonzero_coefs=k)).T, k)
+
+
+def omp_gpu(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
+    """orthogonal-matching-pursuit-gpu."""
+    from orthogonal_matching_pursuit_gpu import run_omp
+
+    return _dense_to_indices(run_omp(atoms.T.contiguous(), targets, k, normalize=False, fit_intercept=False), k)
+
+
+def gemms(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
+    """k plain products, and nothing else."""
+    from mergekit_omp.solver.device import _screening_dtype
+
+    dtype = _screening_dtype(atoms.device)
+    left, right = targets.to(dtype), atoms.to(dtype)
+    for _ in range(k):
+        left @ right.T
+    return torch.empty(0)
+
+
+def _dense_to_indices(coefficients: Tensor, k: int) -> Tensor:
+    return torch.as_tensor(coefficients).abs().topk(k, dim=1).indices.cpu()
+
+
+METHODS: dict[str, Callable[[Tensor, Tensor, int], Tensor]] = {
+    "batch_omp": batch_omp,
+    "ours": ours,
+    "k GEMMs": gemms,
+    "omp-gpu": omp_gpu,
+    "sklearn": sklearn,
+}
+
+
+def measure(method: str, case: Case) -> Result:
+    """Run one method in this process."""
+    from mergekit_omp.solver.refit import refit
+
+    atoms, targets = (rows.to(case.device) for rows in load(case))
+    on_gpu = case.device != "cpu"
+    METHODS[method](atoms[:64], targets[:2], 2)  # imports, and what a library sets up once
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    start = time.perf_counter()
+    try:
+        indices = METHODS[method](atoms, targets, case.k)
+    except Exception as error:
+        return Result(0, 0, 0, error=f"{type(error).__name__}: {error}".splitlines()[0][:90])
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    after = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = Result(seconds, after - before, len(targets))
+    if indices.numel():
+        result.indices = indices.cpu()
+        few = targets[:512]
+        parts = [
+            refit(x, atoms, i)[1] for x, i in zip(few.split(16), indices[:512].to(few.device).split(16), strict=True)
+        ]
+        result.residual = torch.cat(parts).cpu()
+    return result
+
+
+def apart(method: str, case: Case) -> Result:
+    """Run one method in a process of its own."""
+    print(f"{method}: {case}", file=sys.stderr, flush=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "safetensors"])
+    with context.Pool(1) as pool:
+        result = pool.apply(measure, (method, case))
+    print(f"  {result.seconds:.2f} s {result.error}", file=sys.stderr, flush=True)
+    return result
+
+
+def cases(device: str) -> list[Case]:
+    """The grid, and one pair in full."""
+    grid = [
+        Case(rows, dim, GRID_ATOMS, k, 0, device)
+        for rows, dim in [("smollm2", 576), ("gemma3", 640), ("synthetic", 2048), ("synthetic", 4096)]
+        for k in (8, 64, 256)
+    ]
+    full = Case("smollm2", 576, 39_237, 64, 0, device)
+    return [*grid, full, replace(full, rows="synthetic", dim=4096, atoms=20_000)]
+
+
+def table(device: str) -> list[str]:
+    """All rows for one device."""
+    lines = [
+        "| rows | d | atoms | k | method | targets | ms per target | targets/s | ratio | peak MiB | same support "
+        "| residual |",
+        "|" + 12 * "---|",
+    ]
+    for case in cases(device):
+        per_target = 2 * case.k * case.dim * case.atoms / (40e9 if device == "cpu" else 20e12)
+        few = int(min(512, max(32, SECONDS / per_target)))
+        counts = {"batch_omp": few, "ours": 2 * few, "k GEMMs": few, "omp-gpu": min(few, 64), "sklearn": min(few, 8)}
+        reference = None
+        for method, count in counts.items():
+            result = apart(method, replace(case, targets=count))
+            reference = reference or result
+            lines.append(_row(case, method, result, reference))
+    return lines
+
+
+def _row(case: Case, method: str, result: Result, reference: Result) -> str:
+    head = f"| {case.rows} | {case.dim} | {case.atoms:,} | {case.k} | {method}"
+    if result.error:
+        return f"{head} | did not run: {result.error} | | | | | | |"
+    each = result.seconds / result.targets
+    ratio = reference.seconds / reference.targets / each
+    same, residual = "", ""
+    if result.indices is not None and reference.indices is not None:
+        shared = min(result.targets, reference.targets, 512)
+        equal = result.indices[:shared].sort(1).values == reference.indices[:shared].sort(1).values
+        same = f"{100 * equal.all(1).float().mean():.1f} %"
+        residual = f"{result.residual[:shared].mean():.6f}"
+    bold = "**" if method == "ours" else ""
+    return (
+        f"{head} | {result.targets} | {1000 * each:.2f} | {1 / each:.0f} | {bold}{ratio:.1f}×{bold} "
+        f"| {result.peak / 2**20:,.0f} | {same} | {residual} |"
+    )
+
+
+def growth(path: Path, device: str) -> None:
+    """Time against targets, atoms, d and k, one of them at a time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    base = Case("synthetic", 1024, 4000, 32, 128, device)
+    axes_of = {
+        "targets": [64, 128, 256, 512],
+        "atoms": [1000, 2000, 4000, 8000, 16000],
+        "dim": [256, 512, 1024, 2048, 4096],
+        "k": [8, 16, 32, 64, 128],
+    }
+    names = {"targets": "targets", "atoms": "atoms", "dim": "dimensions d", "k": "sparsity k"}
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    for panel, (field, values) in zip(panels, axes_of.items(), strict=True):
+        seconds = [apart("ours", replace(base, **{field: value})).seconds for value in values]
+        panel.loglog(values, seconds, "o-", label="measured")
+        panel.loglog(values, [seconds[0] * value / values[0] for value in values], "--", color="grey", label="linear")
+        panel.set_xlabel(names[field])
+        panel.set_xticks(values, [str(value) for value in values])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds")
+    panels[0].legend()
+    shape = f"{base.targets} targets, {base.atoms:,} atoms, d = {base.dim}, k = {base.k}"
+    figure.suptitle(f"solve_omp on {device}: {shape}; one of them varied")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--growth", type=Path, help="draw the growth curves into this file, and no table")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    if options.growth:
+        growth(options.growth, options.device)
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        omp_gpu_version = version("orthogonal-matching-pursuit-gpu")
+    except PackageNotFoundError:
+        omp_gpu_version = "(not installed)"
+    machine = f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    lines = table("cpu")
+    if options.device != "cpu":
+        machine += f", {torch.cuda.get_device_name()}"
+        lines += ["", f"On {options.device}:", "", *table(options.device)]
+    text = HEAD.format(machine=machine, atoms=GRID_ATOMS, omp_gpu=omp_gpu_version)
+    (HERE / "solver.md").write_text(text + "\n" + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
