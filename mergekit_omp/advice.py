@@ -23,8 +23,8 @@ def _bos_warning(output: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase
         return None
     bos = repr(output.bos_token) if output.bos_token else "a token of that role"
     return (
-        f"it was trained with {model.bos_token!r} at the start of every text, and its own tokenizer adds it; the output "
-        f"tokenizer does not, so begin prompts with {bos} yourself."
+        f"it was trained with {model.bos_token!r} at the start of every text, and its own tokenizer adds it; "
+        f"the output tokenizer does not, so begin prompts with {bos} yourself."
     )
 
 

@@ -1,8 +1,16 @@
 """The recipe parameters that ``omp`` and every ``omp_<method>`` add to the inner method's own."""
 
+from enum import Enum
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, FiniteFloat, StrictBool
+
+
+class Reconstruction(str, Enum):
+    """How the codes of a token become its row."""
+
+    REGRESSION = "regression"  # from the donor's row and the model's own pieces of the token, corrected by the codes
+    COMBINATION = "combination"  # the codes' combination of the model's rows: the paper's, and mergekit-tokensurgeon's
 
 
 class OmpParameters(BaseModel, frozen=True):
@@ -18,6 +26,11 @@ class OmpParameters(BaseModel, frozen=True):
     )
     normalize_atoms: StrictBool = Field(
         default=False, description="Choose anchors by the cosine with the residual instead of the inner product."
+    )
+    reconstruction: Reconstruction = Field(
+        default=Reconstruction.REGRESSION,
+        description="How codes become rows: `regression` also uses the donor's row and the model's own pieces of the "
+        "token; `combination` is the paper's Σ cᵢ bᵢ, as mergekit-tokensurgeon has it.",
     )
     magikarp: StrictBool = Field(
         default=False, description="Leave under-trained tokens aside: they are neither anchors nor approximated."

@@ -103,37 +103,31 @@ def realign(
     weight: torch.Tensor,
     match: VocabularyMatch,
     solutions: Sequence[Solution],
+    new_rows: Sequence[torch.Tensor],
     *,
     parameters: OmpParameters,
     size: int,
     free_rows: Sequence[int] = (),
     overrides: Mapping[int, torch.Tensor] | None = None,
-    name: str = "the tensor",
 ) -> torch.Tensor:
     """Give one tensor of a model the rows of the output vocabulary.
 
     Args:
         weight: [R, ...] floating point, vocabulary axis first; borrowed. Rows of anchors are copied bit for bit, the
-        rest is
-            computed in float32.
+            rest is computed in float32.
         match: which of the R rows each of the V output tokens has.
-        solutions: codes for tokens that the model lacks.
+        solutions: for tokens that the model lacks.
+        new_rows: for each solution the rows [B, ...] of its targets.
         parameters: noise and scale of approximated rows.
         size: rows of the result, at least V; rows beyond V, and ids without a token, get the mean of the anchors'
-        rows, as
-            do tokens that no donor has.
+            rows, as do tokens that no donor has.
         free_rows: the model's rows that no text ever used. Tokens that are kept free for later use, and tokens that
             the donor has not learnt either, get their mean; the mean of the anchors' rows where there are none.
         overrides: output id to row [...], which win over everything else.
-        name: what errors call the tensor.
 
     Returns:
         [size, ...] of the weight's dtype, on its device.
-
-    Raises:
-        OmpError: where the weight is not floating point, has too few rows, or holds a NaN or an infinity.
     """
-    check_rows(weight, match.rows, name)
     kept = (match.rows >= 0).nonzero().squeeze(1)
     kept_rows = weight[match.rows[kept].to(weight.device)]
     # Padding as in mergekit, after https://nlp.stanford.edu/~johnhew/vocab-expansion.html
@@ -142,9 +136,7 @@ def realign(
     if len(free_rows):
         unlearnt = torch.cat([_free_ids(match), *(solution.problem.untrained_ids for solution in solutions)])
         result[unlearnt.to(weight.device)] = weight[list(free_rows)].float().mean(dim=0).to(weight.dtype)
-    for solution in solutions:
-        atom_rows = weight[match.rows[solution.problem.atom_ids].to(weight.device)]
-        rows = solution.codes.apply(atom_rows.flatten(start_dim=1) if weight.ndim > 1 else atom_rows.unsqueeze(1))
+    for solution, rows in zip(solutions, new_rows, strict=True):
         rows = _with_noise(rows, parameters.new_vocab_noise) * parameters.new_vocab_scale
         result[solution.problem.target_ids.to(weight.device)] = rows.reshape(-1, *weight.shape[1:]).to(weight.dtype)
     for token_id, row in (overrides or {}).items():

@@ -21,11 +21,12 @@ from mergekit_omp.advice import advice
 from mergekit_omp.architecture import vocabulary_role
 from mergekit_omp.cache import solve_with_cache
 from mergekit_omp.overrides import override_row
-from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.parameters import OmpParameters, Reconstruction
 from mergekit_omp.realign import Problem, Solution, TrainedRows, check_rows, lacking, pose_problem, realign
+from mergekit_omp.reconstruction import Evidence, reconstruct, split_tokens
 from mergekit_omp.record import begin_record
 from mergekit_omp.undertrained import FindTrainedRows
-from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, vocabulary_of
+from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of, vocabulary_of
 from mergekit_omp.vocabulary.canonical import Vocabulary
 from mergekit_omp.vocabulary.matching import VocabularyMatch
 
@@ -110,6 +111,31 @@ class SolveCodes(Task[Solution]):
         return Solution(problem, codes, time.perf_counter() - started)
 
 
+class FindEvidence(Task[Evidence]):
+    """Put together what the rows of a solve's targets are made from."""
+
+    solve: SolveCodes
+    reconstruction: Reconstruction
+
+    def arguments(self) -> dict[str, Task]:
+        """The codes, and the donor's tensor where it is needed again."""
+        donor = {"donor": self.solve.donor_weight} if self.reconstruction is Reconstruction.REGRESSION else {}
+        return {"solution": self.solve, **donor}
+
+    def execute(self, solution: Solution, donor: torch.Tensor | None = None) -> Evidence:
+        """The evidence; for the regression, tokens are split as the model's own tokenizer does."""
+        if donor is None:
+            return Evidence(solution)
+        output, model = self.solve.base.output, self.solve.base.model
+        pieces = split_tokens(
+            solution.problem,
+            output_vocabulary(output),
+            vocabulary_of(model, output.trust_remote_code),
+            tokenizer_of(model, output.trust_remote_code),
+        )
+        return Evidence(solution, donor.movedim(self.solve.vocabulary_axis, 0), pieces)
+
+
 class RealignedInput(BaseModel, frozen=True):
     """How one input of a vocabulary tensor is realigned."""
 
@@ -117,6 +143,10 @@ class RealignedInput(BaseModel, frozen=True):
     match: MatchVocabulary
     solves: tuple[SolveCodes, ...]
     parameters: OmpParameters
+
+    def evidence(self) -> list[FindEvidence]:
+        """The evidence of each solve."""
+        return [FindEvidence(solve=each, reconstruction=self.parameters.reconstruction) for each in self.solves]
 
 
 class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
@@ -131,41 +161,46 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
     name: str
 
     def arguments(self) -> dict[str, Task]:
-        """The loaded inputs and the solves of each."""
-        solves = {f"solution_{i}_{j}": s for i, each in enumerate(self.inputs) for j, s in enumerate(each.solves)}
-        return {"tensors": self.gather_tensors, **solves}
+        """The loaded inputs and the evidence for each."""
+        found = {f"evidence_{i}_{j}": e for i, each in enumerate(self.inputs) for j, e in enumerate(each.evidence())}
+        return {"tensors": self.gather_tensors, **found}
+
+    def uses_accelerator(self) -> bool:
+        """Rows are reconstructed where mergekit does its arithmetic."""
+        return True
 
     def group_label(self) -> str | None:
         """The label of the loaded tensors, so that they are read shard by shard."""
         return self.gather_tensors.group_label()
 
     def execute(
-        self, tensors: dict[ModelReference, torch.Tensor], **solutions: Solution
+        self, tensors: dict[ModelReference, torch.Tensor], **evidence: Evidence
     ) -> dict[ModelReference, torch.Tensor]:
         """Realign every input that has the tensor (optional ones may not)."""
         views = {model: tensor.movedim(self.vocabulary_axis, 0) for model, tensor in tensors.items()}
         return {
             each.model: self._realign(
-                each, views, [solutions[f"solution_{i}_{j}"] for j in range(len(each.solves))]
+                each, views, [evidence[f"evidence_{i}_{j}"] for j in range(len(each.solves))]
             ).movedim(0, self.vocabulary_axis)
             for i, each in enumerate(self.inputs)
             if each.model in views
         }
 
     def _realign(
-        self, each: RealignedInput, views: dict[ModelReference, torch.Tensor], solutions: list[Solution]
+        self, each: RealignedInput, views: dict[ModelReference, torch.Tensor], evidence: list[Evidence]
     ) -> torch.Tensor:
         started = time.perf_counter()
-        match = each.match.execute()
+        match, solutions = each.match.execute(), [found.solution for found in evidence]
+        check_rows(views[each.model], match.rows, f"{self.name} of {each.model}")
         result = realign(
             views[each.model],
             match,
             solutions,
+            [reconstruct(found, views[each.model], match) for found in evidence],
             parameters=each.parameters,
             size=output_rows(output_vocabulary(self.output), self.pad_to_multiple_of),
             free_rows=vocabulary_of(each.model, self.output.trust_remote_code).free_rows(len(views[each.model])),
             overrides=self._override_rows(match, views),
-            name=f"{self.name} of {each.model}",
         )
         LOG.info(
             "%s of %s: %d rows from %d; %d kept, %s; %.1f s",

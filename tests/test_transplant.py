@@ -12,12 +12,17 @@ from checkpoints import (
     byte_level_tokenizer,
     make_model,
     merge,
+    run,
     run_recipe,
     save,
     sentencepiece_tokenizer,
     tensors_of,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from mergekit_omp.realign import lacking
+from mergekit_omp.vocabulary.canonical import read_vocabulary
+from mergekit_omp.vocabulary.matching import match_vocabulary
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -29,7 +34,7 @@ def recipe(base: Path, donor: Path | str, **more: object) -> dict:
         "merge_method": "omp",
         "models": [{"model": str(base)}],
         "tokenizer": {"source": str(donor)},
-        "parameters": {"k": K},
+        "parameters": {"k": K, "reconstruction": "combination"},
         "dtype": "float32",
         **more,
     }
@@ -294,7 +299,7 @@ def test_nan_in_a_tensor(tmp_path: Path, which: str, tensor: str) -> None:
 
 
 def test_noise_and_scale_change_new_rows_alone(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    merge(recipe(*pair), tmp_path / "plain")
+    merge(recipe(*pair, parameters={"k": K}), tmp_path / "plain")
     merge(recipe(*pair, parameters={"k": K, "new_vocab_scale": 0.5}), tmp_path / "scaled")
     merge(recipe(*pair, parameters={"k": K, "new_vocab_noise": 0.1}), tmp_path / "noisy")
     plain, scaled, noisy = (tensors_of(tmp_path / name)[EMBED] for name in ("plain", "scaled", "noisy"))
@@ -316,3 +321,17 @@ def test_tokenizer_of_a_body_that_transformers_forces_a_class_on(tmp_path: Path)
         loaded = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trust)
         assert loaded.tokenize(text) == donor_tokenizer.tokenize(text)
         assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_regression_is_the_default_and_leaves_anchors_alone(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """New rows are predicted from donor row, pieces and codes; the paper's combination stays one word away."""
+    base, donor = pair
+    default = run(recipe(base, donor, parameters={"k": K}), tmp_path / "default")
+    named = run(recipe(base, donor, parameters={"k": K, "reconstruction": "regression"}), tmp_path / "named")
+    combined = run(recipe(base, donor), tmp_path / "combined")
+    match = match_vocabulary(*(read_vocabulary(AutoTokenizer.from_pretrained(path)) for path in (donor, base)))
+    new = lacking(match)
+    for name in (EMBED, HEAD):
+        assert torch.equal(default[name], named[name])
+        assert torch.equal(default[name][~new], combined[name][~new])
+        assert not torch.isclose(default[name][new], combined[name][new]).all(dim=1).any()
