@@ -15,7 +15,7 @@ the base would make of them without the token itself.
 Letters in shapes: B targets, N anchors, R rows of the base, d donor's width, D base's width, F = d + 3 D + 1 features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,7 +31,8 @@ CORRECTION = 0.5
 """Share of OMP's correction. About 0.3 predicts held-out anchors' rows best; 0.5 gives the text fewer bits."""
 
 
-_TARGETS_AT_A_TIME = 4096
+_TOKENS_AT_A_TIME = 4096
+"""Features are several times as wide as rows, so that those of a whole vocabulary would be many times its size."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,20 @@ class RowRegression:
         """
         if ridge <= 0:
             raise OmpError(f"The ridge is {ridge}, but the regression needs a number above 0: write 0.01.")
-        rows = base[base_ids].float()  # [N, D]
+        rows = base[base_ids].to(torch.float32, copy=True)  # [N, D]
         norm = anchors.float().norm(dim=1).mean().item()
         scale = norm / rows.norm(dim=1).mean().item()
         empty = cls(base, rows[:0], rows[:0], rows.mean(dim=0), scale, norm)
-        known = empty.features(anchors, pieces)  # [N, F]
-        weights = _ridge_regression(known, rows, ridge)
-        return replace(empty, weights=weights, surprise=rows - known @ weights)
+        gram = right = 0.0  # φᵀφ [F, F] and φᵀb [F, D], summed in float64
+        for part in _parts(len(rows)):
+            known = empty.features(anchors[part], pieces[part])
+            gram = gram + (known.T @ known).double()
+            right = right + (known.T @ rows[part]).double()
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        weights = torch.linalg.solve(gram, right).float()
+        for part in _parts(len(rows)):
+            rows[part] -= empty.features(anchors[part], pieces[part]) @ weights
+        return replace(empty, weights=weights, surprise=rows)
 
     def predict(
         self, targets: Tensor, pieces: Sequence[Sequence[int]], codes: SparseCodes, correction: float = CORRECTION
@@ -100,8 +108,7 @@ class RowRegression:
             float32 [B, D].
         """
         rows = codes.apply(self.surprise) * correction
-        for start in range(0, len(targets), _TARGETS_AT_A_TIME):
-            part = slice(start, start + _TARGETS_AT_A_TIME)
+        for part in _parts(len(targets)):
             rows[part] += self.features(targets[part], pieces[part]) @ self.weights
         return rows
 
@@ -158,8 +165,6 @@ def _split(token: bytes, rows_of: Mapping[bytes, int], longest: int) -> list[int
     return rows
 
 
-def _ridge_regression(known: Tensor, wanted: Tensor, ridge: float) -> Tensor:
-    """(φᵀφ + λI)⁻¹ φᵀb in float64, with λ = ``ridge`` times the mean diagonal of φᵀφ."""
-    gram = (known.T @ known).double()
-    gram.diagonal().add_(ridge * gram.diagonal().mean())
-    return torch.linalg.solve(gram, (known.T @ wanted).double()).float()
+def _parts(count: int) -> Iterator[slice]:
+    for start in range(0, count, _TOKENS_AT_A_TIME):
+        yield slice(start, start + _TOKENS_AT_A_TIME)
