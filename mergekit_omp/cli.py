@@ -69,9 +69,9 @@ def report(out: str, page_path: str | None, as_json: bool) -> None:
     written: how well new tokens are approximated, by which anchors, and what is near them now. It is one file that
     needs nothing else, so it can be sent around.
     """
-    from mergekit_omp.record import read_record
+    from mergekit_omp.record import read_complete_record
 
-    record = read_record(out)
+    record = read_complete_record(out)
     if as_json:
         click.echo(_as_json(record))
         return

@@ -234,10 +234,10 @@ def _timed(solve: Solve, device: str | None) -> Solve:
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(atoms + _PROBE_TARGETS, solve.dim, generator=generator).to(device)
     targets = min(_PROBE_TARGETS, solve.targets)
-    for _ in range(2):  # the first also warms up
-        begun = time.perf_counter()
-        solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k)
-        seconds = time.perf_counter() - begun
+    solve_omp(rows[atoms : atoms + 1], rows[:atoms], solve.k)  # to warm up
+    begun = time.perf_counter()
+    solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k)
+    seconds = time.perf_counter() - begun
     scale = solve.matrices * solve.targets / targets * solve.atoms / atoms
     return Solve(**asdict(solve) | {"seconds": seconds * scale})
 

@@ -5,11 +5,12 @@ their codes are at hand, and completed when the model is written.
 """
 
 import datetime
+import functools
 import json
 import logging
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,20 @@ MOST_USED = 30
 PACKAGES = ("mergekit-omp", "mergekit", "torch", "transformers", "tokenizers", "safetensors")
 
 
+def never_fatal(step: Callable[..., None]) -> Callable[..., None]:
+    """Log what goes wrong in a step, and no more: an account of a model must not cost the model."""
+
+    @functools.wraps(step)
+    def attempt(*args: Any, **kwargs: Any) -> None:
+        try:
+            step(*args, **kwargs)
+        except Exception:
+            LOG.warning("The model is not affected, but the record of how it was made is incomplete", exc_info=True)
+
+    return attempt
+
+
+@never_fatal
 def begin_record(
     folder: Path, realigned: Sequence["RealignVocabulary"], solutions: Mapping["SolveCodes", Solution]
 ) -> None:
@@ -65,38 +80,33 @@ def begin_record(
     write_record(folder, record)
 
 
+@never_fatal
 def complete_record(
     folder: Path, config: MergeConfiguration, output: OutputTokenizer, options: MergeOptions, seconds: float
 ) -> None:
-    """Add everything else to a record and, where mergekit has written one, a section to the model card.
-
-    Whatever goes wrong here is logged and no more: the model is finished.
-    """
-    try:
-        record = read_record(folder)
-        record |= {
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "merge_method": config.merge_method,
-            "tokenizer_source": str(output.tokenizer_source),
-            "tokens": len(output_vocabulary(output).tokens),
-            "models": [_describe_model(model, output) for model in _all_models(output)],
-            "texts": _measure_texts(folder, output),
-            "versions": versions(),
-            "machine": {
-                "device": str(options.device),
-                "threads": torch.get_num_threads(),
-                "system": platform.platform(),
-            },
-            "seconds": round(seconds, 2),
-            "peak_memory_bytes": peak_memory(),
-        }
-        record["samples"] = with_neighbours(record, folder, output, options)
-        write_record(folder, record)
-        card = folder / "README.md"
-        if card.exists():
-            card.write_text(card.read_text(encoding="utf-8") + "\n" + card_section(record), encoding="utf-8")
-    except Exception:
-        LOG.warning("The model is complete, but the record of how it was made is not", exc_info=True)
+    """Add everything else to a record and, where mergekit has written one, a section to the model card."""
+    record = read_record(folder)
+    record |= {
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "merge_method": config.merge_method,
+        "tokenizer_source": str(output.tokenizer_source),
+        "tokens": len(output_vocabulary(output).tokens),
+        "models": [_describe_model(model, output) for model in _all_models(output)],
+        "texts": _measure_texts(folder, output),
+        "versions": versions(),
+        "machine": {
+            "device": str(options.device),
+            "threads": torch.get_num_threads(),
+            "system": platform.platform(),
+        },
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+    record["samples"] = with_neighbours(record, folder, output, options)
+    write_record(folder, record)
+    card = folder / "README.md"
+    if card.exists():
+        card.write_text(card.read_text(encoding="utf-8") + "\n" + card_section(record), encoding="utf-8")
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -116,6 +126,20 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise OmpError(f"{path} is no JSON ({error}); make the model again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise OmpError(f"{path} is of another version of mergekit-omp; make the model again or use that version.")
+    return record
+
+
+def read_complete_record(folder: str | Path) -> dict[str, Any]:
+    """The record beside a model, where it is complete.
+
+    Raises:
+        OmpError: as :func:`read_record` does, and where what went wrong in the run has left it incomplete.
+    """
+    record = read_record(folder)
+    if "samples" not in record:
+        raise OmpError(
+            f"{Path(folder) / RECORD_FILE} is incomplete, as the log of that run tells; make the model again."
+        )
     return record
 
 

@@ -47,7 +47,10 @@ th, td { text-align: left; padding: .35rem .75rem .35rem 0; border-bottom: 1px s
 th { font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 code { font: .88em ui-monospace, monospace; background: #f1f3f5; border-radius: .25rem; padding: .05rem .3rem;
-       white-space: pre-wrap; overflow-wrap: anywhere; }
+       white-space: nowrap; }
+.samples { min-width: 52rem; }
+.samples td { width: 27%; }
+.samples td:nth-child(-n+2) { width: auto; }
 svg { max-width: 100%; height: auto; }
 .advice { border-left: 4px solid #d99a2b; padding: .5rem .9rem; background: #fdf6e8; }
 """
@@ -211,6 +214,7 @@ def _draw_residuals(record: Record) -> "Figure":
             color=LACKING,
             fontsize=9,
         )
+        axis.margins(y=0.2)
         axis.set(xlim=(0, 1), xlabel="relative residual", ylabel="tokens")
         axis.set_title(_sides(record, solve), loc="left", fontsize=10)
     return figure
@@ -288,7 +292,7 @@ def _samples(samples: Sequence[Record]) -> str:
             f"<tr><td>{_token(sample['token'])}</td><td class='number'>{sample['residual']:.3f}</td><td>{made_of}</td>"
             f"<td>{_neighbours(sample['donor_neighbours'])}</td><td>{_neighbours(sample['output_neighbours'])}</td></tr>"
         )
-    return f"<div class='scroll'><table>{''.join(rows)}</table></div>"
+    return f"<div class='scroll'><table class='samples'>{''.join(rows)}</table></div>"
 
 
 def _neighbours(found: Sequence[Record]) -> str:

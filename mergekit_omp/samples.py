@@ -17,6 +17,7 @@ SAMPLES = 12
 NEIGHBOURS = 5
 ANCHORS_SHOWN = 6
 _ROWS_AT_A_TIME = 2**14
+_LONGEST = 24
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -87,7 +88,8 @@ def readable(token: Token) -> str:
         text = token.data.decode()
     except UnicodeDecodeError:
         return f"<{token.data.hex(' ').upper()}>"
-    return "".join(_VISIBLE.get(character, character) for character in text)
+    shown = "".join(_VISIBLE.get(character, character) for character in text)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
 
 
 def _is_word(vocabulary: Vocabulary, id_: int) -> bool:
