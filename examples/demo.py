@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import subprocess
 import sys
@@ -36,26 +37,35 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
-    recipe, workplace = RECIPES / "gemma3_smollm2_tokenizer.yml", arguments.cache or real_weights.default_cache()
     if arguments.hub:
-        recipe, workplace = RECIPES / "gemma3_smollm2_tokenizer_hub.yml", Path.cwd()
+        recipe = RECIPES / "gemma3_smollm2_tokenizer_hub.yml"
     else:
-        for name in ("gemma3", "smollm2"):
-            real_weights.checkpoint(name, workplace)
-
-    transplant(recipe.resolve(), arguments.out.resolve(), workplace)
-    model = yaml.safe_load(recipe.read_text())["models"][0]["model"]
-    before = model if arguments.hub else str(workplace / model)
+        recipe = with_local_folders(RECIPES / "gemma3_smollm2_tokenizer.yml", arguments.cache)
+    transplant(recipe, arguments.out)
+    before = yaml.safe_load(recipe.read_text())["models"][0]["model"]
     show_continuations(before, str(arguments.out))
     show_scores(before, str(arguments.out))
     print(f"\nThe new model is in {arguments.out}.")
 
 
-def transplant(recipe: Path, out: Path, workplace: Path) -> None:
+def with_local_folders(recipe: Path, cache: Path | None) -> Path:
+    """Write a copy of the recipe beside the checkpoints, with their whole paths.
+
+    Of a relative path, mergekit asks the hub whether it is a model there, and fails without a connection.
+    """
+    text = recipe.read_text()
+    for name in ("gemma3", "smollm2"):
+        text = text.replace(f": {name}\n", f": {json.dumps(str(real_weights.checkpoint(name, cache).resolve()))}\n")
+    filled = (cache or real_weights.default_cache()) / recipe.name
+    filled.write_text(text)
+    return filled
+
+
+def transplant(recipe: Path, out: Path) -> None:
     """Run ``mergekit-yaml``, which finds the ``omp`` method by itself."""
     command = [str(Path(sys.executable).parent / "mergekit-yaml"), str(recipe), str(out)]
-    print(f"\n$ cd {workplace} && {' '.join(command)}", flush=True)
-    subprocess.run(command, cwd=workplace, check=True)
+    print(f"\n{recipe.read_text()}\n$ {' '.join(command)}", flush=True)
+    subprocess.run(command, check=True)
 
 
 @torch.inference_mode()
