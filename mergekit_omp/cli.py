@@ -20,7 +20,8 @@ def main() -> None:
 
     The transplant itself is a merge method, so a recipe with `merge_method: omp` runs with `mergekit-yaml`. These
     commands are for before and after: `inspect` tells what a recipe would do and cost, `report` shows what it did,
-    `eval` measures how well a model reads, and `doctor` finds out why mergekit might not know the method.
+    `tokens` which new tokens matter for a text, `eval` measures how well a model reads, and `doctor` finds out why
+    mergekit might not know the method.
     """
 
 
@@ -87,6 +88,38 @@ def report(out: str, page_path: str | None, as_json: bool) -> None:
             f"{target} cannot be written ({error.strerror}); name another with --html."
         ) from error
     click.echo(f"\nPage with pictures: {target}")
+
+
+@main.command(short_help="Which new tokens matter most for a text.")
+@click.argument("out", type=click.Path())
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="A text file; may be repeated.  [default: the built-in texts]",
+)
+@click.option("--most", type=click.IntRange(min=1), default=20, show_default=True, help="How many to print.")
+@_JSON
+def tokens(out: str, texts: tuple[str, ...], most: int, as_json: bool) -> None:
+    """Rank the approximated tokens of OUT by how often a text uses them times how badly they were approximated.
+
+    OUT is the folder of a model made with `merge_method: omp`. What ranks high is worth an override in the recipe.
+    """
+    _quiet()
+    from transformers import AutoTokenizer
+
+    from mergekit_omp.evaluation import builtin_texts
+    from mergekit_omp.impact import format_impacts, rank_tokens
+    from mergekit_omp.record import read_complete_record
+
+    record = read_complete_record(out)
+    read = [Path(path).read_text(encoding="utf-8") for path in texts] or list(builtin_texts().values())
+    ranked, total = rank_tokens(record, AutoTokenizer.from_pretrained(out), read)
+    if as_json:
+        click.echo(_as_json([{**vars(token), "impact": token.impact} for token in ranked]))
+    else:
+        click.echo(format_impacts(ranked, total, most))
 
 
 @main.command(name="eval", short_help="How well models read: bits and tokens per byte, agreement.")

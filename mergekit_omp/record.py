@@ -227,6 +227,10 @@ def _describe_solve(solve: "SolveCodes", solution: Solution) -> dict[str, Any]:
             ],
         },
         "samples": choose_samples(solution, output_vocabulary(solve.base.output)),
+        "tokens": [
+            [id_, round(residual, 4)]
+            for id_, residual in zip(problem.target_ids.tolist(), codes.relative_residuals.tolist(), strict=True)
+        ],
     }
 
 
