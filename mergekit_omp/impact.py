@@ -18,7 +18,7 @@ class Impact:
         id: its id in the output vocabulary.
         text: what it stands for, as the tokenizer decodes it.
         uses: how often the texts have it.
-        relative_residual: ‖x - x̂‖ / ‖x‖ of its row in the donor's space, in [0, 1]; the largest where there are several.
+        relative_residual: ‖x - x̂‖ / ‖x‖ of its row in the donor's space, in [0, 1]; the largest of several solves.
     """
 
     id: int
