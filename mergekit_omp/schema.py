@@ -113,7 +113,9 @@ def _follow(recipe: Any, location: Iterable[int | str]) -> tuple[list[int | str]
     path: list[int | str] = []
     value = recipe
     for step in location:
-        if (isinstance(value, dict) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+        is_key = isinstance(value, dict) and step in value
+        is_index = isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if is_key or is_index:
             value = value[step]
             path.append(step)
     return path, value
