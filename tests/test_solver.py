@@ -187,7 +187,12 @@ def test_chunks_devices_and_ways_give_the_same_codes(monkeypatch: pytest.MonkeyP
     atoms, targets = random_rows(2000, 64, 21, 2.0), random_rows(61, 64, 22, 2.0)
     force(monkeypatch, False, 61)
     whole = solve_omp(targets, atoms, 40)
-    for use_gram, chunk, devices in [(False, 1, [CPU]), (True, 7, [CPU]), (True, 61, [CPU] * 3), (False, 64, [CPU] * 2)]:
+    for use_gram, chunk, devices in [
+        (False, 1, [CPU]),
+        (True, 7, [CPU]),
+        (True, 61, [CPU] * 3),
+        (False, 64, [CPU] * 2),
+    ]:
         force(monkeypatch, use_gram, chunk)
         codes = solve_omp(targets, atoms, 40, devices=devices)
         assert torch.equal(codes.indices, whole.indices)
@@ -207,6 +212,19 @@ def test_threads_of_torch_are_left_as_they_were() -> None:
     before = torch.get_num_threads()
     solve_omp(random_rows(50, 32, 23), random_rows(200, 32, 24), 4)
     assert torch.get_num_threads() == before
+
+
+def test_low_precision_settings_of_torch_do_not_reach_the_solver() -> None:
+    """«medium» computes float32 products in bfloat16 on CPUs that have it."""
+    targets, atoms = random_rows(40, 256, 32), random_rows(2000, 256, 33)
+    expected = solve_omp(targets, atoms, 16)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        codes = solve_omp(targets, atoms, 16)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(codes.indices, expected.indices)
 
 
 def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -243,7 +261,9 @@ def test_memory_stays_within_the_budget() -> None:
         solve_omp(targets, atoms, 16, memory_budget={budget})
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
     """
-    output = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
+    )
     assert int(output.stdout) <= 1.1 * budget
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver.codes import SparseCodes, concatenate
 from mergekit_omp.solver.device import solve_on
+from mergekit_omp.solver.precision import full_precision
 
 LOG = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ def solve_omp(
         raise OmpError(f"k is {k}, but OMP needs at least one atom a token: write k: 1 or more.")
     if len(atoms) == 0:
         raise OmpError(f"There are no atoms to approximate {name} with: the two vocabularies share no token.")
+    targets, atoms = targets.detach(), atoms.detach()
     _check_finite(targets, f"targets of {name}")
     _check_finite(atoms, f"atoms of {name}")
     if k > len(atoms):
@@ -77,7 +79,7 @@ def solve_omp(
             progress=progress,
         )
 
-    with ThreadPoolExecutor(len(parts)) as pool:
+    with full_precision(), ThreadPoolExecutor(len(parts)) as pool:
         solved = list(pool.map(solve, devices, parts))
     return concatenate(solved)
 
