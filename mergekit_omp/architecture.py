@@ -1,14 +1,18 @@
 """Which of a model's tensors have a vocabulary axis: input embeddings, and what belongs to the LM head."""
 
 import json
+import logging
 import os
 import re
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
 
 import huggingface_hub
-from mergekit.architecture import ConfiguredModelArchitecture, WeightInfo, arch_info_for_config
-from mergekit.architecture.auto import infer_architecture_info
+from mergekit.architecture import ConfiguredModelArchitecture, ModelArchitecture, WeightInfo, arch_info_for_config
+from mergekit.architecture.auto import get_transformers_info
+from mergekit.architecture.auto import infer_architecture_info as infer
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference, get_config_value
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, LoadTensor
@@ -16,6 +20,10 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_omp.errors import OmpError
+
+LOG = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"\.\d+\.")
 
 
 class VocabularyRole(str, Enum):
@@ -39,10 +47,94 @@ def vocabulary_role(name: str) -> VocabularyRole:
 
 
 def architecture_of(model: ModelReference, options: MergeOptions) -> ConfiguredModelArchitecture:
-    """A model's own architecture: mergekit's data where it has some, else inferred from the checkpoint."""
+    """A model's own architecture: mergekit's data where it has some that fits, else inferred from the checkpoint."""
     config = model.config(trust_remote_code=options.trust_remote_code)
-    info = arch_info_for_config(config) or infer_architecture_info((model,), model, options)
+    known = arch_info_for_config(config)
+    info = fitting_architecture(known, (model,), None, options) if known else infer((model,), None, options)
     return ConfiguredModelArchitecture(info=info, config=config)
+
+
+def fitting_architecture(
+    known: ModelArchitecture,
+    models: Sequence[ModelReference],
+    base_model: ModelReference | None,
+    options: MergeOptions,
+) -> ModelArchitecture:
+    """mergekit's data on an architecture where the checkpoints are as it says, else what mergekit infers from them.
+
+    The data describes one vintage of an architecture: it wants the query norms of the larger Command R, the gated
+    feed-forward of T5 1.1, buffers that transformers no longer saves. Where neither fits, a tensor is missing from a
+    checkpoint, and the data is what tells which.
+
+    Raises:
+        OmpError: where neither describes a checkpoint, so that nothing can be planned.
+    """
+    if options.allow_crimes or all(_fits(known, model, options) for model in models):
+        return known
+    name = models[0].config(trust_remote_code=options.trust_remote_code).architectures[0]
+    if all(_is_complete(model, options) for model in models):
+        LOG.info(
+            "The checkpoints are not as mergekit's data on %s says; the architecture is inferred from them.", name
+        )
+        return infer(tuple(models), base_model, options)
+    if any(_weights(known, model, options) is None for model in models):
+        raise OmpError(
+            f"models: {models[0]} is a {name}, whose config.json is not as mergekit's data on that architecture says, "
+            "and whose tensors are not named as transformers names them: mergekit cannot merge it."
+        )
+    return known
+
+
+def _fits(info: ModelArchitecture, model: ModelReference, options: MergeOptions) -> bool:
+    """Whether mergekit can load every tensor of a model that an architecture requires."""
+    weights = _weights(info, model, options)
+    if weights is None or any(weight.optional and weight.aliases for weight in weights):
+        return False  # mergekit 0.1.5 cannot plan the latter: it adds a tuple to a list
+    names = [(w.name, *(w.aliases or ()), *(w.tied_names or ())) for w in weights if not w.optional]
+    return _are_stored(names, model, options)
+
+
+def _weights(info: ModelArchitecture, model: ModelReference, options: MergeOptions) -> list[WeightInfo] | None:
+    try:
+        return info.all_weights(model.config(trust_remote_code=options.trust_remote_code))
+    except RuntimeError:  # mergekit's answer to a key that config.json lacks
+        return None
+
+
+def _is_complete(model: ModelReference, options: MergeOptions) -> bool:
+    """Whether a checkpoint has every tensor of the class of transformers that it is for, so that inference is safe.
+
+    mergekit takes for optional what is tied, but also what a checkpoint lacks.
+    """
+    config = model.config(trust_remote_code=options.trust_remote_code)
+    not_saved, _, axes, names = get_transformers_info(model, options)
+    if names is None:
+        return False
+
+    inputs = tuple(name for name in axes if vocabulary_role(name) is VocabularyRole.INPUT)
+    biases = tuple(name for name in axes if name.endswith(".bias"))
+    heads = [name for name in axes if name not in inputs + biases]
+    required = [(name,) for name in names if name not in axes and name not in (not_saved or ())]
+    required += [tied for tied in (inputs, biases) if tied]
+    if not config.tie_word_embeddings:
+        required += [(name,) for name in heads]
+    return _are_stored(required, model, options)
+
+
+def _are_stored(names: Iterable[tuple[str, ...]], model: ModelReference, options: MergeOptions) -> bool:
+    """Whether a checkpoint has each tensor, under one of its names or as one that mergekit converts to the first."""
+    stored = set(LoaderCache().get(model).index.tensor_paths)
+    model_type = model.config(trust_remote_code=options.trust_remote_code).model_type
+    convertible: dict[str, bool] = {}  # by name without the layer's number, since it is the same for every layer
+    for known_as in names:
+        if not stored.isdisjoint(known_as):
+            continue
+        template = _LAYER.sub(".", known_as[0])
+        if template not in convertible:
+            convertible[template] = can_convert_checkpoint_keys(model_type, stored, known_as[0])
+        if not convertible[template]:
+            return False
+    return True
 
 
 def vocabulary_size(model: ModelReference, options: MergeOptions) -> int:

@@ -16,15 +16,18 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import GenerationConfig
 
+from mergekit_omp.architecture import vocabulary_size
 from mergekit_omp.errors import OmpError
 from mergekit_omp.shipped_tokenizer import ensure_read_as_written
 from mergekit_omp.tasks import output_rows
-from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary
+from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, vocabulary_of
 from mergekit_omp.vocabulary.canonical import ROLES
 
 LOG = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
+
+_GENERATION = GenerationConfig()
 
 
 @contextmanager
@@ -97,7 +100,7 @@ def finish_output(folder: Path, config: MergeConfiguration, output: OutputTokeni
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     ids.translate(settings)
     ids.set_roles(settings)
-    _set_nested(settings, _vocab_size_key(output), output_rows(output_vocabulary(output), multiple))
+    _set_vocab_size(settings, output, output_rows(output_vocabulary(output), multiple))
     _write_json(folder / "config.json", settings)
 
     generation = _generation_settings(output.base())
@@ -122,8 +125,11 @@ class TokenIds:
 
     def __init__(self, output: OutputTokenizer) -> None:
         self.roles = output_vocabulary(output).roles
-        rows = match_of(output, output.base()).rows.tolist()
-        self.by_base_id = {row: id_ for id_, row in reversed(list(enumerate(rows))) if row >= 0}
+        of_base = vocabulary_of(output.base(), output.trust_remote_code).roles
+        by_role = {id_: self.roles[role] for role, id_ in of_base.items() if role in self.roles}
+        # A token that the recipe has approximated is the same token nevertheless.
+        rows = match_of(output.model_copy(update={"approximated": ()}), output.base()).rows.tolist()
+        self.by_base_id = by_role | {row: id_ for id_, row in reversed(list(enumerate(rows))) if row >= 0}
 
     def set_roles(self, settings: dict[str, Any]) -> None:
         """Set bos, eos and pad, and unk where there is one, to those of the output tokenizer."""
@@ -135,7 +141,8 @@ class TokenIds:
     def translate(self, settings: dict[str, Any]) -> None:
         """Replace every token id in a configuration, nested ones included, by the output's id of the same token.
 
-        A token that the output vocabulary lacks has no id any more: its setting becomes None, with a warning.
+        A token that the output vocabulary lacks has no id any more: its setting becomes None, with a warning, or -1
+        where it marks the place of an image or a sound, since those settings must be integers.
         """
         for key, value in settings.items():
             if isinstance(value, dict):
@@ -145,6 +152,7 @@ class TokenIds:
                 settings[key] = self.roles.get(role, self.by_base_id.get(value))
                 if settings[key] is None and role not in ROLES:
                     LOG.warning("%s: the output vocabulary has no token for the base model's id %d", key, value)
+                    settings[key] = None if hasattr(_GENERATION, key) else -1
             elif _names_a_token(key) and isinstance(value, list):
                 settings[key] = [self.by_base_id[id_] for id_ in value if id_ in self.by_base_id] or None
 
@@ -163,25 +171,40 @@ def _generation_settings(model: ModelReference) -> dict[str, Any]:
 
 
 def _stop_ids(output: OutputTokenizer, eos: int | None) -> int | list[int] | None:
-    """Where generation stops: as the donor's own generation_config.json says, else at the tokenizer's eos."""
-    if not isinstance(output.tokenizer_source, ModelReference):
-        return eos
-    donors = _generation_settings(output.tokenizer_source).get("eos_token_id")
-    ids = donors if isinstance(donors, list) else [donors]
-    known = [id_ for id_ in ids if id_ in output_vocabulary(output).tokens]
-    return (known if len(known) > 1 else known[0]) if known else eos
+    """Where generation stops: as the donor's own generation_config.json says, else at the tokenizer's eos.
+
+    And at every token with the row of one of those: equal rows have equal logits, so that the model says either. So a
+    base whose bos and eos are one token says the output's bos where it means its eos.
+    """
+    source = output.tokenizer_source
+    stated = _generation_settings(source).get("eos_token_id") if isinstance(source, ModelReference) else None
+    ids = stated if isinstance(stated, list) else [stated]
+    ids = [id_ for id_ in ids if id_ in output_vocabulary(output).tokens] or ([] if eos is None else [eos])
+    rows = match_of(output, output.base()).rows
+    same = [int(id_) for stop in ids if rows[stop] >= 0 for id_ in (rows == rows[stop]).nonzero()]
+    ids = list(dict.fromkeys([*ids, *same]))
+    return (ids if len(ids) > 1 else ids[0]) if ids else None
 
 
-def _vocab_size_key(output: OutputTokenizer) -> str:
-    info = arch_info_for_config(output.base().config(trust_remote_code=output.trust_remote_code))
-    return (info and info.vocab_size_config_key) or "vocab_size"
-
-
-def _set_nested(settings: dict[str, Any], key: str, value: int) -> None:
-    *parents, last = key.split(".")
+def _set_vocab_size(settings: dict[str, Any], output: OutputTokenizer, size: int) -> None:
+    """Set the number of rows where mergekit looks for it, and wherever else a part of the model states the base's."""
+    base, trust = output.base(), output.trust_remote_code
+    info = arch_info_for_config(base.config(trust_remote_code=trust))
+    *parents, last = ((info and info.vocab_size_config_key) or "vocab_size").split(".")
+    part = settings
     for parent in parents:
-        settings = settings[parent]
-    settings[last] = value
+        part = part[parent]
+    if last in part:
+        part[last] = size
+    _replace_vocab_size(settings, vocabulary_size(base, MergeOptions(trust_remote_code=trust)), size)
+
+
+def _replace_vocab_size(settings: dict[str, Any], old: int, new: int) -> None:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _replace_vocab_size(value, old, new)
+        elif key == "vocab_size" and value == old:
+            settings[key] = new
 
 
 def _write_json(path: Path, settings: dict[str, Any]) -> None:

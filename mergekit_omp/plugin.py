@@ -57,6 +57,7 @@ def connect_run(merge: ModuleType) -> None:
         return
     setattr(merge, _CONNECTED, True)
     wrapt.wrap_function_wrapper(merge, "run_merge", _run_merge)
+    wrapt.wrap_function_wrapper(merge, "get_architecture_info", _get_architecture)
 
 
 def require_supported() -> None:
@@ -139,6 +140,22 @@ def connect_later_methods() -> None:
     from mergekit import merge_methods
 
     connect_methods(merge_methods)
+
+
+def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
+    from mergekit_omp.methods import is_ours
+
+    known = wrapped(*args, **kwargs)
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    config, options = call.arguments["config"], call.arguments["options"]
+    if not is_ours(config.merge_method):
+        return known
+    from mergekit.io.tasks import LoaderCache
+
+    from mergekit_omp.architecture import fitting_architecture
+
+    LoaderCache().setup(options)
+    return fitting_architecture(known, config.referenced_models(), config.base_model, options)
 
 
 def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:

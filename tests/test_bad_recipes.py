@@ -421,7 +421,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         lambda w: w.recipe(parameters={"K": 5}),
         (
             "parameters.K is not a parameter of omp (did you mean k?); it has scale, k, normalize_atoms, "
-            "new_vocab_noise, new_vocab_scale."
+            "reconstruction, magikarp, new_vocab_noise, new_vocab_scale."
         ),
     ),
     "parameters: one that the inner method needs": (
