@@ -145,8 +145,9 @@ def realign(
 
 
 def _free_ids(match: VocabularyMatch) -> torch.Tensor:
-    """The output tokens that are kept free for later use, and that the model has no row for."""
-    return ((match.reasons == MatchReason.UNUSED) & (match.rows < 0)).nonzero().squeeze(1)
+    """The output tokens that no text has, kept free for later use or never written, without a row of the model."""
+    never = (match.reasons == MatchReason.UNUSED) | (match.reasons == MatchReason.DUPLICATE)
+    return (never & (match.rows < 0)).nonzero().squeeze(1)
 
 
 def check_rows(weight: torch.Tensor, rows: torch.Tensor, name: str) -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mergekit_omp.architecture import vocabulary_size
 from mergekit_omp.errors import OmpError
 from mergekit_omp.vocabulary.canonical import Vocabulary, read_vocabulary
+from mergekit_omp.vocabulary.duplicates import without_duplicates
 from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabulary
 
 
@@ -26,6 +27,8 @@ class OutputTokenizer(BuildTokenizer):
     """
 
     approximated: tuple[str, ...] = ()  # tokens that only the first donor's row counts for
+    overridden: tuple[str, ...] = ()  # tokens that the recipe names a source of rows for
+    chat_template: str | None = None  # the recipe's; None where the tokenizer keeps its own
 
     def execute(self, **_kwargs: object) -> TokenizerInfo:
         """The tokenizer alone; it is a new object, which mergekit may change."""
@@ -118,6 +121,7 @@ def match_of(output: OutputTokenizer, model: ModelReference) -> VocabularyMatch:
     """Which row of ``model`` each token of the output vocabulary has."""
     vocabulary = output_vocabulary(output)
     match = match_vocabulary(vocabulary, vocabulary_of(model, output.trust_remote_code))
+    match = without_duplicates(match, vocabulary, shared_output_tokenizer(output))
     if not output.approximated or model == output.donors()[0]:
         return match
     ids = [id_ for id_, token in vocabulary.tokens.items() if token.text in output.approximated]

@@ -76,6 +76,12 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
+def never_written(tokens: dict[int, Bytes], anchors: dict[int, int]) -> set[int]:
+    """Byte-fallback tokens whose row another token of the same bytes has: ``<0x35>`` where there is ``5``."""
+    ordinary = {anchors[id_] for id_, data in tokens.items() if id_ in anchors and not data.fallback}
+    return {id_ for id_, data in tokens.items() if id_ in anchors and data.fallback and anchors[id_] in ordinary}
+
+
 def obvious_omp(target: np.ndarray, atoms: np.ndarray, k: int) -> tuple[list[int], np.ndarray]:
     """OMP as in its definition, in float64: the support and the least-squares coefficients."""
     support: list[int] = []
@@ -139,8 +145,11 @@ def test_rows_are_those_of_the_definition(
         )
         assert len(new) > 20
         assert after[name].shape == (len(donor_tokenizer.get_vocab()), 32)
+        silent = never_written(text_bytes(donor_tokenizer), anchors)
+        assert (len(silent) > 20) == (donor_kind == "sentencepiece")
         for id_, row in anchors.items():
-            assert torch.equal(after[name][id_], before[name][row]), donor_tokenizer.convert_ids_to_tokens(id_)
+            kept = torch.equal(after[name][id_], before[name][row])
+            assert kept == (id_ not in silent), donor_tokenizer.convert_ids_to_tokens(id_)
         for id_, row in new.items():
             np.testing.assert_allclose(after[name][id_].numpy(), row, rtol=1e-3, atol=1e-5)
         eos = donor_tokenizer.eos_token_id
@@ -335,3 +344,16 @@ def test_regression_is_the_default_and_leaves_anchors_alone(tmp_path: Path, pair
         assert torch.equal(default[name], named[name])
         assert torch.equal(default[name][~new], combined[name][~new])
         assert not torch.isclose(default[name][new], combined[name][new]).all(dim=1).any()
+
+
+def test_generation_stops_at_every_token_with_the_row_of_eos(tmp_path: Path) -> None:
+    """The base has one token for bos and eos; the output's two then have equal logits, and greedy may say either."""
+    base_tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH), sentencepiece_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
+    donor = save(tmp_path / "donor", make_model(donor_tokenizer, hidden=24), donor_tokenizer)
+    embedding = run(recipe(base, donor), tmp_path / "out")[EMBED]
+    bos, eos = donor_tokenizer.bos_token_id, donor_tokenizer.eos_token_id
+    assert torch.equal(embedding[bos], embedding[eos])
+    stops = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
+    assert {bos, eos} <= set(stops)
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == eos

@@ -23,6 +23,7 @@ class MatchReason(IntEnum):
     UNUSED = 7  # kept free for later use; has a row only where the model keeps the same string free
     MISSING = 8  # text that the model has no token for: no row
     MISSING_SPECIAL = 9  # a special token without a counterpart: no row
+    DUPLICATE = 10  # the output tokenizer always writes another token for the same bytes: no row
 
 
 # Text that pairs with text: these are the anchors that serve as atoms.
@@ -52,10 +53,10 @@ class VocabularyMatch:
         """Boolean [V]: the output ids that are text and have a row."""
         return torch.isin(self.reasons, torch.tensor(TEXT_REASONS, dtype=torch.int8))
 
-    def without(self, ids: torch.Tensor) -> "VocabularyMatch":
-        """The match as if the model had no token for these output ids: int64 [I]."""
+    def without(self, ids: torch.Tensor, reason: MatchReason = MatchReason.MISSING) -> "VocabularyMatch":
+        """The match as if the model had no token for these output ids, int64 [I], for a reason."""
         rows, reasons = self.rows.clone(), self.reasons.clone()
-        rows[ids], reasons[ids] = -1, int(MatchReason.MISSING)
+        rows[ids], reasons[ids] = -1, int(reason)
         return VocabularyMatch(rows, reasons)
 
     def atoms(self) -> torch.Tensor:
