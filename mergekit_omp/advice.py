@@ -3,7 +3,14 @@
 from mergekit.common import ModelReference
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.vocabularies import OutputTokenizer, output_vocabulary, shared_output_tokenizer, tokenizer_of
+from mergekit_omp.vocabularies import (
+    OutputTokenizer,
+    match_of,
+    output_vocabulary,
+    shared_output_tokenizer,
+    tokenizer_of,
+)
+from mergekit_omp.vocabulary.chat_template import chat_template_tokens
 from mergekit_omp.vocabulary.numerals import numeral_scheme, numeral_warning
 
 
@@ -13,8 +20,25 @@ def advice(output: OutputTokenizer, model: ModelReference) -> list[str]:
     found = [
         numeral_warning(numeral_scheme(ours, output_vocabulary(output)), numeral_scheme(its)),
         _bos_warning(ours, its),
+        _chat_template_warning(output, model),
     ]
     return [f"{model}: {sentence}" for sentence in found if sentence]
+
+
+def _chat_template_warning(output: OutputTokenizer, model: ModelReference) -> str | None:
+    """The special tokens of the chat template that ships, as far as the model never saw them and no override helps."""
+    tokenizer, vocabulary = shared_output_tokenizer(output), output_vocabulary(output)
+    template = output.chat_template or getattr(tokenizer, "chat_template", None)
+    rows = match_of(output, model).rows
+    unseen = [id_ for id_ in sorted(chat_template_tokens(tokenizer, vocabulary, template)) if rows[id_] < 0]
+    names = [vocabulary.tokens[id_].text for id_ in unseen]
+    names = [name for name in names if name not in output.overridden]
+    if not names:
+        return None
+    return (
+        f"the chat template writes {', '.join(map(repr, names))}, whose rows are approximated or a mean; "
+        "fine-tune before chatting, or give them rows in tokenizer.tokens."
+    )
 
 
 def _bos_warning(output: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase) -> str | None:

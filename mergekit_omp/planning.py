@@ -9,6 +9,7 @@ from mergekit.tokenizer import PermutedVocabulary
 from mergekit_omp.architecture import donor_weight, vocabulary_role
 from mergekit_omp.overrides import asks_to_approximate
 from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.plugin import chat_template_of
 from mergekit_omp.realign import pose_problem
 from mergekit_omp.tasks import MatchVocabulary, RealignedInput, RealignVocabulary, SolveCodes
 from mergekit_omp.undertrained import find_trained_rows
@@ -35,6 +36,8 @@ def output_tokenizer(config: MergeConfiguration, options: MergeOptions) -> Outpu
         trust_remote_code=options.trust_remote_code,
         add_tokens=tuple(overrides),
         approximated=tuple(token for token, override in overrides.items() if asks_to_approximate(override)),
+        overridden=tuple(token for token, override in overrides.items() if override.source is not None),
+        chat_template=chat_template_of(config),
     )
 
 

@@ -8,7 +8,7 @@ import inspect
 import logging
 import time
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import wrapt
@@ -156,6 +156,17 @@ def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dic
 
     LoaderCache().setup(options)
     return fitting_architecture(known, config.referenced_models(), config.base_model, options)
+
+
+def chat_template_of(config: Any) -> str | None:
+    """The text of the chat template that a recipe asks for, in whatever way; None where the tokenizer keeps its own."""
+    if not config.chat_template:
+        return None
+    from mergekit.merge import _set_chat_template
+
+    holder = SimpleNamespace(chat_template=None)
+    _set_chat_template(holder, config)
+    return holder.chat_template
 
 
 def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:

@@ -15,8 +15,9 @@ from mergekit_omp.advice import advice
 from mergekit_omp.planning import output_tokenizer
 
 
-def advice_for(base: Path, donor: Path) -> list[str]:
-    config = MergeConfiguration(merge_method="omp", models=[{"model": str(base)}], tokenizer={"source": str(donor)})
+def advice_for(base: Path, donor: Path, tokens: dict | None = None, **more: str) -> list[str]:
+    tokenizer = {"source": str(donor), "tokens": tokens}
+    config = MergeConfiguration(merge_method="omp", models=[{"model": str(base)}], tokenizer=tokenizer, **more)
     return advice(output_tokenizer(config, MergeOptions()), ModelReference.parse(str(base)))
 
 
@@ -47,3 +48,22 @@ def test_other_numerals_are_told(tmp_path: Path, smollm2_dir: Path) -> None:
     assert "chunks of up to three digits from the left" in told
     assert "single digits" in told
     assert advice_for(smollm2_dir, smollm2_dir) == []
+
+
+def test_tokens_of_the_chat_template_without_a_row_of_their_own_are_told(tmp_path: Path) -> None:
+    """By name, for the template that ships: not those that the model has, nor those that the recipe gives a row."""
+    base = byte_level_tokenizer(size=300, special=("<|im_start|>",))
+    donor = byte_level_tokenizer(PYTHON, size=300, special=("<|im_start|>", "<|tool|>", "<|role|>", "<|extra_0|>"))
+    donor.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|tool|><|role|>{% endfor %}"
+    paths = [save(tmp_path / name, make_model(t), t) for name, t in (("base", base), ("donor", donor))]
+
+    def told(**more: object) -> list[str]:
+        return [s.split(", whose")[0] for s in advice_for(*paths, **more) if "chat template" in s]
+
+    assert told() == [f"{paths[0]}: the chat template writes '<|tool|>', '<|role|>'"]
+    assert told(tokens={"<|tool|>": {"source": {"kind": "zero"}}}) == [
+        f"{paths[0]}: the chat template writes '<|role|>'"
+    ]
+    other = "{% for m in messages %}<|im_start|>{{ m.content }}<|extra_0|>{% endfor %}"
+    assert told(chat_template=other) == [f"{paths[0]}: the chat template writes '<|extra_0|>'"]
+    assert told(chat_template="{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}") == []

@@ -16,17 +16,20 @@ _CONVERSATIONS = (
 )
 
 
-def chat_template_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> set[int]:
+def chat_template_tokens(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, template: str | dict[str, str] | None
+) -> set[int]:
     """The ids of the special tokens that the chat template writes, whose rows a chat therefore depends on.
 
     Found both in the template's own text and in what it makes of two short conversations, since templates put strings
     together (``'<|' + role + '|>'``) and name the tokens of roles (``bos_token``).
 
     Args:
-        tokenizer: the tokenizer; without a chat template nothing is found.
+        tokenizer: the tokenizer.
         vocabulary: its vocabulary.
+        template: the template, or several by name; None finds nothing.
     """
-    text = "\n".join(_texts(tokenizer))
+    text = "\n".join(_texts(tokenizer, template or {}))
     found = {
         id_
         for id_, token in vocabulary.tokens.items()
@@ -35,8 +38,7 @@ def chat_template_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabul
     return found | {vocabulary.roles[role] for role in ROLES if role in vocabulary.roles and f"{role}_token" in text}
 
 
-def _texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    templates = getattr(tokenizer, "chat_template", None) or {}
+def _texts(tokenizer: PreTrainedTokenizerBase, templates: str | dict[str, str]) -> Iterator[str]:
     for template in templates.values() if isinstance(templates, dict) else [templates]:
         yield template
         for conversation in _CONVERSATIONS:
