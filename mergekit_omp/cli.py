@@ -212,7 +212,7 @@ def _load_recipe(what: tuple[str, ...], k: int | None) -> Any:
 
     from mergekit_omp import register
     from mergekit_omp.errors import OmpError
-    from mergekit_omp.methods import is_ours
+    from mergekit_omp.names import is_ours
 
     register()
     if len(what) == 2:
@@ -232,7 +232,7 @@ def _load_recipe(what: tuple[str, ...], k: int | None) -> Any:
     except yaml.YAMLError as error:
         raise OmpError(f"{what[0]} is no YAML: {' '.join(str(error).split())}.") from error
     method = recipe.get("merge_method") if isinstance(recipe, dict) else None
-    if not isinstance(method, str) or not is_ours(method):
+    if not is_ours(method):
         raise OmpError(
             f"{what[0]}: merge_method is {method!r}; there is something to inspect where it is omp or omp_<method>."
         )

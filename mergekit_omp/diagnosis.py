@@ -47,7 +47,7 @@ def _methods() -> Iterator[Check]:
         import mergekit.merge
         from mergekit import merge_methods
 
-        from mergekit_omp.methods import is_ours
+        from mergekit_omp.names import is_ours
         from mergekit_omp.plugin import require_supported
 
         require_supported()

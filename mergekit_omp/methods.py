@@ -19,16 +19,10 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.names import PREFIX, TRANSPLANT
 from mergekit_omp.parameters import OmpParameters
 
-TRANSPLANT = "omp"
-PREFIX = "omp_"
 PAPER = "https://arxiv.org/abs/2506.06607"
-
-
-def is_ours(method_name: str) -> bool:
-    """Whether a recipe's ``merge_method`` belongs to this package."""
-    return method_name == TRANSPLANT or method_name.startswith(PREFIX)
 
 
 class RealignedMerge(MergeMethod):

@@ -4,6 +4,7 @@ Four things of mergekit 0.1.5 are connected to: the recipe's data model, the reg
 and ``run_merge``. Recipes whose ``merge_method`` is not ours go through the wrapped functions unchanged.
 """
 
+import contextlib
 import inspect
 import logging
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import wrapt
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.names import is_ours
 
 LOG = logging.getLogger("mergekit_omp")
 
@@ -78,12 +80,15 @@ def require_supported() -> None:
     )
 
 
-def _validate_recipe(wrapped: Wrapped, _class: Any, args: tuple, kwargs: dict) -> Any:
-    from mergekit_omp.methods import is_ours
+def _is_for_us(config: Any) -> bool:
+    """Whether a configuration, of whatever version of mergekit, asks for a method of ours."""
+    return is_ours(getattr(config, "merge_method", None))
 
+
+def _validate_recipe(wrapped: Wrapped, _class: Any, args: tuple, kwargs: dict) -> Any:
     recipe = args[0] if args else kwargs.get("obj")
     method = recipe.get("merge_method") if isinstance(recipe, dict) else None
-    if not isinstance(method, str) or not is_ours(method):
+    if not is_ours(method):
         return wrapped(*args, **kwargs)
     from mergekit_omp.schema import check_keys, explain
 
@@ -95,14 +100,13 @@ def _validate_recipe(wrapped: Wrapped, _class: Any, args: tuple, kwargs: dict) -
 
 
 def _init_planner(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
-    connect_later_methods()
+    with contextlib.suppress(Exception):  # recipes of ours then find no method; others are none of our business
+        connect_later_methods()
     return wrapped(*args, **kwargs)
 
 
 def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
-    from mergekit_omp.methods import is_ours
-
-    if not is_ours(planner.config.merge_method):
+    if not _is_for_us(getattr(planner, "config", None)):
         return wrapped(*args, **kwargs)
     from mergekit.tokenizer import PermutedVocabulary
 
@@ -122,10 +126,8 @@ def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _plan_to_disk(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
-    from mergekit_omp.methods import is_ours
-
     tasks = wrapped(*args, **kwargs)
-    if not is_ours(planner.config.merge_method):
+    if not _is_for_us(getattr(planner, "config", None)):
         return tasks
     from mergekit_omp.tasks import RealignVocabulary, SummarizeTransplant
 
@@ -143,13 +145,11 @@ def connect_later_methods() -> None:
 
 
 def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
-    from mergekit_omp.methods import is_ours
-
     known = wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    config, options = call.arguments["config"], call.arguments["options"]
-    if not is_ours(config.merge_method):
+    if not _is_for_us(call.arguments.get("config")):
         return known
+    config, options = call.arguments["config"], call.arguments["options"]
     from mergekit.io.tasks import LoaderCache
 
     from mergekit_omp.architecture import fitting_architecture
@@ -159,7 +159,7 @@ def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dic
 
 
 def chat_template_of(config: Any) -> str | None:
-    """The text of the chat template that a recipe asks for, in whatever way; None where the tokenizer keeps its own."""
+    """The text of the chat template that a recipe asks for; None where the tokenizer keeps its own."""
     if not config.chat_template:
         return None
     from mergekit.merge import _set_chat_template
@@ -170,13 +170,11 @@ def chat_template_of(config: Any) -> str | None:
 
 
 def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
-    from mergekit_omp.methods import is_ours
-
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    config, options = call.arguments["merge_config"], call.arguments["options"]
-    if not is_ours(config.merge_method):
+    if not _is_for_us(call.arguments.get("merge_config")):
         return wrapped(*args, **kwargs)
     require_supported()
+    config, options = call.arguments["merge_config"], call.arguments["options"]
     from mergekit_omp import vocabularies
     from mergekit_omp.failures import told
     from mergekit_omp.output import finish_output, staged

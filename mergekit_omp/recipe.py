@@ -21,7 +21,8 @@ from transformers import PretrainedConfig
 from mergekit_omp.architecture import hidden_size, vocabulary_size
 from mergekit_omp.checkpoint import check_weights, read_config, weight_file
 from mergekit_omp.errors import OmpError
-from mergekit_omp.methods import PREFIX, TRANSPLANT, RealignedMerge, is_ours
+from mergekit_omp.methods import RealignedMerge
+from mergekit_omp.names import PREFIX, TRANSPLANT, is_ours
 from mergekit_omp.overrides import asks_to_approximate, source_rows
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.planning import output_tokenizer

@@ -61,7 +61,9 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> 
         return transformers.AutoTokenizer.from_pretrained(
             model.model.path, revision=model.model.revision, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever the parsers raise; a panic in tokenizers' Rust is no Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OmpError(
             f"{key}: no tokenizer can be read from {model.model} ({reason}); name a model with a tokenizer."
