@@ -3,7 +3,7 @@
 from enum import Enum
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, FiniteFloat, StrictBool
+from pydantic import BaseModel, ByteSize, Field, FiniteFloat, StrictBool
 
 
 class Reconstruction(str, Enum):
@@ -34,6 +34,11 @@ class OmpParameters(BaseModel, frozen=True):
     )
     magikarp: StrictBool = Field(
         default=False, description="Leave under-trained tokens aside: they are neither anchors nor approximated."
+    )
+    memory_budget: ByteSize | None = Field(
+        default=None,
+        description="The most memory that a solve may take on its device beside the matrices, such as `8GiB`; the "
+        "default is a share of what is free.",
     )
     new_vocab_noise: Annotated[FiniteFloat, Field(ge=0)] = Field(
         default=0.0, description="Standard deviation of Gaussian noise added to approximated rows."

@@ -98,6 +98,8 @@ def _plan_solves(
                 donor_trained=find_trained_rows(donor, options) if parameters.magikarp else None,
                 k=parameters.k,
                 normalize_atoms=parameters.normalize_atoms,
+                memory_budget=parameters.memory_budget,
+                all_devices=options.multi_gpu,
                 quiet=options.quiet,
             )
         )

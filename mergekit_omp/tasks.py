@@ -63,6 +63,8 @@ class SolveCodes(Task[Solution]):
     donor_trained: FindTrainedRows | None
     k: int
     normalize_atoms: bool
+    memory_budget: int | None
+    all_devices: bool  # split the targets over every accelerator, as --multi-gpu asks
     quiet: bool
 
     def arguments(self) -> dict[str, Task]:
@@ -105,6 +107,8 @@ class SolveCodes(Task[Solution]):
                 rows[problem.atom_rows.to(rows.device)],
                 self.k,
                 normalize_atoms=self.normalize_atoms,
+                memory_budget=self.memory_budget,
+                devices=_all_like(rows.device) if self.all_devices else None,
                 progress=bar.update,
                 name=self.name(),
             )
@@ -260,6 +264,13 @@ class SummarizeTransplant(Task[None]):
         return [
             (each, {token for token, c in given.items() if c.source is not None}) for each, given in inputs.values()
         ]
+
+
+def _all_like(device: torch.device) -> list[torch.device] | None:
+    """Every device of an accelerator's kind; None for the CPU, of which there is one."""
+    if device.type == "cpu":
+        return None
+    return [torch.device(device.type, index) for index in range(torch.get_device_module(device).device_count())]
 
 
 def _warn_of_orphans(each: RealignedInput, overridden: set[str]) -> None:

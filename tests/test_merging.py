@@ -365,3 +365,23 @@ def test_run_options_change_nothing(models: dict[str, Path], tmp_path: Path, opt
         result = torch.load(tmp_path / "out/pytorch_model.bin", weights_only=True)
     assert set(result) == set(expected)
     assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
+
+
+def test_memory_budget_reaches_the_solver(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget in the recipe bounds the solve and changes nothing of its answer; --multi-gpu asks for every device."""
+    asked: list[dict[str, Any]] = []
+    original = tasks.solve_with_cache
+
+    def watching(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs)
+        return original(*args, **kwargs)
+
+    free = transplant(models["a"], models["tied_donor"], tmp_path / "free")
+    monkeypatch.setattr(tasks, "solve_with_cache", watching)
+    tight = transplant(models["a"], models["tied_donor"], tmp_path / "tight", memory_budget="1MiB")
+    assert asked[0]["memory_budget"] == 2**20
+    assert asked[0]["devices"] is None
+    assert all(torch.equal(free[name], tensor) for name, tensor in tight.items())
+    assert tasks._all_like(torch.device("cpu")) is None
