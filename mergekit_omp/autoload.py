@@ -39,7 +39,7 @@ def register() -> None:
         ("mergekit.plan", "connect_planner"),
         ("mergekit.merge", "connect_run"),
     ):
-        _when_imported(module, _call_plugin(hook))
+        when_imported(module, _call_plugin(hook))
     _registered = True
 
 
@@ -56,7 +56,7 @@ def _call_plugin(function: str) -> Hook:
     return hook
 
 
-def _when_imported(name: str, hook: Hook) -> None:
+def when_imported(name: str, hook: Hook) -> None:
     """Call ``hook`` with the module ``name`` once it is completely imported."""
     import wrapt
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import wrapt
 
+from mergekit_omp.autoload import when_imported
 from mergekit_omp.errors import OmpError
 from mergekit_omp.names import is_ours
 
@@ -37,10 +38,13 @@ def connect_methods(merge_methods: ModuleType) -> None:
     """Register ``omp`` and an ``omp_<method>`` for every method that is registered."""
     if not hasattr(merge_methods, "registered_methods"):
         return  # before 0.1.5; a recipe of ours is refused when it runs
-    from mergekit_omp.methods import realigned_methods
+    import mergekit_omp.methods  # noqa: F401, it may be what imports mergekit, and so be half imported itself
 
-    for method in realigned_methods(merge_methods.registered_methods()):
-        merge_methods.register(method)
+    def register(methods: ModuleType) -> None:
+        for method in methods.realigned_methods(merge_methods.registered_methods()):
+            merge_methods.register(method)
+
+    when_imported("mergekit_omp.methods", register)
 
 
 def connect_planner(plan: ModuleType) -> None:

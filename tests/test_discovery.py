@@ -69,6 +69,7 @@ WRAPPED += "assert hasattr(mergekit.plan.MergePlanner._plan, '__wrapped__')"
         "from mergekit.plan import MergePlanner; assert hasattr(MergePlanner._plan, '__wrapped__')",
         "from mergekit.merge import run_merge; assert hasattr(run_merge, '__wrapped__')",
         "import mergekit.scripts.run_yaml as r; assert hasattr(r.run_merge, '__wrapped__')",
+        "from mergekit_omp.methods import RealignedMerge",
         "import mergekit.scripts.multimerge as r; assert hasattr(r.run_merge, '__wrapped__')",
     ],
 )
