@@ -133,6 +133,6 @@ def _problem_of_pickle(path: Path) -> str | None:
         torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         return "it is no plain pickle of tensors"
-    except (RuntimeError, EOFError, ValueError) as error:
-        return first_line(error)
+    except (RuntimeError, EOFError, ValueError):
+        return "it is truncated"
     return None

@@ -186,8 +186,8 @@ def card_section(record: Mapping[str, Any]) -> str:
             )
     for solve in record["solves"]:
         lines.append(
-            f"* {solve['targets']:,} tokens were written as combinations of at most {solve['k']} of "
-            f"{solve['atoms']:,} shared ones, in {solve['tensor']} of {solve['donor']}; "
+            f"* {solve['targets']:,} tokens were approximated with at most {solve['k']} of {solve['atoms']:,} shared "
+            f"ones each, in {solve['tensor']} of {solve['donor']}; "
             f"the mean relative residual is {solve['residuals']['mean']:.3f}."
         )
     lines += ["", "| text | tokens/byte before | after |", "|---|---|---|"]

@@ -308,6 +308,9 @@ def _details(record: Record) -> str:
     for solve in record["solves"]:
         how = ", ".join(f"{key} = {solve[key]}" for key in ("k", "normalize_atoms"))
         rows.append(("solve", f"{solve['tensor']} of {solve['donor']}: {how}; {_duration(solve['seconds'])}"))
+    for tensor in record["tensors"]:
+        settings = ", ".join(f"{name} = {value}" for name, value in tensor["parameters"].items())
+        rows.append((tensor["side"], f"{tensor['name']} of {tensor['model']}: {settings}"))
     if record["peak_memory_bytes"]:
         rows.append(("peak memory", f"{record['peak_memory_bytes'] / 1e9:.1f} GB"))
     rows.append(("machine", ", ".join(f"{key} {value}" for key, value in record["machine"].items())))

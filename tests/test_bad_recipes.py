@@ -19,6 +19,8 @@ from commands import merge_here, refusal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mergekit_omp.parameters import OmpParameters
+
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 DROP = object()
@@ -419,10 +421,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "parameters: an unknown name": (
         lambda w: w.recipe(parameters={"K": 5}),
-        (
-            "parameters.K is not a parameter of omp (did you mean k?); it has scale, k, normalize_atoms, "
-            "reconstruction, magikarp, new_vocab_noise, new_vocab_scale."
-        ),
+        "parameters.K is not a parameter of omp (did you mean k?); it has scale, {parameters}.",
     ),
     "parameters: one that the inner method needs": (
         lambda w: w.recipe(**SLERP, base_model=str(w.other), models=w.models(w.other, w.base)),
@@ -794,7 +793,8 @@ def test_sentence(world: World, tmp_path: Path, name: str) -> None:
     make, sentence = CASES[name]
     recipe = make(world)
     folders = {"base": world.base, "donor": world.donor, "other": world.other, "root": world.root, "bad": world.bad}
-    assert refusal(recipe, tmp_path / "out", "--quiet") == sentence.format(**folders)
+    expected = sentence.format(parameters=", ".join(OmpParameters.model_fields), **folders)
+    assert refusal(recipe, tmp_path / "out", "--quiet") == expected
 
 
 @pytest.mark.parametrize("name", ["k: zero", "models: a string", "weights: truncated"])
