@@ -8,7 +8,8 @@ import contextlib
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -186,15 +187,26 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     from mergekit_omp.record import complete_record
 
     started = time.perf_counter()
-    LOG.setLevel(logging.ERROR if options.quiet else logging.INFO)
     connect_later_methods()
     vocabularies.forget()
-    output = check_recipe(config, options)
-    check_inputs(config, output, options)
-    out_path = call.arguments["out_path"]
-    with told(out_path), staged(out_path) as folder:
-        call.arguments["out_path"] = str(folder)
-        result = wrapped(*call.args, **call.kwargs)
-        finish_output(folder, config, output, options)
-        complete_record(folder, config, output, options, time.perf_counter() - started)
+    with _log_level(logging.ERROR if options.quiet else logging.INFO):
+        output = check_recipe(config, options)
+        check_inputs(config, output, options)
+        out_path = call.arguments["out_path"]
+        with told(out_path), staged(out_path) as folder:
+            call.arguments["out_path"] = str(folder)
+            result = wrapped(*call.args, **call.kwargs)
+            finish_output(folder, config, output, options)
+            complete_record(folder, config, output, options, time.perf_counter() - started)
     return result
+
+
+@contextmanager
+def _log_level(level: int) -> Iterator[None]:
+    """Our lines are shown unless the run is quiet, whatever the level that mergekit's ``-v`` sets for its own."""
+    before = LOG.level
+    LOG.setLevel(level)
+    try:
+        yield
+    finally:
+        LOG.setLevel(before)
