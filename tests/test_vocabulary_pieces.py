@@ -168,7 +168,9 @@ def test_chat_template_tokens_are_found_in_the_template_and_in_what_it_writes(sm
     vocabulary = read_vocabulary(tokenizer)
 
     def used() -> set[str]:
-        return {vocabulary.tokens[id_].text for id_ in chat_template_tokens(tokenizer, vocabulary, tokenizer.chat_template)}
+        return {
+            vocabulary.tokens[id_].text for id_ in chat_template_tokens(tokenizer, vocabulary, tokenizer.chat_template)
+        }
 
     assert used() == {"<|im_start|>", "<|im_end|>"}
     tokenizer.chat_template = "{% for m in messages %}{{ '<|im_' + 'start|>' + m.content }}{% endfor %}{{ eos_token }}"
