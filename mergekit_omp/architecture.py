@@ -156,6 +156,12 @@ def hidden_size(config: PretrainedConfig) -> int | None:
     return None
 
 
+def has_second_embedding(config: PretrainedConfig) -> bool:
+    """Whether every layer has an embedding of the vocabulary too, as in Gemma 3n, which mergekit takes for no such."""
+    keys = ("hidden_size_per_layer_input", "text_config.hidden_size_per_layer_input")
+    return any(_config_value_or_none(config, key) for key in keys)
+
+
 def _config_value_or_none(config: PretrainedConfig, key: str) -> int | None:
     try:
         return get_config_value(config, key)

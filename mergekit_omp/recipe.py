@@ -18,7 +18,7 @@ from mergekit.tokenizer.config import ModelTokenEmbedding
 from pydantic import TypeAdapter, ValidationError
 from transformers import PretrainedConfig
 
-from mergekit_omp.architecture import hidden_size, vocabulary_size
+from mergekit_omp.architecture import has_second_embedding, hidden_size, vocabulary_size
 from mergekit_omp.checkpoint import check_weights, read_config, weight_file
 from mergekit_omp.errors import OmpError
 from mergekit_omp.methods import RealignedMerge
@@ -51,6 +51,7 @@ def check_recipe(config: MergeConfiguration, options: MergeOptions) -> OutputTok
     _check_duplicates(config)
     output = output_tokenizer(config, options)
     configs = _read_configs(config, output)
+    _check_embeddings(output, configs, places_of_models(config))
     _check_transplant_inputs(config, output)
     _check_layer_ranges(config, configs)
     _check_hidden_sizes(output, configs)
@@ -251,6 +252,17 @@ def _read_configs(config: MergeConfiguration, output: OutputTokenizer) -> dict[M
         if size < 1:
             raise OmpError(f"{place}: vocab_size in config.json of {model} is {size}; download the model again.")
     return configs
+
+
+def _check_embeddings(
+    output: OutputTokenizer, configs: Mapping[ModelReference, PretrainedConfig], places: Mapping[ModelReference, str]
+) -> None:
+    for model in output.referenced_models:
+        if has_second_embedding(configs[model]):
+            raise OmpError(
+                f"{places[model]}: {model} is a {configs[model].architectures[0]}, which looks up tokens in every "
+                "layer too, and mergekit does not say where those rows are; name a model with one embedding."
+            )
 
 
 def _check_layer_ranges(config: MergeConfiguration, configs: Mapping[ModelReference, PretrainedConfig]) -> None:

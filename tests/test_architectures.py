@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 from mergekit_omp.architecture import architecture_of
 from mergekit_omp.errors import OmpError
 from mergekit_omp.record import read_record
+from mergekit_omp.tasks import RealignVocabulary
 
 DOCS = Path(__file__).parents[1] / "docs" / "architectures.md"
 
@@ -431,6 +432,52 @@ def test_an_architecture_that_nothing_describes_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+def test_embeddings_in_every_layer_are_refused_by_name(
+    tmp_path: Path, tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast]
+) -> None:
+    """Gemma 3n's would stay in the order of the old vocabulary."""
+    base, donor = (
+        save(tmp_path / name, make_model(t), t) for name, t in zip(("base", "donor"), tokenizers, strict=True)
+    )
+    gemma = AutoConfig.for_model(
+        "gemma3n_text", architectures=["Gemma3nForCausalLM"], vocab_size=330, num_hidden_layers=2
+    )
+    gemma.save_pretrained(base)
+    with pytest.raises(OmpError, match="is a Gemma3nForCausalLM, which looks up tokens in every layer too"):
+        transplant(base, donor, tmp_path / "out")
+
+
+def test_another_vocabulary_axis(
+    tmp_path: Path,
+    tokenizers: tuple[PreTrainedTokenizerFast, PreTrainedTokenizerFast],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Model and donor with transposed heads, which none of mergekit's data has, give the transposed result."""
+    base, donor = (
+        save(tmp_path / name, make_model(t), t) for name, t in zip(("base", "donor"), tokenizers, strict=True)
+    )
+    tasks: dict[str, RealignVocabulary] = {}
+    execute = RealignVocabulary.execute
+
+    def recording(task: RealignVocabulary, tensors: dict, **evidence: Any) -> dict:
+        tasks[task.name] = task
+        return execute(task, tensors, **evidence)
+
+    monkeypatch.setattr(RealignVocabulary, "execute", recording)
+    transplant(base, donor, tmp_path / "out")
+
+    task = tasks["lm_head.weight"]
+    [each] = task.inputs
+    [solve] = each.solves
+    each = each.model_copy(update={"solves": (solve.model_copy(update={"vocabulary_axis": 1}),)})
+    task = task.model_copy(update={"inputs": (each,), "vocabulary_axis": 1})
+    head, donor_head = (tensors_of(folder)["lm_head.weight"].T for folder in (base, donor))
+    [find] = each.evidence()
+    evidence = find.execute(solution=find.solve.execute(weight=donor_head), donor=donor_head)
+    result = execute(task, {each.model: head}, evidence_0_0=evidence)[each.model]
+    torch.testing.assert_close(result.T, tensors_of(tmp_path / "out")["lm_head.weight"])
+
+
 def test_every_architecture_of_mergekit_is_accounted_for() -> None:
     tried = {architecture.name for architecture in [*ALL, REFUSED]}
     assert set(NAME_TO_ARCH) == (tried & set(NAME_TO_ARCH)).union(*NOT_CHECKED.values())
@@ -456,6 +503,7 @@ def matrix() -> str:
         "",
         f"- {REFUSED.name}: refused by name before any work. mergekit's data looks for `num_hidden_layers` where",
         "  transformers 5 has none, and cannot convert the names of its tensors either.",
+        "- Gemma 3n, and Gemma 4 with per-layer embeddings: refused by name; every layer looks up tokens too.",
         "",
     ]
     return "\n".join(lines)
