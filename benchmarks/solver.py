@@ -7,12 +7,12 @@ Every measurement is a process of its own, so that its peak memory is its own.
 
 import argparse
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,9 +22,15 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "examples"))
 
 GRID_ATOMS = 8_000
+"""Atoms of most rows of the table."""
+
 SECONDS = 6.0
 """What batch_omp may take for one row of the table, about; the number of its targets follows."""
-MOST_FOR_DENSE = 20_000
+
+CHECKED = 4
+"""Targets of each row of the table that are solved again in float64."""
+
+MOST_FOR_DENSE = 8_000
 """Atoms up to which the methods that hold a float32 Gram matrix are run."""
 
 HEAD = """# The solver against other implementations
@@ -40,12 +46,15 @@ the set-up of each method (copies, Gram matrix) is in them.
 - *ratio*: time per target of `batch_omp` over that of the row.
 - *peak*: resident memory above what the process held with the data loaded.
 - *same support*: share of the targets (those solved by both) whose set of atoms is `batch_omp`'s.
-- *residual*: mean ‖x - x̂‖ / ‖x‖ of the same targets; `batch_omp`'s in the first line.
+- *as float64*: of {checked} targets, those on which the two differ first, how many supports are those of a plain
+  float64 OMP. The last digits of float32 decide now and then between atoms; ours settles such choices in float64.
+- *residual*: mean ‖x - x̂‖ / ‖x‖ over the targets that `batch_omp` solved too (its own in its line).
 - `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan: the limit of any method that scans
   all atoms at each step. Below it is what speculation with the Gram matrix gains.
 
 `batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`, batches of up to 512). `omp-gpu` is
-`orthogonal-matching-pursuit-gpu` {omp_gpu}. `sklearn` is `sklearn.linear_model.orthogonal_mp_gram`.
+`orthogonal-matching-pursuit-gpu` {omp_gpu}; it takes atoms for normalised, so that its supports differ. `sklearn` is
+`sklearn.linear_model.orthogonal_mp_gram`.
 
 CUDA rows: unmeasured; there was no GPU at hand. The command adds them where there is one.
 """
@@ -154,12 +163,9 @@ def measure(method: str, case: Case) -> Result:
     atoms, targets = (rows.to(case.device) for rows in load(case))
     on_gpu = case.device != "cpu"
     METHODS[method](atoms[:64], targets[:2], 2)  # imports, and what a library sets up once
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     if method in {"omp-gpu", "sklearn"} and case.atoms > MOST_FOR_DENSE:
         return Result(0, 0, 0, error=f"left out: its Gram matrix takes {4 * case.atoms**2 / 2**30:.1f} GiB")
-    before = torch.cuda.memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = start_of_peak(on_gpu)
     start = time.perf_counter()
     try:
         indices = METHODS[method](atoms, targets, case.k)
@@ -168,8 +174,7 @@ def measure(method: str, case: Case) -> Result:
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    after = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result = Result(seconds, after - before, len(targets))
+    result = Result(seconds, peak(on_gpu) - before, len(targets))
     if indices.numel():
         result.indices = indices.cpu()
         few = targets[:512]
@@ -180,15 +185,56 @@ def measure(method: str, case: Case) -> Result:
     return result
 
 
+def start_of_peak(on_gpu: bool) -> int:
+    """Bytes held now; the peak is counted from here."""
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+    return peak(on_gpu)
+
+
+def peak(on_gpu: bool) -> int:
+    """The most bytes held since :func:`start_of_peak`."""
+    if on_gpu:
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def float64_supports(case: Case, some: list[int]) -> list[set[int]]:
+    """Supports of some targets by OMP in float64, the slow and obvious way."""
+    atoms, targets = (rows.double() for rows in load(case))
+    found = []
+    for target in targets[some]:
+        support: list[int] = []
+        basis, residual = torch.zeros(0, case.dim, dtype=torch.float64), target
+        for _ in range(case.k):
+            support.append(int((atoms @ residual).abs().argmax()))
+            direction = atoms[support[-1]]
+            for _ in range(2):
+                direction = direction - basis.T @ (basis @ direction)
+            basis = torch.cat([basis, direction[None] / direction.norm()])
+            residual = target - basis.T @ (basis @ target)
+        found.append(set(support))
+    return found
+
+
 def apart(method: str, case: Case) -> Result:
     """Run one method in a process of its own."""
     print(f"{method}: {case}", file=sys.stderr, flush=True)
+    result = in_a_process(measure, method, case)
+    print(f"  {result.seconds:.2f} s {result.error}", file=sys.stderr, flush=True)
+    return result
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "safetensors"])
     with context.Pool(1) as pool:
-        result = pool.apply(measure, (method, case))
-    print(f"  {result.seconds:.2f} s {result.error}", file=sys.stderr, flush=True)
-    return result
+        return pool.apply(function, arguments)
 
 
 def cases(device: str) -> list[Case]:
@@ -206,25 +252,40 @@ def table(device: str) -> list[str]:
     """All rows for one device."""
     lines = [
         "| rows | d | atoms | k | method | targets | ms per target | targets/s | ratio | peak MiB | same support "
-        "| residual |",
-        "|" + 12 * "---|",
+        "| as float64 | residual |",
+        "|" + 13 * "---|",
     ]
     for case in cases(device):
         per_target = 2 * case.k * case.dim * case.atoms / (40e9 if device == "cpu" else 20e12)
         few = int(min(512, max(32, SECONDS / per_target)))
-        counts = {"batch_omp": few, "ours": 2 * few, "k GEMMs": few, "omp-gpu": min(few, 64), "sklearn": min(few, 8)}
-        reference = None
-        for method, count in counts.items():
-            result = apart(method, replace(case, targets=count))
-            reference = reference or result
-            lines.append(_row(case, method, result, reference))
+        counts = {"batch_omp": few, "ours": 2 * few, "k GEMMs": few, "omp-gpu": min(few, 64), "sklearn": min(few, 4)}
+        results = {method: apart(method, replace(case, targets=count)) for method, count in counts.items()}
+        checked = _check(replace(case, targets=few, device="cpu"), results["batch_omp"], results["ours"])
+        for method, result in results.items():
+            lines.append(_row(case, method, result, results["batch_omp"], checked.get(method, "")))
     return lines
 
 
-def _row(case: Case, method: str, result: Result, reference: Result) -> str:
+def _check(case: Case, theirs: Result, mine: Result) -> dict[str, str]:
+    """How many supports of each are those of float64: of the first targets on which the two differ, and the first."""
+    if theirs.indices is None or mine.indices is None:
+        return {}
+    supports = {"batch_omp": theirs.indices[: case.targets], "ours": mine.indices[: case.targets]}
+    differ = (
+        (supports["batch_omp"].sort(1).values != supports["ours"].sort(1).values).any(1).nonzero().flatten().tolist()
+    )
+    some = list(dict.fromkeys([*differ[: CHECKED - 1], *range(CHECKED)]))[:CHECKED]
+    exact = in_a_process(float64_supports, case, some)
+    return {
+        method: f"{sum(set(found[i].tolist()) == right for i, right in zip(some, exact, strict=True))} of {CHECKED}"
+        for method, found in supports.items()
+    }
+
+
+def _row(case: Case, method: str, result: Result, reference: Result, checked: str) -> str:
     head = f"| {case.rows} | {case.dim} | {case.atoms:,} | {case.k} | {method}"
     if result.error:
-        return f"{head} | {result.error} | | | | | | |"
+        return f"{head} | {result.error} | | | | | | | |"
     each = result.seconds / result.targets
     ratio = reference.seconds / reference.targets / each
     same, residual = "", ""
@@ -236,7 +297,7 @@ def _row(case: Case, method: str, result: Result, reference: Result) -> str:
     bold = "**" if method == "ours" else ""
     return (
         f"{head} | {result.targets} | {1000 * each:.2f} | {1 / each:.0f} | {bold}{ratio:.1f}×{bold} "
-        f"| {result.peak / 2**20:,.0f} | {same} | {residual} |"
+        f"| {result.peak / 2**20:,.0f} | {same} | {checked} | {residual} |"
     )
 
 
@@ -255,7 +316,7 @@ def growth(path: Path, device: str) -> None:
         "k": [8, 16, 32, 64, 128],
     }
     names = {"targets": "targets", "atoms": "atoms", "dim": "dimensions d", "k": "sparsity k"}
-    figure, panels = plt.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, 4, figsize=(14, 3.6), sharey=True, layout="constrained")
     for panel, (field, values) in zip(panels, axes_of.items(), strict=True):
         seconds = [apart("ours", replace(base, **{field: value})).seconds for value in values]
         panel.loglog(values, seconds, "o-", label="measured")
@@ -291,7 +352,7 @@ def main() -> None:
     if options.device != "cpu":
         machine += f", {torch.cuda.get_device_name()}"
         lines += ["", f"On {options.device}:", "", *table(options.device)]
-    text = HEAD.format(machine=machine, atoms=GRID_ATOMS, omp_gpu=omp_gpu_version)
+    text = HEAD.format(machine=machine, atoms=GRID_ATOMS, omp_gpu=omp_gpu_version, checked=CHECKED)
     (HERE / "solver.md").write_text(text + "\n" + "\n".join(lines) + "\n")
 
 
