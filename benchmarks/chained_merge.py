@@ -1,7 +1,8 @@
 """Realign and merge in one recipe, on real weights: what is lost where.
 
 ``python -m benchmarks.chained_merge`` makes a perturbed copy of Gemma-3-270M, merges it with the original by
-``omp_linear`` onto SmolLM2's tokenizer, and prints bits per byte of every model on the first bytes of the built-in held-out texts.
+``omp_linear`` onto SmolLM2's tokenizer, and prints bits per byte of every model on the beginning of the built-in
+held-out texts.
 """
 
 import logging
