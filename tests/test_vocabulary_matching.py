@@ -307,5 +307,10 @@ def test_the_order_of_ids_does_not_matter(output: Vocabulary, model: Vocabulary,
     other_output, new = renumbered(output)
     other_model, _ = renumbered(model)
     before, after = match_vocabulary(output, model), match_vocabulary(other_output, other_model)
-    assert len(before.atoms()) == len(after.atoms())
+    # Of several rows with the same bytes the smallest is taken, so that how many atoms there are may differ.
+    written = [
+        {own.tokens[id_].data for id_ in match.atoms().tolist()}
+        for own, match in ((output, before), (other_output, after))
+    ]
+    assert written[0] == written[1]
     assert all(said(before, model, id_) == said(after, other_model, new[id_]) for id_ in output.tokens)
