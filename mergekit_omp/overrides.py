@@ -4,6 +4,7 @@ The grammar is mergekit's. It gains two meanings that mergekit has no use for: a
 several tokens, and ``force: true`` without a source asks to approximate a token that the model has.
 """
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +14,8 @@ from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig,
 from mergekit_omp.architecture import VocabularyRole
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, tokenizer_of, vocabulary_of
 from mergekit_omp.vocabulary.pieces import text_encoder
+
+LOG = logging.getLogger(__name__)
 
 
 def asks_to_approximate(override: TokenEmbeddingConfig) -> bool:
@@ -74,4 +77,7 @@ def override_row(
     model, rows = source_rows(id_, override, output)
     if role is VocabularyRole.HEAD or len(rows) == 1:
         return views[model][rows[0]]
+    LOG.info(
+        "tokenizer.tokens: %r is no token of %s, so its %d pieces are used", override.source.token, model, len(rows)
+    )
     return views[model][rows].float().mean(dim=0).to(views[model].dtype)
