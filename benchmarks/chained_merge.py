@@ -28,7 +28,7 @@ from mergekit_omp.evaluation import builtin_texts, evaluate, format_scores
 NOISE = 0.1
 """Standard deviation of the perturbation, relative to that of the matrix it is added to."""
 
-CHARACTERS = 3000
+CHARACTERS = 1500
 """How much of each text is read: five models take some minutes on two CPU cores."""
 
 
