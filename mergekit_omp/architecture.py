@@ -137,9 +137,9 @@ def _are_stored(names: Iterable[tuple[str, ...]], model: ModelReference, options
     return True
 
 
-def vocabulary_size(model: ModelReference, options: MergeOptions) -> int:
+def vocabulary_size(model: ModelReference, trust_remote_code: bool) -> int:
     """Rows of a model's embedding matrix, from its config alone."""
-    config = model.config(trust_remote_code=options.trust_remote_code)
+    config = model.config(trust_remote_code=trust_remote_code)
     info = arch_info_for_config(config)
     for key in (info and info.vocab_size_config_key, "vocab_size", "text_config.vocab_size"):
         size = key and _config_value_or_none(config, key)

@@ -250,12 +250,12 @@ def _peak_memory(
     for solve in solves:
         donor = next(model for model in output.donors() if str(model) == solve.donor)
         stored = _itemsize(donor.config(trust_remote_code=options.trust_remote_code))
-        matrix = vocabulary_size(donor, options) * solve.dim * stored
+        matrix = vocabulary_size(donor, options.trust_remote_code) * solve.dim * stored
         gathered = (solve.atoms + solve.targets) * solve.dim * stored
         solver = solve.atoms * solve.dim * 6 + solve.targets * solve.k * 12
         needs.append(matrix + gathered + solver)
     vocabulary = max(
-        (vocabulary_size(model, options) + len(output_vocabulary(output).tokens))
+        (vocabulary_size(model, options.trust_remote_code) + len(output_vocabulary(output).tokens))
         * (hidden_size(model.config(trust_remote_code=options.trust_remote_code)) or 0)
         * 4
         for model in output.referenced_models

@@ -196,7 +196,7 @@ def _set_vocab_size(settings: dict[str, Any], output: OutputTokenizer, size: int
         part = part[parent]
     if last in part:
         part[last] = size
-    _replace_vocab_size(settings, vocabulary_size(base, MergeOptions(trust_remote_code=trust)), size)
+    _replace_vocab_size(settings, vocabulary_size(base, trust), size)
 
 
 def _replace_vocab_size(settings: dict[str, Any], old: int, new: int) -> None:

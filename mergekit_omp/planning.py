@@ -1,5 +1,7 @@
 """From a recipe to tasks: which solves each vocabulary tensor of the output needs."""
 
+from typing import Any
+
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -16,9 +18,14 @@ from mergekit_omp.undertrained import find_trained_rows
 from mergekit_omp.vocabularies import OutputTokenizer, vocabulary_of
 
 
+def blocks_of(config: MergeConfiguration) -> list[tuple[str, Any]]:
+    """What lists models or slices, with the path to it: the recipe itself, and each of its modules."""
+    return [("", config), *((f"modules.{name}.", module) for name, module in (config.modules or {}).items())]
+
+
 def models_in_order(config: MergeConfiguration) -> tuple[ModelReference, ...]:
     """Every model that a recipe merges, the base model first, then as listed; mergekit's own list is in no order."""
-    blocks = [config, *(config.modules or {}).values()]
+    blocks = [block for _, block in blocks_of(config)]
     listed = [m.model for block in blocks for m in block.models or ()]
     sliced = [s.model for block in blocks for part in block.slices or () for s in part.sources]
     base = [config.base_model] if config.base_model else []

@@ -4,12 +4,11 @@ Four things of mergekit 0.1.5 are connected to: the recipe's data model, the reg
 and ``run_merge``. Recipes whose ``merge_method`` is not ours go through the wrapped functions unchanged.
 """
 
-import contextlib
 import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -29,10 +28,7 @@ Wrapped = Callable[..., Any]
 
 def connect_config(config: ModuleType) -> None:
     """Have the mistakes in the text of a recipe of ours told in sentences."""
-    if hasattr(config, _CONNECTED):
-        return
-    setattr(config, _CONNECTED, True)
-    wrapt.wrap_function_wrapper(config, "MergeConfiguration.model_validate", _validate_recipe)
+    _wrap_once(config, {"MergeConfiguration.model_validate": _validate_recipe})
 
 
 def connect_methods(merge_methods: ModuleType) -> None:
@@ -50,21 +46,21 @@ def connect_methods(merge_methods: ModuleType) -> None:
 
 def connect_planner(plan: ModuleType) -> None:
     """Have the planner put our tasks in front of our methods."""
-    if hasattr(plan, _CONNECTED):
-        return
-    setattr(plan, _CONNECTED, True)
-    wrapt.wrap_function_wrapper(plan, "MergePlanner.__init__", _init_planner)
-    wrapt.wrap_function_wrapper(plan, "MergePlanner._plan", _plan)
-    wrapt.wrap_function_wrapper(plan, "MergePlanner.plan_to_disk", _plan_to_disk)
+    wrappers = {"__init__": _init_planner, "_plan": _plan, "plan_to_disk": _plan_to_disk}
+    _wrap_once(plan, {f"MergePlanner.{name}": wrapper for name, wrapper in wrappers.items()})
 
 
 def connect_run(merge: ModuleType) -> None:
     """Have ``run_merge`` check a recipe of ours first, and publish its output only when it is whole."""
-    if hasattr(merge, _CONNECTED):
+    _wrap_once(merge, {"run_merge": _run_merge, "get_architecture_info": _get_architecture})
+
+
+def _wrap_once(module: ModuleType, wrappers: dict[str, Wrapped]) -> None:
+    if hasattr(module, _CONNECTED):
         return
-    setattr(merge, _CONNECTED, True)
-    wrapt.wrap_function_wrapper(merge, "run_merge", _run_merge)
-    wrapt.wrap_function_wrapper(merge, "get_architecture_info", _get_architecture)
+    setattr(module, _CONNECTED, True)
+    for name, wrapper in wrappers.items():
+        wrapt.wrap_function_wrapper(module, name, wrapper)
 
 
 def require_supported() -> None:
@@ -105,7 +101,7 @@ def _validate_recipe(wrapped: Wrapped, _class: Any, args: tuple, kwargs: dict) -
 
 
 def _init_planner(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
-    with contextlib.suppress(Exception):  # recipes of ours then find no method; others are none of our business
+    with suppress(Exception):  # recipes of ours then find no method; others are none of our business
         connect_later_methods()
     return wrapped(*args, **kwargs)
 

@@ -25,7 +25,7 @@ from mergekit_omp.methods import RealignedMerge
 from mergekit_omp.names import PREFIX, TRANSPLANT, is_ours
 from mergekit_omp.overrides import asks_to_approximate, source_rows
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.planning import output_tokenizer
+from mergekit_omp.planning import blocks_of, output_tokenizer
 from mergekit_omp.realign import lacking, pose_problem
 from mergekit_omp.schema import did_you_mean
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of
@@ -87,7 +87,7 @@ def _check_depth(model: ModelReference, options: MergeOptions, place: str) -> No
 def places_of_models(config: MergeConfiguration) -> dict[ModelReference, str]:
     """Where a recipe first names each of its inputs."""
     places: dict[ModelReference, str] = {}
-    for path, block in _blocks(config):
+    for path, block in blocks_of(config):
         for i, listed in enumerate(block.models or ()):
             places.setdefault(listed.model, f"{path}models[{i}].model")
         for i, part in enumerate(block.slices or ()):
@@ -142,7 +142,7 @@ def _check_parameters(config: MergeConfiguration) -> None:
 
 def _parameter_scopes(config: MergeConfiguration) -> Iterator[tuple[str, Settings]]:
     """Every ``parameters:`` of a recipe, with the path to it."""
-    for path, block in _blocks(config):
+    for path, block in blocks_of(config):
         yield f"{path}parameters", block.parameters or {}
         for i, model in enumerate(block.models or ()):
             yield f"{path}models[{i}].parameters", model.parameters or {}
@@ -150,11 +150,6 @@ def _parameter_scopes(config: MergeConfiguration) -> Iterator[tuple[str, Setting
             yield f"{path}slices[{i}].parameters", part.parameters or {}
             for j, source in enumerate(part.sources):
                 yield f"{path}slices[{i}].sources[{j}].parameters", source.parameters or {}
-
-
-def _blocks(config: MergeConfiguration) -> list[tuple[str, Any]]:
-    """What lists models or slices, with the path to it: the recipe itself, and each of its modules."""
-    return [("", config), *((f"modules.{name}.", module) for name, module in (config.modules or {}).items())]
 
 
 def _leaves(place: str, setting: ParameterSetting) -> Iterator[Any]:
@@ -226,7 +221,7 @@ def _check_chat_template(config: MergeConfiguration) -> None:
 
 
 def _check_duplicates(config: MergeConfiguration) -> None:
-    for path, block in _blocks(config):
+    for path, block in blocks_of(config):
         lists = [(f"{path}models", block.models or ())]
         for i, part in enumerate(block.slices or ()):
             if not part.sources:
@@ -248,7 +243,7 @@ def _read_configs(config: MergeConfiguration, output: OutputTokenizer) -> dict[M
     configs = {}
     for model, place in itertools.chain(places.items(), donors):
         configs[model] = read_config(model, output.trust_remote_code, place)
-        size = vocabulary_size(model, MergeOptions(trust_remote_code=output.trust_remote_code))
+        size = vocabulary_size(model, output.trust_remote_code)
         if size < 1:
             raise OmpError(f"{place}: vocab_size in config.json of {model} is {size}; download the model again.")
     return configs
@@ -266,7 +261,7 @@ def _check_embeddings(
 
 
 def _check_layer_ranges(config: MergeConfiguration, configs: Mapping[ModelReference, PretrainedConfig]) -> None:
-    for path, block in _blocks(config):
+    for path, block in blocks_of(config):
         for i, part in enumerate(block.slices or ()):
             _check_slice(f"{path}slices[{i}]", part, configs, has_modules=bool(config.modules))
 
@@ -343,7 +338,7 @@ def _check_overrides(output: OutputTokenizer, config: MergeConfiguration, option
             inputs = ", ".join(map(str, output.referenced_models))
             raise OmpError(f"{place}: {model} is not an input of the merge; its rows can come from {inputs}.")
         _, rows = source_rows(_id_of(token, output), embedding, output)
-        if not rows or not all(0 <= row < vocabulary_size(model, options) for row in rows):
+        if not rows or not all(0 <= row < vocabulary_size(model, options.trust_remote_code) for row in rows):
             named = (getattr(source, "token", None), getattr(source, "token_id", None), token)
             what = next(each for each in named if each is not None)
             raise OmpError(f"{place}: {model} has no token {what!r}; name one that it has.")

@@ -1,6 +1,5 @@
 """From OMP's codes to rows in a model's own space."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.initializers import RowRegression, pieces_of_anchors
 from mergekit_omp.realign import Problem, Solution
-from mergekit_omp.vocabulary.canonical import TokenKind, Vocabulary
+from mergekit_omp.vocabulary.canonical import Vocabulary
 from mergekit_omp.vocabulary.matching import VocabularyMatch
+from mergekit_omp.vocabulary.pieces import ids_by_bytes
 from mergekit_omp.vocabulary.pieces import pieces as split_by_tokenizer
 
 
@@ -50,7 +50,7 @@ def split_tokens(
     atoms = [output.tokens[id_].data for id_ in problem.atom_ids.tolist()]
     return Pieces(
         targets=split_by_tokenizer(output, tokenizer, problem.target_ids.tolist(), model),
-        atoms=pieces_of_anchors(atoms, _rows_by_bytes(model)),
+        atoms=pieces_of_anchors(atoms, ids_by_bytes(model)),
     )
 
 
@@ -75,13 +75,3 @@ def reconstruct(evidence: Evidence, weight: torch.Tensor, match: VocabularyMatch
     anchors, targets = (donor[rows.to(donor.device)] for rows in (problem.atom_rows, problem.target_rows))
     regression = RowRegression.fit(anchors, weight, atom_rows, evidence.pieces.atoms)
     return regression.predict(targets, evidence.pieces.targets, codes)
-
-
-def _rows_by_bytes(model: Vocabulary) -> Mapping[bytes, int]:
-    """The row for every byte string that the model has text for; the lowest where there are several."""
-    ordered = sorted(model.tokens.values(), key=lambda token: (token.kind is not TokenKind.ORDINARY, token.id))
-    rows: dict[bytes, int] = {}
-    for token in ordered:
-        if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE):
-            rows.setdefault(token.data, token.id)
-    return rows

@@ -247,9 +247,10 @@ class SummarizeTransplant(Task[None]):
         begin_record(
             Path(self.out_path), self.realigned, {self.arguments()[name]: each for name, each in solutions.items()}
         )
-        for each, overridden in self._one_input_a_model():
+        inputs = {each.model: each for task in self.realigned for each in task.inputs}
+        for each in inputs.values():
             LOG.info("%s", describe_match(each.match))
-            _warn_of_orphans(each, overridden)
+            _warn_of_orphans(each)
             for sentence in advice(each.match.output, each.model):
                 LOG.warning("%s", sentence)
         LOG.info(
@@ -259,12 +260,6 @@ class SummarizeTransplant(Task[None]):
             sum(solution.seconds for solution in solutions.values()),
         )
 
-    def _one_input_a_model(self) -> list[tuple[RealignedInput, set[str]]]:
-        inputs = {each.model: (each, dict(task.overrides)) for task in self.realigned for each in task.inputs}
-        return [
-            (each, {token for token, c in given.items() if c.source is not None}) for each, given in inputs.values()
-        ]
-
 
 def _all_like(device: torch.device) -> list[torch.device] | None:
     """Every device of an accelerator's kind; None for the CPU, of which there is one."""
@@ -273,14 +268,14 @@ def _all_like(device: torch.device) -> list[torch.device] | None:
     return [torch.device(device.type, index) for index in range(torch.get_device_module(device).device_count())]
 
 
-def _warn_of_orphans(each: RealignedInput, overridden: set[str]) -> None:
+def _warn_of_orphans(each: RealignedInput) -> None:
     """Name the tokens that the model lacks and that no donor and no override gives a row."""
     orphans = lacking(each.match.execute())
     for solve in each.solves:
         orphans[solve.problem().target_ids] = False
     tokens = output_vocabulary(each.match.output).tokens
     names = [tokens[id_].text for id_ in orphans.nonzero().squeeze(1).tolist()]
-    names = [name for name in names if name not in overridden]
+    names = [name for name in names if name not in each.match.output.overridden]
     if names:
         LOG.warning(
             "%s has no row for %d tokens and neither has a donor; they get the mean of the kept rows: %s%s",

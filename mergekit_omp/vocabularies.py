@@ -6,7 +6,6 @@ from functools import lru_cache
 import torch
 import transformers
 from mergekit.common import ModelReference
-from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 from mergekit.tokenizer.build import build_union_tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -80,7 +79,7 @@ def tokenizer_of(model: ModelReference, trust_remote_code: bool, key: str = "mod
 def vocabulary_of(model: ModelReference, trust_remote_code: bool) -> Vocabulary:
     """The tokens of a model that its embedding has rows for."""
     vocabulary = read_vocabulary(tokenizer_of(model, trust_remote_code))
-    return vocabulary.truncated(vocabulary_size(model, MergeOptions(trust_remote_code=trust_remote_code)))
+    return vocabulary.truncated(vocabulary_size(model, trust_remote_code))
 
 
 def build_output_tokenizer(output: OutputTokenizer) -> PreTrainedTokenizerBase:

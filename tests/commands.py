@@ -13,6 +13,18 @@ import mergekit_omp
 mergekit_omp.register()
 
 
+def recipe(base: Path, donor: Path | str, **more: Any) -> dict[str, Any]:
+    """A transplant of one model, for tests that are about something else."""
+    return {
+        "merge_method": "omp",
+        "models": [{"model": str(base)}],
+        "tokenizer": {"source": str(donor)},
+        "parameters": {"k": 5},
+        "dtype": "float32",
+        **more,
+    }
+
+
 def merge_here(recipe: dict[str, Any] | str | bytes, out: Path, *options: str) -> Result:
     """Run ``mergekit-yaml`` on a recipe, as a mapping or as the text of the file; exceptions become results."""
     with tempfile.TemporaryDirectory() as folder:

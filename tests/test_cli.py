@@ -12,7 +12,7 @@ import torch
 import yaml
 from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer, tensors_of
 from click.testing import CliRunner, Result
-from commands import merge_here
+from commands import merge_here, recipe
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from transformers import AutoTokenizer
 
@@ -35,17 +35,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         save(folder / "base", make_model(base_tokenizer, seed=1), base_tokenizer),
         save(folder / "donor", make_model(donor_tokenizer, architecture="mistral", hidden=24), donor_tokenizer),
     )
-
-
-def recipe(base: Path, donor: Path | str, **more: Any) -> dict[str, Any]:
-    return {
-        "merge_method": "omp",
-        "models": [{"model": str(base)}],
-        "tokenizer": {"source": str(donor)},
-        "parameters": {"k": 5},
-        "dtype": "float32",
-        **more,
-    }
 
 
 @pytest.fixture(scope="module")

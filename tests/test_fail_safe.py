@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
-from commands import merge_here, refusal
+from commands import merge_here, recipe, refusal
 from mergekit.io.tensor_writer import TensorWriter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,17 +39,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         save(folder / "base", make_model(base_tokenizer, hidden=256, layers=4), base_tokenizer),
         save(folder / "donor", make_model(donor_tokenizer, architecture="mistral", hidden=64), donor_tokenizer),
     )
-
-
-def recipe(base: Path, donor: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "merge_method": "omp",
-        "models": [{"model": str(base)}],
-        "tokenizer": {"source": str(donor)},
-        "parameters": {"k": 5},
-        "dtype": "float32",
-        **more,
-    }
 
 
 STDERR = "stderr."

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import SparseCodes
+from mergekit_omp.vocabulary.pieces import spell
 
 RIDGE = 0.01
 """Regularisation, as a share of the mean diagonal of φᵀφ. 0.1 is worse; 0.001 predicts held-out anchors no better."""
@@ -150,19 +151,7 @@ def pieces_of_anchors(tokens: Sequence[bytes], rows_of: Mapping[bytes, int]) -> 
         For each anchor its rows; an empty list where the base has no other way to write it, such as a single byte.
     """
     longest = max(map(len, rows_of), default=0)
-    return [_split(token, rows_of, longest) for token in tokens]
-
-
-def _split(token: bytes, rows_of: Mapping[bytes, int], longest: int) -> list[int]:
-    rows, start = [], 0
-    while start < len(token):
-        ends = range(min(len(token), start + longest), start, -1)
-        end = next((end for end in ends if end - start < len(token) and token[start:end] in rows_of), None)
-        if end is None:
-            return []
-        rows.append(rows_of[token[start:end]])
-        start = end
-    return rows
+    return [spell(token, rows_of, min(longest, len(token) - 1)) for token in tokens]
 
 
 def _parts(count: int) -> Iterator[slice]:

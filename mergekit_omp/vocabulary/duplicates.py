@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.vocabulary.canonical import Vocabulary
 from mergekit_omp.vocabulary.matching import MatchReason, VocabularyMatch
-from mergekit_omp.vocabulary.pieces import text_encoder
+from mergekit_omp.vocabulary.pieces import text_encoder, text_of
 
 
 def without_duplicates(
@@ -29,7 +29,7 @@ def without_duplicates(
     """
     ids = match.is_text().nonzero().flatten()
     _, group, sizes = torch.unique(match.rows[ids], return_inverse=True, return_counts=True)
-    texts = {id_: _text(output.tokens[id_].data) for id_ in ids[sizes[group] > 1].tolist()}
+    texts = {id_: text_of(output.tokens[id_].data) for id_ in ids[sizes[group] > 1].tolist()}
     texts = {id_: text for id_, text in texts.items() if text is not None}
     written = dict(zip(texts, text_encoder(tokenizer, output)(list(texts.values())), strict=True))
     silent = [id_ for id_, chosen in written.items() if _is_another(chosen, id_, match)]
@@ -39,10 +39,3 @@ def without_duplicates(
 def _is_another(chosen: list[int], id_: int, match: VocabularyMatch) -> bool:
     """Whether the tokenizer chose one token, another than ``id_``, and one that has the same row."""
     return len(chosen) == 1 and chosen[0] != id_ and bool(match.rows[chosen[0]] == match.rows[id_])
-
-
-def _text(data: bytes) -> str | None:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return None

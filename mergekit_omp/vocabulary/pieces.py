@@ -1,7 +1,7 @@
 """How a model's own tokenizer would split the tokens of another vocabulary."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -38,12 +38,13 @@ def pieces(
     """
     model = model or read_vocabulary(model_tokenizer)
     wanted = [output.tokens[id_].data for id_ in ids]
-    spell = _greedy_speller(model)
+    known_ids = ids_by_bytes(model)
+    longest = max(map(len, known_ids), default=0)
     split = []
     for data, encoded in zip(wanted, _encode_all(wanted, text_encoder(model_tokenizer, model)), strict=True):
         known = [id_ for id_ in encoded if id_ in model.tokens and model.tokens[id_].kind in _TEXT]
         spelled = b"".join(model.tokens[id_].data for id_ in known) == data
-        split.append(known if spelled else spell(data) or known)
+        split.append(known if spelled else spell(data, known_ids, longest) or known)
     return split
 
 
@@ -81,39 +82,40 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, *, 
 
 def _encode_all(wanted: Sequence[bytes], encode: Encoder) -> Iterator[list[int]]:
     """Encode byte strings; no ids for those that are no text."""
-    texts = [_text_of(data) for data in wanted]
+    texts = [text_of(data) for data in wanted]
     encoded = iter(encode([text for text in texts if text is not None]))
     return ([] if text is None else next(encoded) for text in texts)
 
 
-def _text_of(data: bytes) -> str | None:
+def text_of(data: bytes) -> str | None:
+    """The text that bytes are, None where they are none by themselves."""
     try:
         return data.decode()
     except UnicodeDecodeError:
         return None
 
 
-def _greedy_speller(model: Vocabulary) -> Callable[[bytes], list[int]]:
-    """A function that spells bytes by the longest of the model's tokens, from left to right; [] where it cannot."""
-    id_of: dict[bytes, int] = {}
+def ids_by_bytes(vocabulary: Vocabulary) -> dict[bytes, int]:
+    """The id for every byte string that a vocabulary has text for: an ordinary token before a byte-fallback one."""
+    ids: dict[bytes, int] = {}
     for kind in _TEXT:
-        for id_, token in model.tokens.items():
+        for id_, token in vocabulary.tokens.items():
             if token.kind is kind:
-                id_of.setdefault(token.data, id_)
-    longest = max(map(len, id_of), default=0)
+                ids.setdefault(token.data, id_)
+    return ids
 
-    def spell(data: bytes) -> list[int]:
-        spelled, start = [], 0
-        while start < len(data):
-            ends = range(min(len(data), start + longest), start, -1)
-            end = next((end for end in ends if data[start:end] in id_of), None)
-            if end is None:
-                return []
-            spelled.append(id_of[data[start:end]])
-            start = end
-        return spelled
 
-    return spell
+def spell(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:
+    """Spell bytes by the longest tokens of at most ``longest`` bytes, from left to right; [] where none fit."""
+    spelled, start = [], 0
+    while start < len(data):
+        ends = range(min(len(data), start + longest), start, -1)
+        end = next((end for end in ends if data[start:end] in ids), None)
+        if end is None:
+            return []
+        spelled.append(ids[data[start:end]])
+        start = end
+    return spelled
 
 
 def _without_added_space(backend: Tokenizer) -> tuple[Any, Any]:
