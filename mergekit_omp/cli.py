@@ -20,8 +20,8 @@ def main() -> None:
 
     The transplant itself is a merge method, so a recipe with `merge_method: omp` runs with `mergekit-yaml`. These
     commands are for before and after: `inspect` tells what a recipe would do and cost, `report` shows what it did,
-    `tokens` which new tokens matter for a text, `eval` measures how well a model reads, and `doctor` finds out why
-    mergekit might not know the method.
+    `tokens` which new tokens matter for a text, `eval` measures how well a model reads, `compare` runs a recipe with
+    several methods, and `doctor` finds out why mergekit might not know the method.
     """
 
 
@@ -186,6 +186,69 @@ def evaluate(
     click.echo(_as_json([score.as_dict() for score in scores]) if as_json else format_scores(scores))
 
 
+@main.command(short_help="A recipe with several methods of approximation, side by side.")
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--approximations",
+    default="omp,subword,mean,zero",
+    show_default=True,
+    help="The methods, with commas between them, as in a recipe's approximation:.",
+)
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="A text file; may be repeated.  [default: the built-in texts]",
+)
+@click.option("--plot", type=click.Path(dir_okay=False), help="Also draw the table, as this .png or .svg file.")
+@_DEVICE
+@_TRUST
+@_JSON
+def compare(
+    recipe: str,
+    approximations: str,
+    texts: tuple[str, ...],
+    plot: str | None,
+    device: str,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Run RECIPE once for each of some methods of approximation, and compare what comes out.
+
+    The table has bits per byte of the original model and of each output (lower is better), and the seconds and memory
+    of each merge. The models are thrown away. What a method needs beside its name, such as corpus:, is taken from the
+    recipe.
+
+    \b
+    mergekit-omp compare recipe.yml --approximations omp,subword,landmark_pca
+    """
+    _quiet()
+    from mergekit_omp import comparison
+    from mergekit_omp.evaluation import builtin_texts
+    from mergekit_omp.planning import models_in_order
+
+    chosen = comparison.parse_approximations(approximations)
+    if plot:
+        comparison.require_plot(Path(plot))
+    config = _load_recipe((recipe,), None)
+    _check_device(device)
+    rows = comparison.compare(
+        _read_recipe(recipe),
+        str(models_in_order(config)[0]),
+        chosen,
+        {Path(path).stem: _read_text(path) for path in texts} if texts else builtin_texts(),
+        options=["--device", device, *(["--trust-remote-code"] if trust_remote_code else [])],
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    click.echo(comparison.as_json(rows) if as_json else comparison.markdown(rows))
+    if plot:
+        comparison.draw(rows, Path(plot))
+    if all(row.problem for row in rows[1:]):
+        raise SystemExit(1)
+
+
 @main.command(short_help="Whether mergekit knows the methods; versions and devices.")
 @_JSON
 def doctor(as_json: bool) -> None:
@@ -207,7 +270,6 @@ def doctor(as_json: bool) -> None:
 
 def _load_recipe(what: tuple[str, ...], k: int | None) -> Any:
     """The configuration of a recipe's file, or of the recipe that two models stand for."""
-    import yaml
     from mergekit.config import MergeConfiguration
 
     from mergekit_omp import register
@@ -227,16 +289,24 @@ def _load_recipe(what: tuple[str, ...], k: int | None) -> Any:
         )
     if len(what) > 2 or k is not None:
         raise click.UsageError("Name one recipe, whose own k counts, or a base model and a donor.")
-    try:
-        recipe = yaml.safe_load(_read_text(what[0]))
-    except yaml.YAMLError as error:
-        raise OmpError(f"{what[0]} is no YAML: {' '.join(str(error).split())}.") from error
+    recipe = _read_recipe(what[0])
     method = recipe.get("merge_method") if isinstance(recipe, dict) else None
     if not is_ours(method):
         raise OmpError(
             f"{what[0]}: merge_method is {method!r}; there is something to inspect where it is omp or omp_<method>."
         )
     return MergeConfiguration.model_validate(recipe)
+
+
+def _read_recipe(path: str) -> Any:
+    import yaml
+
+    from mergekit_omp.errors import OmpError
+
+    try:
+        return yaml.safe_load(_read_text(path))
+    except yaml.YAMLError as error:
+        raise OmpError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
 
 
 def _read_text(path: str) -> str:

@@ -58,6 +58,8 @@ def rank_tokens(
 
 
 def _residuals(record: Mapping[str, Any]) -> dict[int, float]:
+    if record.get("other_rows") and not record["solves"]:
+        raise OmpError("The new rows of this model have no residuals: only those that approximation: omp makes have.")
     residuals: dict[int, float] = {}
     for solve in record["solves"]:
         if "tokens" not in solve:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 import transformers
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_omp.advice import advice
 from mergekit_omp.architecture import hidden_size, vocabulary_size
-from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.parameters import Approximation
 from mergekit_omp.realign import lacking, pose_problem
-from mergekit_omp.recipe import check_recipe
+from mergekit_omp.recipe import check_recipe, settings_of
 from mergekit_omp.record import match_counts
 from mergekit_omp.samples import readable
 from mergekit_omp.solver import solve_omp
@@ -71,12 +71,15 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions, *, measure
         OmpError: for whatever would stop the recipe before it starts.
     """
     output = check_recipe(config, options)
-    solves = [_timed(solve, options.device) if measure else solve for solve in _solves(config, output)]
+    approximations = list(dict.fromkeys(Approximation(each).value for each in settings_of(config, "approximation")))
+    needed = _solves(config, output) if Approximation.OMP.value in approximations else ()
+    solves = [_timed(solve, options.device) if measure else solve for solve in needed]
     return {
         "merge_method": config.merge_method,
         "tokenizer_source": str(output.tokenizer_source),
         "tokens": len(output_vocabulary(output).tokens),
         "device": str(options.device),
+        "approximations": approximations,
         "vocabularies": [_describe_vocabulary(model, output) for model in _all_models(output)],
         "inputs": [_describe_input(model, output) for model in output.referenced_models],
         "solves": [asdict(solve) for solve in solves],
@@ -103,7 +106,10 @@ def describe(found: dict[str, Any]) -> str:
             f"  {solve['targets']:,} tokens of {solve['donor']} from {solve['atoms']:,} anchors, "
             f"k = {solve['k']}{twice}{seconds}"
         )
-    if not found["solves"]:
+    others = [name for name in found["approximations"] if name != Approximation.OMP.value]
+    if others:
+        lines.append(f"  none where the rows of new tokens are made by {' or '.join(others)}")
+    elif not found["solves"]:
         lines.append("  none: nothing is lacking")
     estimate = found["estimate"]
     lines += ["", f"Estimates for {found['device']}"]
@@ -197,33 +203,12 @@ def _solves(config: MergeConfiguration, output: OutputTokenizer) -> Iterator[Sol
                 targets=len(problem.target_ids),
                 atoms=len(problem.atom_ids),
                 dim=hidden_size(donor_config) or 0,
-                k=min(_largest_k(config), len(problem.atom_ids)),
+                k=min(max(settings_of(config, "k")), len(problem.atom_ids)),
             )
 
 
 def _tied(config: PretrainedConfig) -> bool:
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-
-
-def _largest_k(config: MergeConfiguration) -> int:
-    """The largest k anywhere in a recipe, or the default."""
-    blocks = [config, *(config.modules or {}).values()]
-    parts = [part for block in blocks for part in block.slices or ()]
-    sources = [source for part in parts for source in part.sources]
-    listed = [model for block in blocks for model in block.models or ()]
-    scopes = [(each.parameters or {}) for each in (*blocks, *parts, *sources, *listed)]
-    values = [value for scope in scopes if "k" in scope for value in _values(scope["k"])]
-    return max(values, default=OmpParameters.model_fields["k"].default)
-
-
-def _values(setting: ParameterSetting) -> Iterator[int]:
-    if isinstance(setting, list):
-        for each in setting:
-            yield from _values(each)
-    elif isinstance(setting, ConditionalParameter):
-        yield from _values(setting.value)
-    else:
-        yield setting
 
 
 def _timed(solve: Solve, device: str | None) -> Solve:

@@ -13,6 +13,49 @@ class Reconstruction(str, Enum):
     COMBINATION = "combination"  # the codes' combination of the model's rows: the paper's, and mergekit-tokensurgeon's
 
 
+class Approximation(str, Enum):
+    """Where the rows of new tokens come from."""
+
+    OMP = "omp"
+    COMMON_INTERPOLATION = "common_interpolation"
+    SUBWORD = "subword"
+    MEAN = "mean"
+    ZERO = "zero"
+    RANDN = "randn"
+    JOHN_HEWITT = "john_hewitt"
+    LANDMARK_PCA = "landmark_pca"
+    STB = "stb"
+    MP_ROPE = "mp_rope"
+    FOCUS = "focus"
+    WECHSEL = "wechsel"
+    ZETT = "zett"
+    TOKALIGN = "tokalign"
+
+
+class WeightScheme(str, Enum):
+    """How `common_interpolation` weighs a token's nearest anchors."""
+
+    DISTANCE_PROPORTIONAL = "distance_proportional"
+    BARYCENTRIC = "barycentric"
+    LEAST_SQUARES = "least_squares"
+
+
+class SubwordMethod(str, Enum):
+    """How `subword` makes one row of those of a token's pieces."""
+
+    MEAN = "mean"
+    SUM = "sum"
+    WEIGHTED_MEAN = "weighted_mean"
+    FIRST_LAST = "first_last"
+
+
+class Numerals(str, Enum):
+    """Where the rows of new tokens that are numbers, such as `123`, come from."""
+
+    APPROXIMATE = "approximate"  # as those of all other new tokens
+    DIGITS = "digits"  # from the model's own rows of the digits
+
+
 class OmpParameters(BaseModel, frozen=True):
     """What a recipe can set under ``parameters:``, globally, per slice or per model.
 
@@ -21,6 +64,10 @@ class OmpParameters(BaseModel, frozen=True):
     the same.
     """
 
+    approximation: Approximation = Field(
+        default=Approximation.OMP,
+        description="Where the rows of new tokens come from: `omp`, or a method to compare it with (docs/methods.md).",
+    )
     k: Annotated[int, Field(ge=1, strict=True)] = Field(
         default=64, description="Sparsity: the largest number of anchors that one new token is a combination of."
     )
@@ -31,6 +78,11 @@ class OmpParameters(BaseModel, frozen=True):
         default=Reconstruction.REGRESSION,
         description="How codes become rows: `regression` also uses the donor's row and the model's own pieces of the "
         "token; `combination` is the paper's Σ cᵢ bᵢ, as mergekit-tokensurgeon has it.",
+    )
+    numerals: Numerals = Field(
+        default=Numerals.APPROXIMATE,
+        description="Rows of new numbers such as `123`: `digits` makes them from the model's own digits, with logits "
+        "lowered by ln 10 for each digit after the first; the whole model is loaded for it, to read a text.",
     )
     magikarp: StrictBool = Field(
         default=False, description="Leave under-trained tokens aside: they are neither anchors nor approximated."
@@ -44,6 +96,36 @@ class OmpParameters(BaseModel, frozen=True):
         default=0.0, description="Standard deviation of Gaussian noise added to approximated rows."
     )
     new_vocab_scale: FiniteFloat = Field(default=1.0, description="Factor on approximated rows.")
+
+    weight_scheme: WeightScheme = Field(
+        default=WeightScheme.DISTANCE_PROPORTIONAL,
+        description="For `common_interpolation`: how the nearest anchors are weighed.",
+    )
+    cosine_similarity: StrictBool = Field(
+        default=False, description="For `common_interpolation`: nearest by the cosine, not by the distance."
+    )
+    subword_method: SubwordMethod = Field(
+        default=SubwordMethod.MEAN, description="For `subword`: how the rows of a token's pieces become one."
+    )
+    corpus: str | None = Field(
+        default=None, description="For `focus` and `tokalign`: a text file to learn token vectors from."
+    )
+    vectors: str | None = Field(
+        default=None,
+        description="For `focus`: vectors of the output's tokens. For `wechsel`: of words of its language.",
+    )
+    source_vectors: str | None = Field(
+        default=None, description="For `wechsel`: vectors of words of the model's language."
+    )
+    dictionary: str | None = Field(
+        default=None, description="For `wechsel`: a file with a word and its translation in each line."
+    )
+    hypernetwork: str | None = Field(
+        default=None, description="For `zett`: the hypernetwork's checkpoint, a folder or a name on the hub."
+    )
+    token_map: str | None = Field(
+        default=None, description="For `tokalign`: a JSON file that names a token of the model for each new one."
+    )
 
     @classmethod
     def from_bound(cls, bound: dict[str, Any]) -> "OmpParameters":

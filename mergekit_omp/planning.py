@@ -4,16 +4,26 @@ from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoadTensor
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import PermutedVocabulary
 
-from mergekit_omp.architecture import donor_weight, vocabulary_role
+from mergekit_omp.architecture import VocabularyRole, donor_weight, vocabulary_role
+from mergekit_omp.initializers.methods import method_of, needs_donor
 from mergekit_omp.overrides import asks_to_approximate
-from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.parameters import Numerals, OmpParameters
 from mergekit_omp.plugin import chat_template_of
 from mergekit_omp.realign import pose_problem
-from mergekit_omp.tasks import MatchVocabulary, RealignedInput, RealignVocabulary, SolveCodes
+from mergekit_omp.states import find_logit_shift
+from mergekit_omp.tasks import (
+    MatchVocabulary,
+    PoseProblem,
+    PrepareRows,
+    RealignedInput,
+    RealignVocabulary,
+    SolveCodes,
+)
 from mergekit_omp.undertrained import find_trained_rows
 from mergekit_omp.vocabularies import OutputTokenizer, vocabulary_of
 
@@ -75,42 +85,67 @@ def _plan_input(
     return RealignedInput(
         model=model,
         match=MatchVocabulary(output=output, model=model),
-        solves=_plan_solves(model, task.output_weight.name, parameters, output, options),
+        new_rows=_plan_rows(model, vocabulary_role(task.output_weight.name), parameters, output, options),
         parameters=parameters,
     )
 
 
-def _plan_solves(
-    model: ModelReference, tensor: str, parameters: OmpParameters, output: OutputTokenizer, options: MergeOptions
-) -> tuple[SolveCodes, ...]:
-    """One solve for every donor that has tokens which neither the model nor an earlier donor has."""
+def _plan_rows(
+    model: ModelReference,
+    role: VocabularyRole,
+    parameters: OmpParameters,
+    output: OutputTokenizer,
+    options: MergeOptions,
+) -> tuple[PrepareRows, ...]:
+    """One task for every donor that has tokens which neither the model nor an earlier donor has."""
+    method = method_of(parameters)
     base = MatchVocabulary(output=output, model=_first_with_vocabulary_of(model, output))
     donors = [MatchVocabulary(output=output, model=donor) for donor in output.donors()]
     base_trained = find_trained_rows(model, options) if parameters.magikarp else None
-    solves = []
+    own = tuple(donor_weight(model, each, options) for each in VocabularyRole) if method.reads_both else ()
+    logit_shift = find_logit_shift(model, options) if parameters.numerals is Numerals.DIGITS else None
+    planned = []
     for count, donor in enumerate(output.donors(), start=1):
         *earlier, match = (each.execute() for each in donors[:count])
         lacks = len(pose_problem(base.execute(), match, earlier).target_ids) > 0
         # Which tokens are under-trained is known once the tensors are loaded; a model teaches itself nothing.
         if not lacks and (not parameters.magikarp or donor == model):
             continue
-        weight, axis = donor_weight(donor, vocabulary_role(tensor), options)
-        solves.append(
-            SolveCodes(
-                donor_weight=weight,
+        method.check(parameters, "parameters")
+        pose = PoseProblem(
+            base=base,
+            donors=tuple(donors[:count]),
+            base_trained=base_trained,
+            donor_trained=find_trained_rows(donor, options) if parameters.magikarp else None,
+        )
+        weight, axis = donor_weight(donor, role, options) if needs_donor(parameters) else (None, 0)
+        planned.append(
+            PrepareRows(
+                pose=pose,
+                parameters=parameters,
+                solve=_plan_solve(pose, weight, axis, parameters, options) if method.solves else None,
+                donor_weight=weight if method.reads_donor(parameters) else None,
                 vocabulary_axis=axis,
-                base=base,
-                donors=tuple(donors[:count]),
-                base_trained=base_trained,
-                donor_trained=find_trained_rows(donor, options) if parameters.magikarp else None,
-                k=parameters.k,
-                normalize_atoms=parameters.normalize_atoms,
-                memory_budget=parameters.memory_budget,
-                all_devices=options.multi_gpu,
-                quiet=options.quiet,
+                logit_shift=logit_shift,
+                own_weights=own,
             )
         )
-    return tuple(solves)
+    return tuple(planned)
+
+
+def _plan_solve(
+    pose: PoseProblem, weight: LoadTensor, axis: int, parameters: OmpParameters, options: MergeOptions
+) -> SolveCodes:
+    return SolveCodes(
+        pose=pose,
+        donor_weight=weight,
+        vocabulary_axis=axis,
+        k=parameters.k,
+        normalize_atoms=parameters.normalize_atoms,
+        memory_budget=parameters.memory_budget,
+        all_devices=options.multi_gpu,
+        quiet=options.quiet,
+    )
 
 
 def _first_with_vocabulary_of(model: ModelReference, output: OutputTokenizer) -> ModelReference:

@@ -102,7 +102,7 @@ def lacking(match: VocabularyMatch) -> torch.Tensor:
 def realign(
     weight: torch.Tensor,
     match: VocabularyMatch,
-    solutions: Sequence[Solution],
+    problems: Sequence[Problem],
     new_rows: Sequence[torch.Tensor],
     *,
     parameters: OmpParameters,
@@ -116,8 +116,8 @@ def realign(
         weight: [R, ...] floating point, vocabulary axis first; borrowed. Rows of anchors are copied bit for bit, the
             rest is computed in float32.
         match: which of the R rows each of the V output tokens has.
-        solutions: for tokens that the model lacks.
-        new_rows: for each solution the rows [B, ...] of its targets.
+        problems: what the model lacks and the donors have.
+        new_rows: for each problem the rows [B, ...] of its targets.
         parameters: noise and scale of approximated rows.
         size: rows of the result, at least V; rows beyond V, and ids without a token, get the mean of the anchors'
             rows, as do tokens that no donor has.
@@ -134,11 +134,11 @@ def realign(
     result = kept_rows.float().mean(dim=0).to(weight.dtype).expand(size, *weight.shape[1:]).clone()
     result[kept.to(weight.device)] = kept_rows
     if len(free_rows):
-        unlearnt = torch.cat([_free_ids(match), *(solution.problem.untrained_ids for solution in solutions)])
+        unlearnt = torch.cat([_free_ids(match), *(problem.untrained_ids for problem in problems)])
         result[unlearnt.to(weight.device)] = weight[list(free_rows)].float().mean(dim=0).to(weight.dtype)
-    for solution, rows in zip(solutions, new_rows, strict=True):
+    for problem, rows in zip(problems, new_rows, strict=True):
         rows = _with_noise(rows, parameters.new_vocab_noise) * parameters.new_vocab_scale
-        result[solution.problem.target_ids.to(weight.device)] = rows.reshape(-1, *weight.shape[1:]).to(weight.dtype)
+        result[problem.target_ids.to(weight.device)] = rows.reshape(-1, *weight.shape[1:]).to(weight.dtype)
     for token_id, row in (overrides or {}).items():
         result[token_id] = row.to(weight)
     return result

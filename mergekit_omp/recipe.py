@@ -19,12 +19,13 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import PretrainedConfig
 
 from mergekit_omp.architecture import has_second_embedding, hidden_size, vocabulary_size
-from mergekit_omp.checkpoint import check_weights, read_config, weight_file
+from mergekit_omp.checkpoint import check_weights, is_tokenizer_alone, read_config, weight_file
 from mergekit_omp.errors import OmpError
+from mergekit_omp.initializers.methods import needs_donor, without_donor
 from mergekit_omp.methods import RealignedMerge
 from mergekit_omp.names import PREFIX, TRANSPLANT, is_ours
 from mergekit_omp.overrides import asks_to_approximate, source_rows
-from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.parameters import Approximation, OmpParameters
 from mergekit_omp.planning import blocks_of, output_tokenizer
 from mergekit_omp.realign import lacking, pose_problem
 from mergekit_omp.schema import did_you_mean
@@ -239,7 +240,8 @@ def _check_duplicates(config: MergeConfiguration) -> None:
 
 def _read_configs(config: MergeConfiguration, output: OutputTokenizer) -> dict[ModelReference, PretrainedConfig]:
     places = places_of_models(config)
-    donors = [(donor, "tokenizer.source") for donor in output.donors() if donor not in places]
+    others = [donor for donor in output.donors() if donor not in places]
+    donors = [(donor, "tokenizer.source") for donor in others if not is_tokenizer_alone(donor)]
     configs = {}
     for model, place in itertools.chain(places.items(), donors):
         configs[model] = read_config(model, output.trust_remote_code, place)
@@ -318,8 +320,9 @@ def _check_vocabularies(output: OutputTokenizer, config: MergeConfiguration, opt
         tokenizer_of(donor, trust, "tokenizer.source")
     _check_overrides(output, config, options)
     overridden = [_id_of(token, output) for token in output.add_tokens or ()]
+    in_need = parameters_in_need_of_a_donor(config)
     for model in output.referenced_models:
-        _check_donors(model, output, overridden)
+        _check_donors(model, output, overridden, in_need)
 
 
 def _check_overrides(output: OutputTokenizer, config: MergeConfiguration, options: MergeOptions) -> None:
@@ -353,7 +356,30 @@ def _check_approximated(token: str, output: OutputTokenizer) -> None:
         )
 
 
-def _check_donors(model: ModelReference, output: OutputTokenizer, overridden: Iterable[int]) -> None:
+def settings_of(config: MergeConfiguration, name: str) -> list[Any]:
+    """Every value that a recipe gives to a parameter of ours, and the default where something is without one."""
+    scopes = list(_parameter_scopes(config))
+    values = [value for place, scope in scopes if name in scope for value in _leaves(f"{place}.{name}", scope[name])]
+    if name in (config.parameters or {}):
+        return values
+    listed = [scope for place, scope in scopes if re.fullmatch(r"(modules\..*)?models\[\d+\]\.parameters", place)]
+    if listed and not config.slices and all(name in scope for scope in listed):
+        return values
+    return [*values, OmpParameters.model_fields[name].default]
+
+
+def parameters_in_need_of_a_donor(config: MergeConfiguration) -> str | None:
+    """The first setting of a recipe that wants rows of the tokenizer's model; None where its tokenizer is enough."""
+    for value in settings_of(config, "approximation"):
+        approximation = Approximation(value)
+        if needs_donor(OmpParameters(approximation=approximation)):
+            return f"approximation: {approximation.value}"
+    return "magikarp: true" if True in settings_of(config, "magikarp") else None
+
+
+def _check_donors(
+    model: ModelReference, output: OutputTokenizer, overridden: Iterable[int], in_need: str | None
+) -> None:
     """Whatever the model lacks must be solvable: some donor has it, and shares an anchor with the model."""
     base = match_of(output, model)
     missing = lacking(base)
@@ -369,6 +395,12 @@ def _check_donors(model: ModelReference, output: OutputTokenizer, overridden: It
         if not len(problem.target_ids):
             continue
         found = True
+        if in_need is not None and is_tokenizer_alone(donor):
+            raise OmpError(
+                f"tokenizer.source: {donor} is a tokenizer without a model, and {in_need} needs "
+                "the embeddings of the tokens that are new; name a model that has both, or write approximation: "
+                f"{' or '.join(without_donor())}, without magikarp."
+            )
         if not len(problem.atom_ids):
             raise OmpError(
                 f"tokenizer.source: {donor} and {model} share no token, so there are no anchors to express new tokens "

@@ -23,16 +23,17 @@ from transformers import AutoTokenizer
 
 from mergekit_omp.advice import advice
 from mergekit_omp.architecture import vocabulary_role
+from mergekit_omp.checkpoint import is_tokenizer_alone
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation import builtin_texts
-from mergekit_omp.realign import Solution, lacking
+from mergekit_omp.realign import Problem, Solution, lacking
 from mergekit_omp.samples import choose_samples, readable, with_neighbours
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of, vocabulary_of
 from mergekit_omp.vocabulary.matching import VocabularyMatch
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 
 if TYPE_CHECKING:
-    from mergekit_omp.tasks import RealignVocabulary, SolveCodes
+    from mergekit_omp.tasks import PoseProblem, RealignVocabulary, SolveCodes
 
 LOG = logging.getLogger(__name__)
 
@@ -58,19 +59,23 @@ def never_fatal(step: Callable[..., None]) -> Callable[..., None]:
 
 @never_fatal
 def begin_record(
-    folder: Path, realigned: Sequence["RealignVocabulary"], solutions: Mapping["SolveCodes", Solution]
+    folder: Path,
+    realigned: Sequence["RealignVocabulary"],
+    solutions: Mapping["SolveCodes", Solution],
+    problems: Mapping["PoseProblem", Problem],
 ) -> None:
-    """Write what the solves were and how well they went."""
+    """Write what the solves were and how well they went, and what other methods made rows for."""
     solves = list(solutions)
     record = {
         "format": FORMAT,
         "solves": [_describe_solve(solve, solutions[solve]) for solve in solves],
+        "other_rows": [_describe_problem(pose, problem) for pose, problem in problems.items()],
         "tensors": [
             {
                 "name": task.name,
                 "side": vocabulary_role(task.name).value,
                 "model": str(each.model),
-                "parameters": each.parameters.model_dump(),
+                "parameters": each.parameters.model_dump(mode="json"),
                 "solves": [solves.index(solve) for solve in each.solves],
             }
             for task in realigned
@@ -171,6 +176,8 @@ def match_counts(match: VocabularyMatch) -> dict[str, int]:
 
 def revision_of(model: ModelReference, trust_remote_code: bool) -> str | None:
     """The commit of a model on the hub; None for a folder."""
+    if is_tokenizer_alone(model):
+        return model.model.revision
     config = model.config(trust_remote_code=trust_remote_code)
     return getattr(config, "_commit_hash", None) or model.model.revision
 
@@ -190,6 +197,10 @@ def card_section(record: Mapping[str, Any]) -> str:
             f"ones each, in {solve['tensor']} of {solve['donor']}; "
             f"the mean relative residual is {solve['residuals']['mean']:.3f}."
         )
+    for tensor in record["tensors"]:
+        approximation = tensor["parameters"]["approximation"]
+        if approximation != "omp":
+            lines.append(f"* {tensor['name']} of {tensor['model']}: new rows by `approximation: {approximation}`.")
     lines += ["", "| text | tokens/byte before | after |", "|---|---|---|"]
     lines += [f"| {text['name']} | {text['before']:.3f} | {text['after']:.3f} |" for text in record["texts"]]
     advised = [sentence for model in record["models"] for sentence in model.get("advice", ())]
@@ -205,18 +216,16 @@ def card_section(record: Mapping[str, Any]) -> str:
 
 def _describe_solve(solve: "SolveCodes", solution: Solution) -> dict[str, Any]:
     codes, problem = solution.codes, solution.problem
-    tokens = output_vocabulary(solve.base.output).tokens
+    vocabulary = output_vocabulary(solve.pose.base.output)
+    tokens = vocabulary.tokens
     used = torch.bincount(codes.indices[codes.indices >= 0], minlength=len(problem.atom_ids))
     order = used.argsort(descending=True, stable=True)[:MOST_USED].tolist()
     return {
-        "donor": str(solve.donors[-1].model),
-        "base": str(solve.base.model),
+        **_describe_problem(solve.pose, problem),
         "tensor": solve.donor_weight.tensor,
         "vocabulary_axis": solve.vocabulary_axis,
         "k": solve.k,
         "normalize_atoms": solve.normalize_atoms,
-        "targets": len(problem.target_ids),
-        "atoms": len(problem.atom_ids),
         "seconds": round(solution.seconds, 2),
         "residuals": _describe_residuals(codes.relative_residuals),
         "usage": {
@@ -226,11 +235,20 @@ def _describe_solve(solve: "SolveCodes", solution: Solution) -> dict[str, Any]:
                 {"token": readable(tokens[int(problem.atom_ids[atom])]), "count": int(used[atom])} for atom in order
             ],
         },
-        "samples": choose_samples(solution, output_vocabulary(solve.base.output)),
+        "samples": choose_samples(solution, vocabulary),
         "tokens": [
             [id_, round(residual, 4)]
             for id_, residual in zip(problem.target_ids.tolist(), codes.relative_residuals.tolist(), strict=True)
         ],
+    }
+
+
+def _describe_problem(pose: "PoseProblem", problem: Problem) -> dict[str, Any]:
+    return {
+        "donor": str(pose.donors[-1].model),
+        "base": str(pose.base.model),
+        "targets": len(problem.target_ids),
+        "atoms": len(problem.atom_ids),
     }
 
 

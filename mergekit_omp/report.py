@@ -67,6 +67,7 @@ def page(record: Record, title: str) -> str:
         f"<h1>{_escape(title)}</h1>",
         f'<p class="muted">{_escape(_subtitle(record))}</p>',
         _facts(record),
+        *(f'<p class="muted">{_escape(sentence)}</p>' for sentence in _other_rows(record)),
         *(f'<p class="advice">{_escape(sentence)}</p>' for sentence in _advice(record)),
         "<h2>Where the rows come from</h2>",
         _figure(_draw_matches(record), "Tokens of the output, by what they have in common with the model's own."),
@@ -119,10 +120,17 @@ def summary(record: Record) -> str:
             f"95 % below {residuals['p95']:.3f}",
             f"  most used anchors: {' '.join(each['token'] for each in solve['usage']['most_used'][:12])}",
         ]
+    lines += ["", *_other_rows(record)]
     lines += ["", f"{'tokens per byte':<16}{'before':>8}{'after':>8}"]
     lines += [f"  {text['name']:<14}{text['before']:>8.3f}{text['after']:>8.3f}" for text in record["texts"]]
     lines += ["", *(f"Note: {sentence}" for sentence in _advice(record))]
     return "\n".join(lines).rstrip()
+
+
+def _other_rows(record: Record) -> list[str]:
+    """A sentence for each tensor whose new rows are not OMP's."""
+    made_by = [(t, t["parameters"].get("approximation", "omp")) for t in record["tensors"]]
+    return [f"{t['name']} of {t['model']}: new rows by {name}" for t, name in made_by if name != "omp"]
 
 
 def _require_matplotlib() -> None:
@@ -151,7 +159,8 @@ def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 
 def _facts(record: Record) -> str:
     first = _inputs(record)[0]
-    targets = max((solve["targets"] for solve in record["solves"]), default=0)
+    approximated = [*record["solves"], *record.get("other_rows", ())]
+    targets = max((each["targets"] for each in approximated), default=0)
     residuals = [solve["residuals"]["mean"] for solve in record["solves"] if solve["targets"]]
     facts = [
         (f"{record['tokens']:,}", "tokens in the output"),

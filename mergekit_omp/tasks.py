@@ -6,6 +6,7 @@ of a donor with tied embeddings share one solve, and so do all inputs of one voc
 
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,30 @@ import torch
 import tqdm
 from mergekit.common import ModelReference
 from mergekit.graph import Task
-from mergekit.io.tasks import GatherTensors
+from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.tokenizer.config import TokenEmbeddingConfig
 from pydantic import BaseModel
 
 from mergekit_omp.advice import advice
-from mergekit_omp.architecture import vocabulary_role
+from mergekit_omp.architecture import VocabularyRole, vocabulary_role
 from mergekit_omp.cache import solve_with_cache
+from mergekit_omp.initializers.methods import method_of
+from mergekit_omp.initializers.new_tokens import NewTokens, RowMaker
+from mergekit_omp.initializers.numbers import LogitShift, find_numbers, with_numbers
 from mergekit_omp.overrides import override_row
-from mergekit_omp.parameters import OmpParameters, Reconstruction
+from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign import Problem, Solution, TrainedRows, check_rows, lacking, pose_problem, realign
-from mergekit_omp.reconstruction import Evidence, reconstruct, split_tokens
 from mergekit_omp.record import begin_record
+from mergekit_omp.states import FindLogitShift
 from mergekit_omp.undertrained import FindTrainedRows
-from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of, vocabulary_of
+from mergekit_omp.vocabularies import (
+    OutputTokenizer,
+    match_of,
+    output_vocabulary,
+    shared_output_tokenizer,
+    tokenizer_of,
+    vocabulary_of,
+)
 from mergekit_omp.vocabulary.canonical import Vocabulary
 from mergekit_omp.vocabulary.matching import VocabularyMatch
 
@@ -48,19 +59,40 @@ class MatchVocabulary(Task[VocabularyMatch]):
         return match_of(self.output, self.model)
 
 
+class PoseProblem(Task[Problem]):
+    """Find which tokens a donor gives to a model, and the anchors that both have.
+
+    It depends on vocabularies alone: ``base`` names the first model of the recipe that has the model's vocabulary.
+    """
+
+    base: MatchVocabulary
+    donors: tuple[MatchVocabulary, ...]  # in order of precedence; the problem is the last one's
+    base_trained: FindTrainedRows | None  # for magikarp; of the model that is realigned, so that nothing is shared
+    donor_trained: FindTrainedRows | None
+
+    def arguments(self) -> dict[str, Task]:
+        """Which rows are well trained, where that is asked for."""
+        trained = {"base_trained": self.base_trained, "donor_trained": self.donor_trained}
+        return {name: task for name, task in trained.items() if task is not None}
+
+    def execute(self, base_trained: torch.Tensor | None = None, donor_trained: torch.Tensor | None = None) -> Problem:
+        """The targets and atoms; without the rows that are well trained, as far as they are known."""
+        trained = None
+        if base_trained is not None and donor_trained is not None:
+            trained = TrainedRows(base_trained.cpu(), donor_trained.cpu())
+        *earlier, donor = (match.execute() for match in self.donors)
+        return pose_problem(self.base.execute(), donor, earlier, trained)
+
+
 class SolveCodes(Task[Solution]):
     """Write the rows of a donor's tokens that a model lacks as sparse combinations of rows of shared tokens.
 
-    It depends on the donor's tensor and on vocabularies alone, not on the model's weights: ``base`` names the first
-    model of the recipe that has the model's vocabulary.
+    It depends on the donor's tensor and on vocabularies alone, not on the model's weights.
     """
 
-    donor_weight: Task
+    pose: PoseProblem
+    donor_weight: LoadTensor
     vocabulary_axis: int
-    base: MatchVocabulary
-    donors: tuple[MatchVocabulary, ...]  # in order of precedence; this solve is for the last of them
-    base_trained: FindTrainedRows | None  # for magikarp; of the model that is realigned, so that nothing is shared
-    donor_trained: FindTrainedRows | None
     k: int
     normalize_atoms: bool
     memory_budget: int | None
@@ -68,34 +100,19 @@ class SolveCodes(Task[Solution]):
     quiet: bool
 
     def arguments(self) -> dict[str, Task]:
-        """The donor's tensor, and which rows are well trained where that is asked for."""
-        trained = {"base_trained": self.base_trained, "donor_trained": self.donor_trained}
-        return {"weight": self.donor_weight, **{name: task for name, task in trained.items() if task is not None}}
+        """The problem and the donor's tensor."""
+        return {"problem": self.pose, "weight": self.donor_weight}
 
     def uses_accelerator(self) -> bool:
         """The solve runs where mergekit does its arithmetic."""
         return True
 
-    def problem(self, trained: TrainedRows | None = None) -> Problem:
-        """The targets and atoms, as far as they are known without the rows that are well trained."""
-        *earlier, donor = (match.execute() for match in self.donors)
-        return pose_problem(self.base.execute(), donor, earlier, trained)
-
     def name(self) -> str:
         """What log lines and errors call the donor's tensor."""
         return f"{self.donor_weight.tensor} of {self.donor_weight.model}"
 
-    def execute(
-        self,
-        weight: torch.Tensor,
-        base_trained: torch.Tensor | None = None,
-        donor_trained: torch.Tensor | None = None,
-    ) -> Solution:
+    def execute(self, problem: Problem, weight: torch.Tensor) -> Solution:
         """Solve, with a progress bar in tokens."""
-        if base_trained is None or donor_trained is None:
-            problem = self.problem()
-        else:
-            problem = self.problem(TrainedRows(base_trained.cpu(), donor_trained.cpu()))
         rows = weight.movedim(self.vocabulary_axis, 0).flatten(start_dim=1)
         check_rows(rows, torch.cat([problem.target_rows, problem.atom_rows]), self.name())
         started = time.perf_counter()
@@ -115,29 +132,89 @@ class SolveCodes(Task[Solution]):
         return Solution(problem, codes, time.perf_counter() - started)
 
 
-class FindEvidence(Task[Evidence]):
-    """Put together what the rows of a solve's targets are made from."""
+@dataclass(frozen=True)
+class NewRows:
+    """The rows of a problem's targets, for whatever matrix of the model is given.
 
-    solve: SolveCodes
-    reconstruction: Reconstruction
+    Attributes:
+        problem: of B targets.
+        make: the maker of their rows.
+        solution: OMP's, where the rows are made from its codes.
+        seconds: what it took to get here.
+    """
+
+    problem: Problem
+    make: RowMaker
+    solution: Solution | None
+    seconds: float
+
+
+class PrepareRows(Task[NewRows]):
+    """Do what a method of approximation does once for the input embedding and the LM head of a model."""
+
+    pose: PoseProblem
+    parameters: OmpParameters
+    solve: SolveCodes | None
+    donor_weight: LoadTensor | None
+    vocabulary_axis: int
+    logit_shift: FindLogitShift | None  # for numerals: digits
+    own_weights: tuple[tuple[LoadTensor, int], ...]  # embedding and head of the model, with their axes
 
     def arguments(self) -> dict[str, Task]:
-        """The codes, and the donor's tensor where it is needed again."""
-        donor = {"donor": self.solve.donor_weight} if self.reconstruction is Reconstruction.REGRESSION else {}
-        return {"solution": self.solve, **donor}
+        """The problem, and what the method needs of codes and matrices."""
+        needed = {"problem": self.pose, "solution": self.solve, "donor": self.donor_weight}
+        needed["logit_shift"] = self.logit_shift
+        own = {f"own_{index}": task for index, (task, _) in enumerate(self.own_weights)}
+        return {name: task for name, task in (needed | own).items() if task is not None}
 
-    def execute(self, solution: Solution, donor: torch.Tensor | None = None) -> Evidence:
-        """The evidence; for the regression, tokens are split as the model's own tokenizer does."""
-        if donor is None:
-            return Evidence(solution)
-        output, model = self.solve.base.output, self.solve.base.model
-        pieces = split_tokens(
-            solution.problem,
-            output_vocabulary(output),
-            vocabulary_of(model, output.trust_remote_code),
-            tokenizer_of(model, output.trust_remote_code),
+    def uses_accelerator(self) -> bool:
+        """Some methods compute much."""
+        return True
+
+    def execute(
+        self,
+        problem: Problem,
+        solution: Solution | None = None,
+        donor: torch.Tensor | None = None,
+        logit_shift: LogitShift | None = None,
+        **own: torch.Tensor,
+    ) -> NewRows:
+        """Ask the method."""
+        started = time.perf_counter()
+        output, model = self.pose.base.output, self.pose.base.model
+        method, donor_model = method_of(self.parameters), self.pose.donors[-1].model
+        if donor is not None:
+            donor = donor.movedim(self.vocabulary_axis, 0)
+            check_rows(
+                donor,
+                torch.cat([problem.target_rows, problem.atom_rows]),
+                f"{self.donor_weight.tensor} of {donor_model}",
+            )
+        axes = [axis for _, axis in self.own_weights]
+        embedding_and_head = [own[f"own_{i}"].movedim(axis, 0) for i, axis in enumerate(axes)]
+        trust = output.trust_remote_code
+        new = NewTokens(
+            problem=problem,
+            anchor_rows=self.pose.base.execute().rows[problem.atom_ids],
+            output=output_vocabulary(output),
+            output_tokenizer=shared_output_tokenizer(output),
+            model=vocabulary_of(model, trust),
+            tokenizer=tokenizer_of(model, trust),
+            parameters=self.parameters,
+            donor=donor,
+            codes=solution.codes if solution else None,
+            own=tuple(embedding_and_head) if embedding_and_head else None,
+            configs=(
+                tuple(each.config(trust_remote_code=trust) for each in (donor_model, model))
+                if method.reads_configs
+                else None
+            ),
+            trust_remote_code=trust,
         )
-        return Evidence(solution, donor.movedim(self.solve.vocabulary_axis, 0), pieces)
+        make = method.rows(new)
+        if logit_shift is not None:
+            make = with_numbers(make, find_numbers(new), logit_shift)
+        return NewRows(problem, make, solution, time.perf_counter() - started + (solution.seconds if solution else 0))
 
 
 class RealignedInput(BaseModel, frozen=True):
@@ -145,12 +222,13 @@ class RealignedInput(BaseModel, frozen=True):
 
     model: ModelReference
     match: MatchVocabulary
-    solves: tuple[SolveCodes, ...]
+    new_rows: tuple[PrepareRows, ...]  # one for every donor of tokens that the model lacks
     parameters: OmpParameters
 
-    def evidence(self) -> list[FindEvidence]:
-        """The evidence of each solve."""
-        return [FindEvidence(solve=each, reconstruction=self.parameters.reconstruction) for each in self.solves]
+    @property
+    def solves(self) -> tuple[SolveCodes, ...]:
+        """OMP's solves."""
+        return tuple(each.solve for each in self.new_rows if each.solve is not None)
 
 
 class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
@@ -165,12 +243,12 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
     name: str
 
     def arguments(self) -> dict[str, Task]:
-        """The loaded inputs and the evidence for each."""
-        found = {f"evidence_{i}_{j}": e for i, each in enumerate(self.inputs) for j, e in enumerate(each.evidence())}
+        """The loaded inputs and the new rows for each."""
+        found = {f"rows_{i}_{j}": e for i, each in enumerate(self.inputs) for j, e in enumerate(each.new_rows)}
         return {"tensors": self.gather_tensors, **found}
 
     def uses_accelerator(self) -> bool:
-        """Rows are reconstructed where mergekit does its arithmetic."""
+        """Rows are made where mergekit does its arithmetic."""
         return True
 
     def group_label(self) -> str | None:
@@ -178,29 +256,30 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         return self.gather_tensors.group_label()
 
     def execute(
-        self, tensors: dict[ModelReference, torch.Tensor], **evidence: Evidence
+        self, tensors: dict[ModelReference, torch.Tensor], **prepared: NewRows
     ) -> dict[ModelReference, torch.Tensor]:
         """Realign every input that has the tensor (optional ones may not)."""
         views = {model: tensor.movedim(self.vocabulary_axis, 0) for model, tensor in tensors.items()}
         return {
             each.model: self._realign(
-                each, views, [evidence[f"evidence_{i}_{j}"] for j in range(len(each.solves))]
+                each, views, [prepared[f"rows_{i}_{j}"] for j in range(len(each.new_rows))]
             ).movedim(0, self.vocabulary_axis)
             for i, each in enumerate(self.inputs)
             if each.model in views
         }
 
     def _realign(
-        self, each: RealignedInput, views: dict[ModelReference, torch.Tensor], evidence: list[Evidence]
+        self, each: RealignedInput, views: dict[ModelReference, torch.Tensor], prepared: list[NewRows]
     ) -> torch.Tensor:
         started = time.perf_counter()
-        match, solutions = each.match.execute(), [found.solution for found in evidence]
+        match = each.match.execute()
         check_rows(views[each.model], match.rows, f"{self.name} of {each.model}")
+        is_head = vocabulary_role(self.name) is VocabularyRole.HEAD
         result = realign(
             views[each.model],
             match,
-            solutions,
-            [reconstruct(found, views[each.model], match) for found in evidence],
+            [new.problem for new in prepared],
+            [new.make(views[each.model], is_head) for new in prepared],
             parameters=each.parameters,
             size=output_rows(output_vocabulary(self.output), self.pad_to_multiple_of),
             free_rows=vocabulary_of(each.model, self.output.trust_remote_code).free_rows(len(views[each.model])),
@@ -213,8 +292,8 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             result.shape[0],
             views[each.model].shape[0],
             int((match.rows >= 0).sum()),
-            _describe_solutions(solutions),
-            time.perf_counter() - started + sum(solution.seconds for solution in solutions),
+            _describe_new_rows(each, prepared),
+            time.perf_counter() - started + sum(new.seconds for new in prepared),
         )
         return result
 
@@ -238,27 +317,34 @@ class SummarizeTransplant(Task[None]):
     out_path: str
 
     def arguments(self) -> dict[str, Task]:
-        """Every distinct solve."""
-        solves = dict.fromkeys(s for task in self.realigned for each in task.inputs for s in each.solves)
-        return {f"solution_{index}": solve for index, solve in enumerate(solves)}
+        """Every distinct solve, and every distinct problem of the other methods."""
+        prepared = [each for task in self.realigned for one in task.inputs for each in one.new_rows]
+        solves = dict.fromkeys(each.solve for each in prepared if each.solve is not None)
+        others = dict.fromkeys(each.pose for each in prepared if each.solve is None)
+        return {
+            **{f"solution_{index}": solve for index, solve in enumerate(solves)},
+            **{f"problem_{index}": pose for index, pose in enumerate(others)},
+        }
 
-    def execute(self, **solutions: Solution) -> None:
+    def execute(self, **done: Solution | Problem) -> None:
         """Log one line a model, what its user should know, and one line for the solves; begin the record."""
-        begin_record(
-            Path(self.out_path), self.realigned, {self.arguments()[name]: each for name, each in solutions.items()}
-        )
+        by_task = {self.arguments()[name]: each for name, each in done.items()}
+        solutions = {task: each for task, each in by_task.items() if isinstance(each, Solution)}
+        problems = {task: each for task, each in by_task.items() if isinstance(each, Problem)}
+        begin_record(Path(self.out_path), self.realigned, solutions, problems)
         inputs = {each.model: each for task in self.realigned for each in task.inputs}
         for each in inputs.values():
             LOG.info("%s", describe_match(each.match))
             _warn_of_orphans(each)
             for sentence in advice(each.match.output, each.model):
                 LOG.warning("%s", sentence)
-        LOG.info(
-            "%d solves: %s; %.1f s",
-            len(solutions),
-            _describe_solutions(list(solutions.values())),
-            sum(solution.seconds for solution in solutions.values()),
-        )
+        if solutions or not problems:
+            LOG.info(
+                "%d solves: %s; %.1f s",
+                len(solutions),
+                _describe_solutions(list(solutions.values())),
+                sum(solution.seconds for solution in solutions.values()),
+            )
 
 
 def _all_like(device: torch.device) -> list[torch.device] | None:
@@ -271,8 +357,8 @@ def _all_like(device: torch.device) -> list[torch.device] | None:
 def _warn_of_orphans(each: RealignedInput) -> None:
     """Name the tokens that the model lacks and that no donor and no override gives a row."""
     orphans = lacking(each.match.execute())
-    for solve in each.solves:
-        orphans[solve.problem().target_ids] = False
+    for new in each.new_rows:
+        orphans[new.pose.execute().target_ids] = False
     tokens = output_vocabulary(each.match.output).tokens
     names = [tokens[id_].text for id_ in orphans.nonzero().squeeze(1).tolist()]
     names = [name for name in names if name not in each.match.output.overridden]
@@ -299,6 +385,13 @@ def describe_match(match: MatchVocabulary) -> str:
     return (
         f"{match.model}: {int((result.rows >= 0).sum())} tokens kept, {int(lacking(result).sum())} lacking ({counts})"
     )
+
+
+def _describe_new_rows(each: RealignedInput, prepared: list[NewRows]) -> str:
+    solutions = [new.solution for new in prepared if new.solution is not None]
+    if solutions or not prepared:
+        return _describe_solutions(solutions)
+    return f"{sum(len(new.problem.target_ids) for new in prepared)} made by {each.parameters.approximation.value}"
 
 
 def _describe_solutions(solutions: list[Solution]) -> str:

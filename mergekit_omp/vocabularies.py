@@ -11,6 +11,7 @@ from mergekit.tokenizer.build import build_union_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.architecture import vocabulary_size
+from mergekit_omp.checkpoint import is_tokenizer_alone
 from mergekit_omp.errors import OmpError
 from mergekit_omp.vocabulary.canonical import Vocabulary, read_vocabulary
 from mergekit_omp.vocabulary.duplicates import without_duplicates
@@ -77,8 +78,10 @@ def tokenizer_of(model: ModelReference, trust_remote_code: bool, key: str = "mod
 
 @lru_cache(maxsize=32)
 def vocabulary_of(model: ModelReference, trust_remote_code: bool) -> Vocabulary:
-    """The tokens of a model that its embedding has rows for."""
+    """The tokens of a model that its embedding has rows for; all of them where there is a tokenizer alone."""
     vocabulary = read_vocabulary(tokenizer_of(model, trust_remote_code))
+    if is_tokenizer_alone(model):
+        return vocabulary
     return vocabulary.truncated(vocabulary_size(model, trust_remote_code))
 
 

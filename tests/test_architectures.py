@@ -459,22 +459,23 @@ def test_another_vocabulary_axis(
     tasks: dict[str, RealignVocabulary] = {}
     execute = RealignVocabulary.execute
 
-    def recording(task: RealignVocabulary, tensors: dict, **evidence: Any) -> dict:
+    def recording(task: RealignVocabulary, tensors: dict, **prepared: Any) -> dict:
         tasks[task.name] = task
-        return execute(task, tensors, **evidence)
+        return execute(task, tensors, **prepared)
 
     monkeypatch.setattr(RealignVocabulary, "execute", recording)
     transplant(base, donor, tmp_path / "out")
 
     task = tasks["lm_head.weight"]
     [each] = task.inputs
-    [solve] = each.solves
-    each = each.model_copy(update={"solves": (solve.model_copy(update={"vocabulary_axis": 1}),)})
-    task = task.model_copy(update={"inputs": (each,), "vocabulary_axis": 1})
+    [new] = each.new_rows
+    solve = new.solve.model_copy(update={"vocabulary_axis": 1})
+    new = new.model_copy(update={"solve": solve, "vocabulary_axis": 1})
+    task = task.model_copy(update={"inputs": (each.model_copy(update={"new_rows": (new,)}),), "vocabulary_axis": 1})
     head, donor_head = (tensors_of(folder)["lm_head.weight"].T for folder in (base, donor))
-    [find] = each.evidence()
-    evidence = find.execute(solution=find.solve.execute(weight=donor_head), donor=donor_head)
-    result = execute(task, {each.model: head}, evidence_0_0=evidence)[each.model]
+    problem = new.pose.execute()
+    prepared = new.execute(problem, solution=solve.execute(problem, donor_head), donor=donor_head)
+    result = execute(task, {each.model: head}, rows_0_0=prepared)[each.model]
     torch.testing.assert_close(result.T, tensors_of(tmp_path / "out")["lm_head.weight"])
 
 

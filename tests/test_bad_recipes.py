@@ -669,7 +669,8 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         lambda w: w.bad_donor(remove("model.safetensors")),
         (
             "tokenizer.source: {bad} has a tokenizer but no weights that mergekit can read (Unable to find model "
-            "files at {bad}); OMP needs the embeddings of the tokens that are new, so name a model that has both."
+            "files at {bad}); OMP needs the embeddings of the tokens that are new, so name a model that has both, or "
+            "an approximation that needs none, such as subword."
         ),
     ),
     "weights: truncated": (

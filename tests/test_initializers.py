@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import Ridge
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers import RowRegression, piece_rows, pieces_of_anchors
+from mergekit_omp.initializers.regression import RowRegression, piece_rows, pieces_of_anchors
 from mergekit_omp.solver import solve_omp
 
 N, B = 200, 20

@@ -1,5 +1,4 @@
-"""Rows for new tokens by other means than OMP's combination of anchors alone; plain tensors, no mergekit."""
+"""Where the rows of new tokens come from: one file for each method, or family of methods.
 
-from mergekit_omp.initializers.regression import RowRegression, piece_rows, pieces_of_anchors
-
-__all__ = ["RowRegression", "piece_rows", "pieces_of_anchors"]
+A method is a function from :class:`NewTokens` to a :data:`RowMaker`.
+"""

@@ -58,6 +58,7 @@ def numeral_warning(output: NumeralScheme, model: NumeralScheme) -> str | None:
     return (
         f"The output tokenizer writes numbers as {output.value} and the model learnt them as {model.value}, "
         "so expect arithmetic to suffer more than other text does."
+        + (" numerals: digits in parameters takes part of that back." if model is NumeralScheme.SINGLE_DIGITS else "")
     )
 
 

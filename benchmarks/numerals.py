@@ -1,0 +1,58 @@
+"""What ``numerals: digits`` gains where the tokenizers split numbers differently.
+
+``python -m benchmarks.numerals`` gives SmolLM2-135M and Gemma-3-270M, which read numbers digit by digit, the tokenizer
+of Llama 3, which writes up to three digits as one token, and prints bits per byte of the built-in texts as Markdown.
+There are no weights of Llama 3 at hand, so that its tokenizer stands alone and the other new rows are
+``approximation: subword``'s. It needs the ``test`` extra, for that tokenizer.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+import mergekit_omp
+from mergekit_omp.evaluation import WINDOW_BYTES, builtin_texts, evaluate, windows
+
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "tests")]
+
+import real_weights  # noqa: E402
+import tokenizers_for_tests  # noqa: E402
+
+WINDOWS = 2
+
+
+def main() -> None:
+    """Print one table for each suite of texts."""
+    mergekit_omp.register()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "llama3"
+        tokenizers_for_tests.llama3().save_pretrained(source)
+        named: dict[str, Path] = {}
+        for base in real_weights.SOURCES:
+            checkpoint = real_weights.checkpoint(base)
+            named[f"{base}, original"] = checkpoint
+            for numerals in ("approximate", "digits"):
+                named[f"{base}, `numerals: {numerals}`"] = out = Path(folder) / f"{base}-{numerals}"
+                recipe = {
+                    "merge_method": "omp",
+                    "models": [{"model": str(checkpoint)}],
+                    "tokenizer": {"source": str(source)},
+                    "parameters": {"approximation": "subword", "numerals": numerals},
+                }
+                run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(quiet=True))
+        for suite in ("tuning", "held_out"):
+            texts = {
+                name: "".join(windows(text, WINDOW_BYTES)[:WINDOWS]) for name, text in builtin_texts(suite).items()
+            }
+            scores = evaluate(list(named.values()), texts, progress=False)
+            print(f"\n{suite} texts\n\n| | {' | '.join(texts)} |\n|---|{'---|' * len(texts)}")
+            for name, score in zip(named, scores, strict=True):
+                print(f"| {name} | {' | '.join(f'{text.bits_per_byte:.3f}' for text in score.texts)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The whole run, from the command to the written model, beside what users would run instead.
+
+``python -m benchmarks.whole_run`` gives Gemma-3-270M the tokenizer of SmolLM2-135M by ``mergekit-yaml`` with a recipe
+of this project, and by ``mergekit-tokensurgeon``, each in a process of its own, and prints seconds, peak memory and
+ratios. Solves are not taken from the cache.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import real_weights
+
+
+def main() -> None:
+    """Run each command, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", default="gemma3", choices=real_weights.SOURCES)
+    parser.add_argument("-k", type=int, default=64)
+    options = parser.parse_args()
+    base = real_weights.checkpoint(options.base)
+    donor = real_weights.checkpoint(next(name for name in real_weights.SOURCES if name != options.base))
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        recipe = {"merge_method": "omp", "models": [{"model": str(base)}], "tokenizer": {"source": str(donor)}}
+        ways = {
+            "mergekit-tokensurgeon": ["mergekit-tokensurgeon", str(base), str(donor), "OUT", "-k", str(options.k)],
+            "omp, the default": written(recipe, {"k": options.k}, work / "default.yml"),
+            "omp, reconstruction: combination": written(
+                recipe, {"k": options.k, "reconstruction": "combination"}, work / "combination.yml"
+            ),
+        }
+        theirs = None
+        print("| command | seconds | ratio | peak MiB |\n|---|---|---|---|")
+        for name, command in ways.items():
+            seconds, peak = timed([str(work / "out") if part == "OUT" else part for part in command])
+            shutil.rmtree(work / "out")
+            theirs = theirs or seconds
+            print(f"| {name} | {seconds:.1f} | {theirs / seconds:.1f} | {peak / 2**20:,.0f} |", flush=True)
+
+
+def written(recipe: dict, parameters: dict, path: Path) -> list[str]:
+    """The command for a recipe, which is written to a file."""
+    path.write_text(yaml.safe_dump({**recipe, "parameters": parameters}))
+    return ["mergekit-yaml", str(path), "OUT"]
+
+
+def timed(command: Sequence[str]) -> tuple[float, int]:
+    """Seconds of wall-clock time and peak resident bytes of one command, which must succeed."""
+    program = shutil.which(command[0], path=str(Path(sys.executable).parent)) or command[0]
+    started = time.perf_counter()
+    child = os.posix_spawn(program, [program, *command[1:]], {**os.environ, "MERGEKIT_OMP_CACHE": "off"})
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} stopped with status {os.waitstatus_to_exitcode(status)}")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

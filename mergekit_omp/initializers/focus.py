@@ -1,0 +1,164 @@
+"""FOCUS: new rows as sparse means of the anchors that are most similar in a space of static token vectors.
+
+Dobler and de Melo 2023, *FOCUS: Effective Embedding Initialization for Monolingual Specialization of Multilingual
+Models* (https://arxiv.org/abs/2305.14481), on this project's match of the vocabularies. The authors' package deepfocus
+is not used: it matches the vocabularies itself, holds the similarities of all tokens at once, and needs fasttext,
+which has no wheels.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.initializers.new_tokens import NewTokens, RowMaker
+from mergekit_omp.initializers.vectors import (
+    TokenizedCorpus,
+    check_corpus,
+    check_packages,
+    check_vectors,
+    read_vectors,
+    vectors_of,
+)
+from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.vocabulary.canonical import Vocabulary
+
+if TYPE_CHECKING:
+    from gensim.models.keyedvectors import KeyedVectors
+
+LOG = logging.getLogger(__name__)
+
+DIMENSION = 300
+EPOCHS = 3
+MINIMUM_COUNT = 10
+
+_BUCKETS_PER_TOKEN = 20
+"""fastText hashes n-grams into 2,000,000 buckets, 2.4 GB at this dimension; a token has fewer n-grams than this."""
+
+_SIMILARITIES_AT_A_TIME = 2**24
+_LIKELY_SUPPORT = 512
+"""Sparsemax sorts as many similarities at first, and more where that is not enough: a matter of speed alone."""
+
+
+def check(parameters: OmpParameters, place: str) -> None:
+    """Check what FOCUS needs of a recipe and of the environment.
+
+    Raises:
+        OmpError: neither or both of ``corpus`` and ``vectors`` are set, the file cannot be read, or a package is
+            missing.
+    """
+    if (parameters.corpus is None) == (parameters.vectors is None):
+        raise OmpError(
+            f"{place}: approximation: focus needs either corpus: or vectors:, and "
+            f"{'none' if parameters.corpus is None else 'both'} is set; write the path of a text file or of token "
+            "vectors."
+        )
+    check_packages(("gensim", "entmax"), f"{place}: approximation: focus")
+    if parameters.corpus is not None:
+        check_corpus(parameters.corpus, f"{place}.corpus")
+    else:
+        check_vectors(parameters.vectors, f"{place}.vectors")
+
+
+def focus(new: NewTokens) -> RowMaker:
+    """Combine the anchors by the sparsemax of their cosine similarities with the token (section 2 of the paper).
+
+    The similarities are those of the vectors that the recipe names, or of fastText vectors that are learnt here from
+    ``corpus``, tokenized by the output tokenizer. Tokens without a vector get the mean of the anchors' rows, where the
+    paper draws from a normal distribution around the mean row; anchors without a vector are left aside.
+
+    Raises:
+        OmpError: no anchor has a vector.
+    """
+    parameters, problem = new.parameters, new.problem
+    if parameters.vectors is not None:
+        place = f"parameters.vectors: {parameters.vectors}"
+        vectors, by_text = read_vectors(parameters.vectors, "parameters.vectors"), True
+    else:
+        place = f"parameters.corpus: {parameters.corpus}"
+        vectors, by_text = learn_vectors(parameters.corpus, new.output, new.output_tokenizer), False
+    anchors, targets = (
+        vectors_of(vectors, new.output, ids, by_text=by_text) for ids in (problem.atom_ids, problem.target_ids)
+    )
+    usable, known = anchors.any(dim=1), targets.any(dim=1)
+    if not usable.any():
+        raise OmpError(f"{place} gives a vector to none of the tokens that both vocabularies have; name another file.")
+    LOG.info(
+        "%d of %d new tokens have no vector and get the mean row; %d of %d anchors have none and are left aside",
+        int((~known).sum()),
+        len(known),
+        int((~usable).sum()),
+        len(usable),
+    )
+    weights = similarity_weights(targets[known], anchors[usable])
+    usable_rows = new.anchor_rows[usable]
+
+    def rows(weight: Tensor, _is_head: bool) -> Tensor:
+        made = weight[new.anchor_rows.to(weight.device)].float().mean(dim=0).repeat(len(known), 1)
+        combined = torch.sparse.mm(weights.to(weight.device), weight[usable_rows.to(weight.device)].float())
+        made[known.to(weight.device)] = combined
+        return made
+
+    return rows
+
+
+def learn_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> KeyedVectors:
+    """Learn fastText vectors (CBOW, with n-grams of the tokens' strings) of a vocabulary's tokens.
+
+    The settings are the paper's and fastText's own; a corpus below a million tokens is read more often, and gives
+    vectors to rarer tokens.
+
+    Args:
+        corpus: a text file in UTF-8.
+        vocabulary: the tokenizer's.
+        tokenizer: left as it is.
+
+    Returns:
+        A vector for the string of each token that is frequent enough.
+
+    Raises:
+        OmpError: the file is not in UTF-8.
+    """
+    from gensim.models import FastText
+
+    text = TokenizedCorpus.read(corpus, tokenizer, "parameters.corpus")
+    minimum = text.minimum_count(MINIMUM_COUNT)
+    make = functools.partial(
+        FastText,
+        vector_size=DIMENSION,
+        min_count=minimum,
+        sg=0,
+        negative=10,
+        alpha=0.05,
+        sample=1e-4,
+        bucket=min(2_000_000, _BUCKETS_PER_TOKEN * text.frequent(minimum)),
+    )
+    return text.train(make, lambda id_: vocabulary.tokens[id_].text, text.passes(EPOCHS)).wv
+
+
+def similarity_weights(targets: Tensor, anchors: Tensor) -> Tensor:
+    """The sparsemax of the cosine similarities of each target with all anchors.
+
+    Args:
+        targets: float32 [B, d], no row of zeros.
+        anchors: float32 [N, d], no row of zeros.
+
+    Returns:
+        float32 [B, N], sparse COO; every row sums to 1.
+    """
+    from entmax import sparsemax
+
+    targets, anchors = normalize(targets, dim=1), normalize(anchors, dim=1)
+    step = max(1, _SIMILARITIES_AT_A_TIME // len(anchors))
+    parts = [torch.sparse_coo_tensor(size=(0, len(anchors)))]
+    for part in tqdm(targets.split(step), desc="Comparing with anchors", leave=False):
+        parts.append(sparsemax(part @ anchors.T, dim=1, k=_LIKELY_SUPPORT).to_sparse())
+    return torch.cat(parts).coalesce()

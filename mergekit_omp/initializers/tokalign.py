@@ -1,0 +1,201 @@
+"""TokAlign: each new token gets the row of the one token of the model that is used most like it in a corpus.
+
+Li, Zhang and Zong 2025, *TokAlign: Efficient Vocabulary Adaptation via Token Alignment*
+(https://arxiv.org/abs/2506.03523), without its training afterwards. The paper learns GloVe vectors; there is no kept
+package for these, and here they are gensim's skip-gram vectors, which factorize the same co-occurrences, of the same
+dimension, window and minimum count.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.initializers.new_tokens import NewTokens, RowMaker
+from mergekit_omp.initializers.vectors import SEED, TokenizedCorpus, check_corpus, check_packages
+from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.vocabulary.canonical import TokenKind, Vocabulary
+
+LOG = logging.getLogger(__name__)
+
+DIMENSION = 300
+EPOCHS = 5
+MINIMUM_COUNT = 5
+WINDOW = 15
+PIVOTS = 300
+
+_SIMILARITIES_AT_A_TIME = 2**24
+_EXAMPLE = '{"Ġcolour": "Ġcolor"}'
+
+
+def check(parameters: OmpParameters, place: str) -> None:
+    """Check what TokAlign needs of a recipe and of the environment.
+
+    Raises:
+        OmpError: neither or both of ``corpus`` and ``token_map`` are set, the file cannot be read, or gensim is
+            missing where vectors are to be learnt.
+    """
+    if (parameters.corpus is None) == (parameters.token_map is None):
+        raise OmpError(
+            f"{place}: approximation: tokalign needs either corpus: or token_map:, and "
+            f"{'none' if parameters.corpus is None else 'both'} is set; write the path of a text file or of a map."
+        )
+    if parameters.token_map is not None:
+        read_token_map(parameters.token_map, f"{place}.token_map")
+        return
+    check_packages(("gensim",), f"{place}: approximation: tokalign")
+    check_corpus(parameters.corpus, f"{place}.corpus")
+
+
+def tokalign(new: NewTokens) -> RowMaker:
+    """Copy to each new token the row of its token of the model (section 3 of the paper).
+
+    The map is read from ``token_map``, or learnt from ``corpus``. Tokens that it lacks get the mean of the anchors'
+    rows, where the authors' code takes a random row.
+
+    Raises:
+        OmpError: the map names a token that its tokenizer does not have; the corpus is too small.
+    """
+    path = new.parameters.token_map
+    if path is None:
+        mapping = token_map(new)
+    else:
+        mapping = read_token_map(path, "parameters.token_map")
+        _check_known(mapping, new.output, f"{path} maps", "the output tokenizer")
+        _check_known(mapping.values(), new.model, f"{path} maps to", "the model")
+    row_of = {token.text: id_ for id_, token in new.model.tokens.items()}
+    targets = [new.output.tokens[id_].text for id_ in new.problem.target_ids.tolist()]
+    mapped = torch.tensor([text in mapping for text in targets], dtype=torch.bool)
+    copied = torch.tensor([row_of[mapping[text]] for text in targets if text in mapping], dtype=torch.int64)
+    LOG.info("%d of %d new tokens are not in the map and get the mean row", int((~mapped).sum()), len(mapped))
+
+    def rows(weight: Tensor, _is_head: bool) -> Tensor:
+        made = weight[new.anchor_rows.to(weight.device)].float().mean(dim=0).repeat(len(mapped), 1)
+        made[mapped.to(weight.device)] = weight[copied.to(weight.device)].float()
+        return made
+
+    return rows
+
+
+def token_map(new: NewTokens) -> dict[str, str]:
+    """Learn which token of the model each new token is most like, from ``corpus``.
+
+    Both tokenizers' vectors are learnt apart, so that only their relations compare: a token is represented by its
+    cosines with the pivots, 300 random anchors, and gets the token of the model whose representation has the largest
+    inner product with its own.
+
+    Returns:
+        The string of each new token that the corpus has often enough, and the string of a token of the model.
+
+    Raises:
+        OmpError: the corpus is not in UTF-8, or no anchor is frequent enough with both tokenizers.
+    """
+    corpus, problem = new.parameters.corpus, new.problem
+    of_output = learn_vectors(corpus, new.output, new.output_tokenizer)
+    of_model = learn_vectors(corpus, new.model, new.tokenizer)
+    both = (of_output[problem.atom_ids].any(dim=1) & of_model[new.anchor_rows].any(dim=1)).nonzero().squeeze(1)
+    if not len(both):
+        raise OmpError(
+            f"parameters.corpus: {corpus} has none of the tokens that both vocabularies have often enough; "
+            "name a longer text."
+        )
+    chosen = both[torch.randperm(len(both), generator=torch.Generator().manual_seed(SEED))[:PIVOTS]]
+    targets = problem.target_ids[of_output[problem.target_ids].any(dim=1)]
+    candidates = of_model.any(dim=1).nonzero().squeeze(1)
+    best = nearest(
+        relative(of_output[targets], of_output[problem.atom_ids[chosen]]),
+        relative(of_model[candidates], of_model[new.anchor_rows[chosen]]),
+    )
+    pairs = zip(targets.tolist(), candidates[best].tolist(), strict=True)
+    return {new.output.tokens[target].text: new.model.tokens[row].text for target, row in pairs}
+
+
+def learn_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Learn the vectors of a vocabulary's tokens from the company that they keep.
+
+    Args:
+        corpus: a text file in UTF-8.
+        vocabulary: the tokenizer's.
+        tokenizer: left as it is.
+
+    Returns:
+        float32 [V, d], zeros for tokens that are not frequent enough and for those that are no text.
+
+    Raises:
+        OmpError: the file is not in UTF-8.
+    """
+    from gensim.models import Word2Vec
+
+    text = TokenizedCorpus.read(corpus, tokenizer, "parameters.corpus")
+    make = functools.partial(
+        Word2Vec, vector_size=DIMENSION, min_count=text.minimum_count(MINIMUM_COUNT), window=WINDOW, sg=1
+    )
+    learnt = text.train(make, str, text.passes(EPOCHS)).wv
+    vectors = torch.zeros(vocabulary.size, DIMENSION)
+    for key, place in learnt.key_to_index.items():
+        token = vocabulary.tokens.get(int(key))
+        if token is not None and token.kind in (TokenKind.ORDINARY, TokenKind.BYTE):
+            vectors[token.id] = torch.from_numpy(learnt.vectors[place])
+    return vectors
+
+
+def relative(vectors: Tensor, pivots: Tensor) -> Tensor:
+    """The cosines [T, P] of vectors [T, d] with pivots [P, d], all float32."""
+    return normalize(vectors, dim=1) @ normalize(pivots, dim=1).T
+
+
+def nearest(targets: Tensor, candidates: Tensor) -> Tensor:
+    """Which of the candidates [C, P] has the largest inner product with each of the targets [B, P]: int64 [B]."""
+    step = max(1, _SIMILARITIES_AT_A_TIME // len(candidates))
+    parts = tqdm(targets.split(step), desc="Aligning tokens", leave=False)
+    return torch.cat([(part @ candidates.T).argmax(dim=1) for part in parts])
+
+
+def write_token_map(path: Path, mapping: Mapping[str, str]) -> None:
+    """Write a map as JSON, one token a line."""
+    text = json.dumps(dict(mapping), ensure_ascii=False, indent=1) + "\n"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")  # strings of tokens need not be valid text
+
+
+def read_token_map(path: str | Path, place: str) -> dict[str, str]:
+    """Read a map from the output tokenizer's strings to the model's.
+
+    Args:
+        path: a JSON file.
+        place: the recipe key that names it, for the error.
+
+    Raises:
+        OmpError: the file cannot be read, or is not such a map.
+    """
+    try:
+        read: Any = json.loads(Path(path).read_text(encoding="utf-8", errors="surrogatepass"))
+    except OSError as error:
+        raise OmpError(f"{place}: {path} cannot be read ({error.strerror}); name a JSON file.") from None
+    except ValueError as error:
+        raise OmpError(f"{place}: {path} is no JSON in UTF-8 ({error}); write {_EXAMPLE}.") from None
+    if not isinstance(read, dict) or not all(isinstance(value, str) for value in read.values()):
+        raise OmpError(f"{place}: {path} does not map strings to strings; write {_EXAMPLE}.")
+    return read
+
+
+def _check_known(texts: Iterable[str], vocabulary: Vocabulary, begin: str, whose: str) -> None:
+    """Raise an OmpError if the vocabulary lacks one of these tokens."""
+    known = {token.text for token in vocabulary.tokens.values()}
+    unknown = [text for text in dict.fromkeys(texts) if text not in known]
+    if unknown:
+        first = ", ".join(map(repr, unknown[:3]))
+        raise OmpError(
+            f"parameters.token_map: {begin} {len(unknown)} tokens that {whose} does not have (first: {first}); "
+            "write tokens as they are in the vocabulary, such as 'Ġthe'."
+        )

@@ -1,0 +1,86 @@
+"""`mergekit-omp compare`: one recipe, several methods, one table."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, run, save
+from click.testing import CliRunner, Result
+from commands import recipe
+
+from mergekit_omp.cli import main
+from mergekit_omp.comparison import with_approximation
+from mergekit_omp.evaluation import evaluate
+from mergekit_omp.parameters import Approximation
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe, and beside it two models and a text."""
+    folder = tmp_path_factory.mktemp("compare")
+    ours, other = byte_level_tokenizer(ENGLISH, size=400), byte_level_tokenizer(PYTHON, size=360)
+    base = save(folder / "base", make_model(ours, seed=1), ours)
+    donor = save(folder / "donor", make_model(other, hidden=24, seed=2), other)
+    (folder / "prose.txt").write_text("The river and the model, and every other token of the vocabulary.")
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe(base, donor)))
+    return folder / "recipe.yml"
+
+
+def compare(path: Path, *options: str) -> Result:
+    return CliRunner().invoke(main, ["compare", str(path), "--text", str(path.parent / "prose.txt"), *options])
+
+
+def test_the_table_has_what_eval_says_of_each_method(written: Path, tmp_path: Path) -> None:
+    result = compare(written, "--approximations", "omp,subword,zero", "--json")
+    assert result.exit_code == 0, result.output
+    rows = {row["approximation"]: row for row in json.loads(result.stdout)}
+    assert list(rows) == ["original", "omp", "subword", "zero"]
+    text = {"prose": (written.parent / "prose.txt").read_text()}
+    asked = yaml.safe_load(written.read_text())
+    for name in ("omp", "zero"):
+        run(with_approximation(asked, Approximation(name)), tmp_path / name)
+        score = evaluate([tmp_path / name], text, progress=False)[0]
+        assert rows[name]["score"]["overall"]["bits_per_byte"] == pytest.approx(score.overall.bits_per_byte, rel=1e-5)
+        assert rows[name]["seconds"] > 0
+        assert rows[name]["peak_memory_bytes"] > 0
+    bits = [row["score"]["overall"]["bits_per_byte"] for row in rows.values()]
+    assert len(set(bits)) == 4
+
+
+def test_a_method_that_fails_is_a_row_and_the_plot_has_the_others(written: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    result = compare(written, "--approximations", "focus,mean", "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("| approximation | prose | overall | tokens/byte | seconds | peak MiB |")
+    assert "failed: parameters" in lines[3]
+    assert "corpus" in lines[3]
+    assert lines[4].startswith("| mean ")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--approximations", "omp,subwrod"], "'subwrod' is none (did you mean subword?)"),
+        (["--approximations", ","], "there is none in ','"),
+        (["--plot", "/nowhere/plot.png"], "--plot: /nowhere/plot.png cannot be written"),
+        (["--plot", "plot.txt"], "name a .png"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(written: Path, options: list[str], said: str) -> None:
+    result = compare(written, *options)
+    assert result.exit_code == 1
+    assert said in result.output
+
+
+def test_every_approximation_of_a_recipe_is_replaced() -> None:
+    asked = {
+        "merge_method": "omp_linear",
+        "models": [{"model": "a", "parameters": {"weight": 1, "approximation": "mean"}}, {"model": "b"}],
+        "parameters": {"approximation": [{"filter": "lm_head", "value": "zero"}], "k": 3},
+    }
+    replaced = with_approximation(asked, Approximation.SUBWORD)
+    assert replaced["models"] == [{"model": "a", "parameters": {"weight": 1}}, {"model": "b"}]
+    assert replaced["parameters"] == {"k": 3, "approximation": "subword"}
