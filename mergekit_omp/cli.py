@@ -249,6 +249,31 @@ def compare(
         raise SystemExit(1)
 
 
+@main.command(name="align", short_help="The token map that approximation: tokalign learns, as a file.")
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out", type=click.Path(dir_okay=False))
+@_TRUST
+def align(recipe: str, out: str, trust_remote_code: bool) -> None:
+    """Learn which token of the model each new token of RECIPE is used like, and write the map to OUT.
+
+    The text to learn from is corpus: in the recipe's parameters. OUT is JSON, one token a line, to be looked at and
+    changed; with token_map: OUT in place of corpus: the recipe takes it as it is. No weights are read.
+    """
+    _quiet()
+    from mergekit.options import MergeOptions
+
+    from mergekit_omp.alignment import learn_token_map
+    from mergekit_omp.errors import OmpError
+    from mergekit_omp.initializers.tokalign import write_token_map
+
+    mapping = learn_token_map(_load_recipe((recipe,), None), MergeOptions(trust_remote_code=trust_remote_code))
+    try:
+        write_token_map(Path(out), mapping)
+    except OSError as error:
+        raise OmpError(f"{out} cannot be written ({error.strerror}); name another file.") from error
+    click.echo(f"{len(mapping):,} tokens mapped: {out}")
+
+
 @main.command(short_help="Whether mergekit knows the methods; versions and devices.")
 @_JSON
 def doctor(as_json: bool) -> None:

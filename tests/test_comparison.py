@@ -1,13 +1,15 @@
-"""`mergekit-omp compare`: one recipe, several methods, one table."""
+"""`mergekit-omp compare`: one recipe, several methods, one table; `mergekit-omp align`: the map of one of them."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, run, save
+from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, run, save, tensors_of
 from click.testing import CliRunner, Result
 from commands import recipe
+from transformers import AutoTokenizer
 
 from mergekit_omp.cli import main
 from mergekit_omp.comparison import with_approximation
@@ -84,3 +86,34 @@ def test_every_approximation_of_a_recipe_is_replaced() -> None:
     replaced = with_approximation(asked, Approximation.SUBWORD)
     assert replaced["models"] == [{"model": "a", "parameters": {"weight": 1}}, {"model": "b"}]
     assert replaced["parameters"] == {"k": 3, "approximation": "subword"}
+
+
+def test_align_writes_the_map_that_tokalign_learns(written: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join([*ENGLISH, *PYTHON] * 10))
+    asked = yaml.safe_load(written.read_text())
+    learning = {**asked, "parameters": {"approximation": "tokalign", "corpus": str(corpus)}}
+    (tmp_path / "learning.yml").write_text(yaml.safe_dump(learning))
+    map_path = tmp_path / "map.json"
+    result = CliRunner().invoke(main, ["align", str(tmp_path / "learning.yml"), str(map_path)])
+    assert result.exit_code == 0, result.output
+    mapping = json.loads(map_path.read_text())
+    assert len(mapping) > 10
+    given = {**asked, "parameters": {"approximation": "tokalign", "token_map": str(map_path)}}
+    learnt, taken = run(learning, tmp_path / "learnt"), run(given, tmp_path / "taken")
+    assert all(torch.equal(learnt[name], taken[name]) for name in learnt)
+    new, old = next(iter(mapping.items()))
+    base = AutoTokenizer.from_pretrained(asked["models"][0]["model"])
+    row = AutoTokenizer.from_pretrained(asked["tokenizer"]["source"]).convert_tokens_to_ids(new)
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(
+        taken[embedding][row],
+        tensors_of(Path(asked["models"][0]["model"]))[embedding][base.convert_tokens_to_ids(old)],
+    )
+
+
+def test_align_without_a_corpus_says_so(written: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["align", str(written), str(tmp_path / "map.json")])
+    assert result.exit_code == 1
+    assert "corpus" in result.output
+    assert not (tmp_path / "map.json").exists()

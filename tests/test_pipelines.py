@@ -16,6 +16,7 @@ from checkpoints import (
     sentencepiece_tokenizer,
     tensors_of,
 )
+from tiny_hypernetwork import save_hypernetwork
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples/yaml").glob("*.yml"))
@@ -36,17 +37,41 @@ def small_checkpoint(hub_id: str, folder: Path) -> Path:
     return save(folder / hub_id.replace("/", "--"), model, tokenizer)
 
 
+def with_local_files(recipe: str, folder: Path) -> str:
+    """A recipe whose files, a corpus or word vectors, are small ones that are there."""
+    words = sorted({word for text in ENGLISH for word in text.split()})
+    numbers = torch.randn(len(words), 8, generator=torch.Generator().manual_seed(0)).tolist()
+    vectors = [f"{word} {' '.join(map(str, row))}" for word, row in zip(words, numbers, strict=True)]
+    content = {
+        "corpus": [*ENGLISH, *PYTHON] * 5,
+        "vectors": [f"{len(words)} 8", *vectors],
+        "source_vectors": [f"{len(words)} 8", *vectors],
+        "dictionary": [f"{word}\t{word}" for word in words],
+    }
+    for key, lines in content.items():
+        (folder / f"{key}.txt").write_text("\n".join(lines) + "\n")
+        recipe = re.sub(rf"^  {key}: [\w.]+", f"  {key}: {folder / key}.txt", recipe, flags=re.MULTILINE)
+    if "hypernetwork:" in recipe:
+        path = Path(yaml.safe_load(recipe)["models"][0]["model"])
+        width = AutoModelForCausalLM.from_pretrained(path).config.hidden_size
+        save_hypernetwork(folder / "hypernetwork", AutoTokenizer.from_pretrained(path), n_embd=width)
+        recipe = re.sub(r"hypernetwork: .+", f"hypernetwork: {folder / 'hypernetwork'}", recipe)
+    return recipe
+
+
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, tmp_path: Path) -> None:
     """Every recipe in examples/yaml runs, its Hub ids replaced by small local checkpoints."""
     recipe = example.read_text()
     for name in set(MODEL.findall(recipe)) - {*STAGE.findall(recipe), "base", "union"}:
         recipe = re.sub(rf": {re.escape(name)}$", f": {small_checkpoint(name, tmp_path)}", recipe, flags=re.MULTILINE)
+    recipe = with_local_files(recipe, tmp_path)
+    flags = ("--trust-remote-code",) if "--trust-remote-code" in recipe else ()
     out = tmp_path / "out"
     if len(list(yaml.safe_load_all(recipe))) > 1:
         result = multi(recipe, tmp_path / "stages", out)
     else:
-        result = run_recipe(recipe, out)
+        result = run_recipe(recipe, out, *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ids = tokenizer("the river and 12 numbers", return_tensors="pt").input_ids

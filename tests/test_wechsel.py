@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import ENGLISH, byte_level_tokenizer, sentencepiece_tokenizer
+from checkpoints import ENGLISH, byte_level_tokenizer, make_model, run, save, sentencepiece_tokenizer
+from commands import recipe, refusal
 from new_tokens_for_tests import new_tokens
 from transformers import PreTrainedTokenizerFast
 
@@ -56,9 +57,10 @@ class Languages:
     def __init__(self, folder: Path, noise: float = 0.1, turn: int = 1) -> None:
         random = np.random.default_rng(0)
         turned = np.linalg.qr(np.random.default_rng(turn).normal(size=(WORD_WIDTH, WORD_WIDTH)))[0]
-        self.english: Vectors = {word: random.normal(size=WORD_WIDTH) for word in [*PAIRS, "model", "tokens"]}
+        words = dict.fromkeys([*PAIRS, *" ".join(ENGLISH).replace(",", "").split()])
+        self.english: Vectors = {word: random.normal(size=WORD_WIDTH) for word in words}
         noisy = {theirs: self.english[ours] + noise * random.normal(size=WORD_WIDTH) for ours, theirs in PAIRS.items()}
-        noisy |= {word: random.normal(size=WORD_WIDTH) for word in ("Wort", "springt", "schauen")}
+        noisy |= {word: random.normal(size=WORD_WIDTH) for word in ("Wort", "springt", "schauen", "verschieden")}
         self.german: Vectors = {word: vector @ turned for word, vector in noisy.items()}
         self.parameters = {
             "approximation": "wechsel",
@@ -113,14 +115,19 @@ def rotation(english: Vectors, german: Vectors) -> np.ndarray:
 
 def expected_row(
     weight: torch.Tensor, target: np.ndarray, sources: dict[int, np.ndarray], turned: np.ndarray
-) -> np.ndarray:
-    """The softmax-weighted mean of the ten rows whose tokens are nearest."""
+) -> np.ndarray | None:
+    """The softmax-weighted mean of the ten rows whose tokens are nearest; None where the tenth is as near as the next.
+
+    Tokens that only one and the same word has are equally near to everything.
+    """
 
     def cosine(id_: int) -> float:
         source = sources[id_] @ turned
         return float(source @ target / np.linalg.norm(source) / np.linalg.norm(target))
 
-    nearest = sorted(sources, key=cosine, reverse=True)[:10]
+    *nearest, next_one = sorted(sources, key=cosine, reverse=True)[:11]
+    if cosine(nearest[-1]) - cosine(next_one) < 1e-5:
+        return None
     shares = [math.exp(cosine(id_) / 0.1) for id_ in nearest]
     return sum(share * weight[id_].float().numpy() for share, id_ in zip(shares, nearest, strict=True)) / sum(shares)
 
@@ -136,16 +143,16 @@ def test_rows_are_means_of_the_ten_nearest_tokens(
     sources = embeddings_by_words(languages.english, tokenizer)
     targets = embeddings_by_words(languages.german, new.output_tokenizer)
     turned = rotation(languages.english, languages.german)
-    compared = [(place, id_) for place, id_ in enumerate(new.problem.target_ids.tolist()) if id_ in targets]
-    assert len(compared) > 20
-    assert len(sources) > 20
     make = wechsel(new)
     for weight, is_head in zip(weights, (False, True), strict=True):
-        rows = make(weight, is_head)
+        rows, compared = make(weight, is_head), 0
         assert rows.dtype == torch.float32
-        for place, id_ in compared:
-            expected = expected_row(weight, targets[id_], sources, turned)
-            np.testing.assert_allclose(rows[place].numpy(), expected, atol=1e-4)
+        for place, id_ in enumerate(new.problem.target_ids.tolist()):
+            expected = expected_row(weight, targets[id_], sources, turned) if id_ in targets else None
+            if expected is not None:
+                np.testing.assert_allclose(rows[place].numpy(), expected, atol=1e-4)
+                compared += 1
+        assert compared > 20
 
 
 def test_the_turn_between_the_languages_does_not_matter(
@@ -211,7 +218,7 @@ def test_ngrams_of_fasttext_make_embeddings_for_any_text(
     sources = {
         id_: english[token.data.decode().strip()]
         for id_, token in new.model.tokens.items()
-        if token.kind is TokenKind.ORDINARY and token.data.isascii() and token.data.strip()
+        if token.kind is TokenKind.ORDINARY and token.data.isascii() and token.data.decode().strip()
     }
     turned = rotation(
         {word: english[word] for word in english.key_to_index}, {word: german[word] for word in german.key_to_index}
@@ -222,8 +229,9 @@ def test_ngrams_of_fasttext_make_embeddings_for_any_text(
         token = new.output.tokens[id_]
         if token.kind is TokenKind.ORDINARY and token.data.strip():
             expected = expected_row(weights[0], german[token.data.decode().strip()], sources, turned)
-            np.testing.assert_allclose(rows[place].numpy(), expected, atol=1e-3)
-            compared += 1
+            if expected is not None:
+                np.testing.assert_allclose(rows[place].numpy(), expected, atol=1e-3)
+                compared += 1
     assert compared > 20
 
 
@@ -289,3 +297,22 @@ def test_vectors_of_two_widths_are_refused(german_tokens: partial[NewTokens], tm
     written(Path(languages.parameters["vectors"]), {word: np.ones(7) for word in languages.german})
     with pytest.raises(OmpError, match=r"has vectors of 4 numbers, and vectors: .* of 7; name vectors of one width"):
         wechsel(german_tokens(languages.parameters))
+
+
+def test_a_recipe_makes_the_rows_of_both_matrices(
+    tokenizer: PreTrainedTokenizerFast, german_tokens: partial[NewTokens], tmp_path: Path
+) -> None:
+    """A tokenizer without a model is enough."""
+    model = make_model(tokenizer)
+    base, german = save(tmp_path / "base", model, tokenizer), tmp_path / "german"
+    new = german_tokens(Languages(tmp_path).parameters)
+    new.output_tokenizer.save_pretrained(german)
+    made = run(recipe(base, german, parameters=Languages(tmp_path).parameters), tmp_path / "out")
+    make, ids = wechsel(new), new.problem.target_ids
+    for name, weight in (
+        ("model.embed_tokens.weight", model.get_input_embeddings().weight),
+        ("lm_head.weight", model.get_output_embeddings().weight),
+    ):
+        torch.testing.assert_close(made[name][ids], make(weight.detach(), False))
+    lacking = recipe(base, german, parameters={"approximation": "wechsel"})
+    assert "wechsel needs source_vectors and vectors and dictionary; add" in refusal(lacking, tmp_path / "other")

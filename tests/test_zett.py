@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, sentencepiece_tokenizer
+from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, run, save, sentencepiece_tokenizer
+from commands import recipe, refusal
 from new_tokens_for_tests import new_tokens
 from tiny_hypernetwork import TinyHypernetwork, save_hypernetwork
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -250,3 +251,24 @@ def test_a_name_on_the_hub_and_a_checkpoint_pass(tokenizer: PreTrainedTokenizerF
     save_hypernetwork(tmp_path, tokenizer)
     for named in ("benjamin/zett-hypernetwork-Mistral-7B-v0.1", str(tmp_path)):
         check(OmpParameters(hypernetwork=named), "parameters")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_recipe_makes_the_rows_of_both_matrices(
+    tokenizer: PreTrainedTokenizerFast, ask: partial[NewTokens], tmp_path: Path, tied: bool
+) -> None:
+    """A tokenizer without a model is enough."""
+    save_hypernetwork(tmp_path, tokenizer, n_embd=32, separate_out_embeddings=not tied)
+    model = make_model(tokenizer, tied=tied)
+    base, other = save(tmp_path / "base", model, tokenizer), tmp_path / "other"
+    own = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
+    new = ask(own=own)
+    new.output_tokenizer.save_pretrained(other)
+    asked = recipe(base, other, parameters={"approximation": "zett", "hypernetwork": str(tmp_path)})
+    assert "pass --trust-remote-code" in refusal(asked, tmp_path / "refused")
+    made = run(asked, tmp_path / "out", trust_remote_code=True)
+    make, ids = zett(new), new.problem.target_ids
+    torch.testing.assert_close(made["model.embed_tokens.weight"][ids], make(own[0], False))
+    assert ("lm_head.weight" in made) != tied
+    if not tied:
+        torch.testing.assert_close(made["lm_head.weight"][ids], make(own[1], True))

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag, normalize
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -58,7 +59,7 @@ def check(parameters: OmpParameters, place: str) -> None:
     if (parameters.corpus is None) == (parameters.vectors is None):
         raise OmpError(
             f"{place}: approximation: focus needs either corpus: or vectors:, and "
-            f"{'none' if parameters.corpus is None else 'both'} is set; write the path of a text file or of token "
+            f"{'none is' if parameters.corpus is None else 'both are'} set; write the path of a text file or of token "
             "vectors."
         )
     check_packages(("gensim", "entmax"), f"{place}: approximation: focus")
@@ -98,13 +99,12 @@ def focus(new: NewTokens) -> RowMaker:
         int((~usable).sum()),
         len(usable),
     )
-    weights = similarity_weights(targets[known], anchors[usable])
+    means = similarity_means(targets[known], anchors[usable])
     usable_rows = new.anchor_rows[usable]
 
     def rows(weight: Tensor, _is_head: bool) -> Tensor:
         made = weight[new.anchor_rows.to(weight.device)].float().mean(dim=0).repeat(len(known), 1)
-        combined = torch.sparse.mm(weights.to(weight.device), weight[usable_rows.to(weight.device)].float())
-        made[known.to(weight.device)] = combined
+        made[known.to(weight.device)] = means.apply(weight[usable_rows.to(weight.device)].float())
         return made
 
     return rows
@@ -144,21 +144,41 @@ def learn_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedToke
     return text.train(make, lambda id_: vocabulary.tokens[id_].text, text.passes(EPOCHS)).wv
 
 
-def similarity_weights(targets: Tensor, anchors: Tensor) -> Tensor:
-    """The sparsemax of the cosine similarities of each target with all anchors.
+@dataclass(frozen=True)
+class SparseMeans:
+    """Weighted means of anchors for B tokens, the weights of one token after the other's.
+
+    Attributes:
+        anchors: int64 [W], which anchor each weight is for.
+        weights: float32 [W], above 0; those of a token sum to 1.
+        ends: int64 [B + 1], a 0, and where each token's weights end.
+    """
+
+    anchors: Tensor
+    weights: Tensor
+    ends: Tensor
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """The means, float32 [B, D], of the anchors' rows, float32 [N, D], on the rows' device."""
+        anchors, weights, ends = (each.to(rows.device) for each in (self.anchors, self.weights, self.ends))
+        return embedding_bag(anchors, rows, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def similarity_means(targets: Tensor, anchors: Tensor) -> SparseMeans:
+    """Weigh anchors by the sparsemax of their cosine similarities with each target.
 
     Args:
         targets: float32 [B, d], no row of zeros.
         anchors: float32 [N, d], no row of zeros.
-
-    Returns:
-        float32 [B, N], sparse COO; every row sums to 1.
     """
     from entmax import sparsemax
 
     targets, anchors = normalize(targets, dim=1), normalize(anchors, dim=1)
+    chosen, weights, counts = [], [], [torch.zeros(1, dtype=torch.int64)]
     step = max(1, _SIMILARITIES_AT_A_TIME // len(anchors))
-    parts = [torch.sparse_coo_tensor(size=(0, len(anchors)))]
     for part in tqdm(targets.split(step), desc="Comparing with anchors", leave=False):
-        parts.append(sparsemax(part @ anchors.T, dim=1, k=_LIKELY_SUPPORT).to_sparse())
-    return torch.cat(parts).coalesce()
+        dense = sparsemax(part @ anchors.T, dim=1, k=_LIKELY_SUPPORT)
+        chosen.append(dense.nonzero()[:, 1])
+        weights.append(dense[dense > 0])
+        counts.append((dense > 0).sum(dim=1))
+    return SparseMeans(torch.cat(chosen), torch.cat(weights), torch.cat(counts).cumsum(dim=0))

@@ -49,7 +49,7 @@ def check(parameters: OmpParameters, place: str) -> None:
     if (parameters.corpus is None) == (parameters.token_map is None):
         raise OmpError(
             f"{place}: approximation: tokalign needs either corpus: or token_map:, and "
-            f"{'none' if parameters.corpus is None else 'both'} is set; write the path of a text file or of a map."
+            f"{'none is' if parameters.corpus is None else 'both are'} set; write the path of a text file or of a map."
         )
     if parameters.token_map is not None:
         read_token_map(parameters.token_map, f"{place}.token_map")

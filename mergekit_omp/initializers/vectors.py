@@ -53,7 +53,7 @@ def check_packages(names: Sequence[str], place: str) -> None:
 def check_corpus(path: str, place: str) -> None:
     """Raise an OmpError unless ``path`` is a file that begins with text in UTF-8."""
     _check_file(path, place, "a text file in UTF-8")
-    if not next(_blocks(Path(path)), "").strip():
+    if not next(_blocks(path, place), "").strip():
         raise OmpError(f"{place}: {path} begins with no text; name a text file in UTF-8.")
 
 
@@ -146,15 +146,10 @@ class TokenizedCorpus:
         """
         parts: list[np.ndarray] = []
         with tqdm(desc=f"Tokenizing {Path(path).name}", unit=" characters", unit_scale=True, leave=False) as progress:
-            try:
-                for blocks in _batches(_blocks(Path(path))):
-                    encoded = tokenizer(blocks, add_special_tokens=False, verbose=False).input_ids
-                    parts += [np.array(ids, dtype=np.int32) for ids in encoded]
-                    progress.update(sum(map(len, blocks)))
-            except UnicodeDecodeError as error:
-                raise OmpError(
-                    f"{place}: {path} is not in UTF-8 ({error.reason}); name a text file in UTF-8."
-                ) from None
+            for blocks in _batches(_blocks(path, place)):
+                encoded = tokenizer(blocks, add_special_tokens=False, verbose=False).input_ids
+                parts += [np.array(ids, dtype=np.int32) for ids in encoded]
+                progress.update(sum(map(len, blocks)))
         if not any(map(len, parts)):
             raise OmpError(f"{place}: {path} gives no tokens; name a file with text.")
         return cls(np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64))
@@ -203,15 +198,18 @@ class _Sentences:
             self.tick()
 
 
-def _blocks(path: Path) -> Iterator[str]:
+def _blocks(path: str, place: str) -> Iterator[str]:
     """The text of a file: lines together up to some length, and parts of lines that are longer."""
     block = ""
-    with path.open(encoding="utf-8", newline="") as file:
-        while line := file.readline(_BLOCK_CHARACTERS):
-            if block and len(block) + len(line) > _BLOCK_CHARACTERS:
-                yield block
-                block = ""
-            block += line
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while line := file.readline(_BLOCK_CHARACTERS):
+                if block and len(block) + len(line) > _BLOCK_CHARACTERS:
+                    yield block
+                    block = ""
+                block += line
+    except UnicodeDecodeError as error:
+        raise OmpError(f"{place}: {path} is not in UTF-8 ({error.reason}); convert it.") from None
     if block:
         yield block
 

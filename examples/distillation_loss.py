@@ -1,0 +1,68 @@
+"""Token-level distillation between models of different tokenizers: a teacher that was given the student's.
+
+    python examples/distillation_loss.py --student small/ --teacher big/
+
+Both read the same ids, so that KL(teacher ‖ student) is a sum over one vocabulary. Printed for the transplanted teacher,
+and for one whose new tokens have rows of zeros, which is what there is without a way to make rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import one_vocabulary
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from mergekit_omp.evaluation import WINDOW_BYTES, builtin_texts, windows
+
+
+def distillation_loss(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor, n_tokens: int) -> Tensor:
+    """KL(teacher ‖ student) of the next token in nats, the mean over the positions of ``ids``.
+
+    Args:
+        teacher: gets no gradient.
+        student: gets one, unless that is switched off.
+        ids: int64 [B, T] of the vocabulary that both have.
+        n_tokens: size of that vocabulary; rows beyond it are padding, and the two may have unequally many.
+
+    Returns:
+        A scalar, at least 0.
+    """
+    with torch.no_grad():
+        wanted = teacher(ids).logits[..., :n_tokens].float().log_softmax(dim=-1)  # [B, T, V]
+    given = student(ids).logits[..., :n_tokens].float().log_softmax(dim=-1)
+    return functional.kl_div(given.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the loss for two teachers, and the size of the student's gradient."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    one_vocabulary.add_arguments(parser, keeps="student", changes="teacher")
+    parser.add_argument("--text", type=Path, help="what both read (default: a built-in English text)")
+    options = parser.parse_args(arguments)
+    student_folder, teacher_folder = one_vocabulary.folders(options)
+    text = options.text.read_text(encoding="utf-8") if options.text else builtin_texts()["prose"]
+
+    student, tokenizer = one_vocabulary.load(student_folder)
+    ids = one_vocabulary.with_start(tokenizer, windows(text, WINDOW_BYTES)[0])
+    teacher, _ = one_vocabulary.load(teacher_folder)
+    loss = distillation_loss(teacher, student, ids, len(tokenizer))
+    loss.backward()
+    norms = [weight.grad.norm() for weight in student.parameters() if weight.grad is not None]
+    reached = f"{len(norms)} of {len(list(student.parameters()))}"
+    print(f"\nKL(teacher ‖ student), nats a token, {ids.shape[1]} tokens")
+    print(f"  transplanted teacher     {loss.item():.4f}")
+    print(f"    gradient: norm {torch.stack(norms).norm().item():.4f}, in {reached} tensors of the student")
+    if options.baseline:
+        teacher, _ = one_vocabulary.load(options.baseline)
+        with torch.no_grad():
+            print(f"  new rows of zeros        {distillation_loss(teacher, student, ids, len(tokenizer)).item():.4f}")
+
+
+if __name__ == "__main__":
+    main()

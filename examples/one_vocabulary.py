@@ -1,0 +1,71 @@
+"""What the examples of use share: two models that speak one vocabulary, because one of them was transplanted."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import demo
+import real_weights
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+
+def add_arguments(parser: argparse.ArgumentParser, keeps: str, changes: str) -> None:
+    """Add ``--<keeps>`` and ``--<changes>``, the two models, and where the transplanted one is or goes."""
+    parser.add_argument(f"--{keeps}", dest="keeps", help="folder or hub id; keeps its tokenizer (default: SmolLM2-135M)")
+    parser.add_argument(f"--{changes}", dest="changes", help="folder or hub id; gets that one (default: Gemma-3-270M)")
+    parser.add_argument("--transplanted", type=Path, help=f"the {changes} with that tokenizer, if there is one already")
+    parser.add_argument("--out", type=Path, default=Path(f"out/{changes}"), help="where the transplant goes: %(default)s")
+    parser.add_argument("-k", type=int, default=64, help="sparsity of the transplant: %(default)s")
+
+
+def folders(options: argparse.Namespace) -> tuple[str, str]:
+    """The model that keeps its tokenizer, and the other one with the same; transplants it unless that is done."""
+    be_quiet()
+    keeps = options.keeps or str(real_weights.checkpoint("smollm2").resolve())
+    if options.transplanted:
+        return keeps, str(options.transplanted)
+    changes = options.changes or str(real_weights.checkpoint("gemma3").resolve())
+    return keeps, str(transplant(changes, keeps, options.out, {"k": options.k}))
+
+
+def transplant(model: str, source: str | Path, out: Path, parameters: Mapping[str, Any]) -> Path:
+    """Write a recipe beside ``out``, run it with ``mergekit-yaml``, and return ``out``."""
+    recipe = {
+        "merge_method": "omp",
+        "models": [{"model": str(model)}],
+        "tokenizer": {"source": str(source)},
+        "parameters": dict(parameters),
+        "dtype": "bfloat16",
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = out.with_name(out.name + ".yml")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    demo.transplant(path, out)
+    return out
+
+
+def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in float32 for evaluation, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def with_start(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
+    """The ids of a text after bos (eos where there is none), int64 [1, T]: Gemma reads badly without."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return torch.tensor([[start, *tokenizer(text, add_special_tokens=False).input_ids]])
+
+
+def be_quiet() -> None:
+    """Show what the examples print, and little else."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
