@@ -2,9 +2,9 @@
 
     python examples/assisted_generation.py --target big/ --draft small/
 
-The draft writes a few tokens, the target reads them at once and keeps those that it would have written itself: the text
-is the target's own. The default pair shows acceptance, not speed: it is what PyPI has, and its draft, Gemma-3-270M, is
-larger than its target, SmolLM2-135M. For speed the target should be ten times as large as the draft, or more.
+The draft writes a few tokens, the target reads them at once and keeps those that it would have written itself: the
+text is the target's own. The default pair shows acceptance, not speed: it is what PyPI has, and its draft,
+Gemma-3-270M, is larger than its target, SmolLM2-135M. For speed the target should be many times larger than the draft.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Run:
 def prepare(draft: PreTrainedModel, target: PreTrainedModel, draft_tokens: int) -> None:
     """Let the draft write ``draft_tokens`` tokens a round, whatever it thinks of them.
 
-    transformers takes two models of unequal ``vocab_size`` for two tokenizers. Many targets have more rows than tokens,
-    so the draft gets as many; those rows stand for nothing.
+    transformers takes models of unequal ``vocab_size`` for models of two tokenizers. Many targets have more rows than
+    tokens, so the draft gets as many; those rows stand for nothing.
     """
     rows = target.config.get_text_config().vocab_size
     if draft.config.get_text_config().vocab_size != rows:

@@ -2,8 +2,8 @@
 
     python examples/distillation_loss.py --student small/ --teacher big/
 
-Both read the same ids, so that KL(teacher ‖ student) is a sum over one vocabulary. Printed for the transplanted teacher,
-and for one whose new tokens have rows of zeros, which is what there is without a way to make rows.
+Both read the same ids, so that KL(teacher ‖ student) is a sum over one vocabulary. It is printed for the transplanted
+teacher, and for one that has zeros for the rows of new tokens.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, help="what both read (default: a built-in English text)")
     options = parser.parse_args(arguments)
     student_folder, teacher_folder = one_vocabulary.folders(options)
+    zeros = options.out.with_name(options.out.name + "-zeros")
+    one_vocabulary.transplant(one_vocabulary.changes(options), student_folder, zeros, {"approximation": "zero"})
     text = options.text.read_text(encoding="utf-8") if options.text else builtin_texts()["prose"]
 
     student, tokenizer = one_vocabulary.load(student_folder)
@@ -56,12 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     norms = [weight.grad.norm() for weight in student.parameters() if weight.grad is not None]
     reached = f"{len(norms)} of {len(list(student.parameters()))}"
     print(f"\nKL(teacher ‖ student), nats a token, {ids.shape[1]} tokens")
-    print(f"  transplanted teacher     {loss.item():.4f}")
-    print(f"    gradient: norm {torch.stack(norms).norm().item():.4f}, in {reached} tensors of the student")
-    if options.baseline:
-        teacher, _ = one_vocabulary.load(options.baseline)
-        with torch.no_grad():
-            print(f"  new rows of zeros        {distillation_loss(teacher, student, ids, len(tokenizer)).item():.4f}")
+    print(f"  transplanted teacher     {loss.item():.4f}", end="; ")
+    print(f"gradient of norm {torch.stack(norms).norm().item():.4f} in {reached} tensors of the student")
+    teacher, _ = one_vocabulary.load(str(zeros))
+    with torch.no_grad():
+        print(f"  zeros for its new rows   {distillation_loss(teacher, student, ids, len(tokenizer)).item():.4f}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python examples/domain_vocabulary.py --model my-model/ --text notes/*.txt
 
-No other model has the new tokenizer, so that there is nothing to run OMP on: each new token gets the mean of the rows of
-the pieces that it had been (``approximation: subword``). The model reads its domain worse than before until it has been
-trained a little; what is printed is where that training starts. The default is SmolLM2-135M and the source code of
-Python's standard library.
+No other model has the new tokenizer, so that there is nothing to run OMP on: each new token gets the mean of the rows
+of the pieces that it had been (``approximation: subword``). The model reads its domain worse than before until it has
+been trained a little; what is printed is where that training starts. The default is SmolLM2-135M and the source code
+of Python's standard library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import one_vocabulary
 import real_weights
 from transformers import AutoTokenizer
 
-from mergekit_omp.evaluation import evaluate, format_scores, windows
+from mergekit_omp.evaluation import builtin_texts, evaluate, format_scores, windows
 
 _BATCH_BYTES = 2**16
 
@@ -38,7 +38,7 @@ def train_tokenizer(model: str, text: str, size: int, folder: Path) -> None:
     own = AutoTokenizer.from_pretrained(model)
     own.train_new_from_iterator(windows(text, _BATCH_BYTES), size, show_progress=False).save_pretrained(folder)
     saved = AutoTokenizer.from_pretrained(folder)
-    sample = "".join(map(chr, range(0x20, 0x600)))
+    sample = builtin_texts()["languages"]
     if saved.decode(saved(sample, add_special_tokens=False).input_ids) != sample:
         sys.exit(f"error: a tokenizer like that of {model} cannot learn to write every text; it needs byte-level BPE.")
 

@@ -17,11 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser, keeps: str, changes: str) -> None:
-    """Add ``--<keeps>`` and ``--<changes>``, the two models, and where the transplanted one is or goes."""
-    parser.add_argument(f"--{keeps}", dest="keeps", help="folder or hub id; keeps its tokenizer (default: SmolLM2-135M)")
-    parser.add_argument(f"--{changes}", dest="changes", help="folder or hub id; gets that one (default: Gemma-3-270M)")
-    parser.add_argument("--transplanted", type=Path, help=f"the {changes} with that tokenizer, if there is one already")
-    parser.add_argument("--out", type=Path, default=Path(f"out/{changes}"), help="where the transplant goes: %(default)s")
+    """Add ``--<keeps>`` and ``--<changes>``, folders or hub ids, and where the transplanted one is or goes."""
+    parser.add_argument(f"--{keeps}", dest="keeps", help="keeps its tokenizer (default: SmolLM2-135M)")
+    parser.add_argument(f"--{changes}", dest="changes", help="gets that one (default: Gemma-3-270M)")
+    parser.add_argument("--transplanted", type=Path, help=f"the {changes} with that one already")
+    parser.add_argument("--out", type=Path, default=Path(f"out/{changes}"), help="the transplant: %(default)s")
     parser.add_argument("-k", type=int, default=64, help="sparsity of the transplant: %(default)s")
 
 
@@ -31,8 +31,12 @@ def folders(options: argparse.Namespace) -> tuple[str, str]:
     keeps = options.keeps or str(real_weights.checkpoint("smollm2").resolve())
     if options.transplanted:
         return keeps, str(options.transplanted)
-    changes = options.changes or str(real_weights.checkpoint("gemma3").resolve())
-    return keeps, str(transplant(changes, keeps, options.out, {"k": options.k}))
+    return keeps, str(transplant(changes(options), keeps, options.out, {"k": options.k}))
+
+
+def changes(options: argparse.Namespace) -> str:
+    """The model that gets the other one's tokenizer, as it is before."""
+    return options.changes or str(real_weights.checkpoint("gemma3").resolve())
 
 
 def transplant(model: str, source: str | Path, out: Path, parameters: Mapping[str, Any]) -> Path:

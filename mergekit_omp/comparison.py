@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,7 +73,6 @@ def compare(
     options: Sequence[str] = (),
     device: str = "cpu",
     trust_remote_code: bool = False,
-    done: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:
     """Run a recipe once for each method, in a process of its own, and read the texts with what comes out.
 
@@ -88,11 +87,9 @@ def compare(
         options: of ``mergekit-yaml``.
         device: where the models read.
         trust_remote_code: whether models may run code of their own.
-        done: called with each row as it is known.
     """
     reading = {"device": device, "trust_remote_code": trust_remote_code}
     rows = [Row(ORIGINAL, evaluate([original], texts, progress=False, **reading)[0])]
-    done(rows[0])
     for approximation in tqdm(approximations, desc="Methods", unit="method", leave=False):
         with tempfile.TemporaryDirectory(prefix="mergekit-omp-") as folder:
             out = Path(folder) / approximation.value
@@ -104,7 +101,6 @@ def compare(
                 score = evaluate([out], texts, progress=False, **reading)[0]
                 row = Row(approximation.value, score, record["seconds"], record["peak_memory_bytes"])
         rows.append(row)
-        done(row)
     return rows
 
 

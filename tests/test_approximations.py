@@ -21,6 +21,7 @@ from checkpoints import (
 from click.testing import CliRunner
 from commands import merge_here, recipe, refusal
 from mergekit.tokenizer.normalization import TokenMarker
+from tiny_hypernetwork import save_hypernetwork
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_omp.cli import main
@@ -190,6 +191,41 @@ def test_a_tokenizer_without_a_model_is_enough(
     text = "while True: index"
     written = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(written[0]).startswith(text)
+
+
+@pytest.fixture(scope="module")
+def files(base: Path, folder: Path) -> dict[str, dict[str, str]]:
+    """What the methods need that learn from something else than the two models."""
+    words = sorted({word for text in (*ENGLISH, *PYTHON) for word in text.split()})
+    numbers = torch.randn(len(words), 8, generator=torch.Generator().manual_seed(0)).tolist()
+    lines = [f"{word} {' '.join(map(str, row))}" for word, row in zip(words, numbers, strict=True)]
+    (folder / "corpus.txt").write_text("\n".join([*ENGLISH, *PYTHON] * 5))
+    (folder / "words.vec").write_text("\n".join([f"{len(words)} 8", *lines]) + "\n")
+    (folder / "dictionary.txt").write_text("\n".join(f"{word}\t{word}" for word in words))
+    save_hypernetwork(folder / "hypernetwork", AutoTokenizer.from_pretrained(base), n_embd=32)
+    vectors = str(folder / "words.vec")
+    return {
+        "focus": {"corpus": str(folder / "corpus.txt")},
+        "tokalign": {"corpus": str(folder / "corpus.txt")},
+        "wechsel": {"vectors": vectors, "source_vectors": vectors, "dictionary": str(folder / "dictionary.txt")},
+        "zett": {"hypernetwork": str(folder / "hypernetwork")},
+    }
+
+
+@pytest.mark.parametrize("approximation", ["focus", "tokalign", "wechsel", "zett"])
+def test_so_it_is_for_methods_that_learn_from_files(
+    base: Path, tokenizer_alone: Path, tmp_path: Path, files: dict[str, dict[str, str]], approximation: str
+) -> None:
+    parameters = {"approximation": approximation, **files[approximation]}
+    made = run(recipe(base, tokenizer_alone, parameters=parameters), tmp_path / "out", trust_remote_code=True)
+    mean = transplant(base, tokenizer_alone, tmp_path / "mean", "mean")
+    of_base = AutoTokenizer.from_pretrained(base).get_vocab()
+    of_output = AutoTokenizer.from_pretrained(tokenizer_alone).get_vocab()
+    new = [id_ for token, id_ in of_output.items() if token not in of_base]
+    assert bool(made[EMBED].isfinite().all())
+    assert (made[EMBED][new] != mean[EMBED][new]).any(dim=1).sum() > len(new) / 4
+    kept = [id_ for id_ in range(len(of_output)) if id_ not in new]
+    assert torch.equal(made[EMBED][kept], mean[EMBED][kept])
 
 
 @pytest.mark.parametrize("approximation", ["omp", "common_interpolation", "landmark_pca", "stb", "mp_rope"])

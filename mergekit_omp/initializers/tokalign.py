@@ -2,8 +2,10 @@
 
 Li, Zhang and Zong 2025, *TokAlign: Efficient Vocabulary Adaptation via Token Alignment*
 (https://arxiv.org/abs/2506.03523), without its training afterwards. The paper learns GloVe vectors; there is no kept
-package for these, and here they are gensim's skip-gram vectors, which factorize the same co-occurrences, of the same
-dimension, window and minimum count.
+package for these, and here they are gensim's skip-gram vectors of the same dimension, window and minimum count. Unlike
+GloVe's they share a large common direction, so that they are centred, and representations are compared by the cosine
+instead of the inner product of the authors' code: with 4.5 MB of technical English, 69 % of shared tokens that are
+treated as new find themselves between Gemma's and SmolLM2's tokenizers that way, and 3 % by the inner product.
 """
 
 from __future__ import annotations
@@ -92,8 +94,7 @@ def token_map(new: NewTokens) -> dict[str, str]:
     """Learn which token of the model each new token is most like, from ``corpus``.
 
     Both tokenizers' vectors are learnt apart, so that only their relations compare: a token is represented by its
-    cosines with the pivots, 300 random anchors, and gets the token of the model whose representation has the largest
-    inner product with its own.
+    cosines with the pivots, 300 random anchors, and gets the token of the model whose representation is most similar.
 
     Returns:
         The string of each new token that the corpus has often enough, and the string of a token of the model.
@@ -102,8 +103,8 @@ def token_map(new: NewTokens) -> dict[str, str]:
         OmpError: the corpus is not in UTF-8, or no anchor is frequent enough with both tokenizers.
     """
     corpus, problem = new.parameters.corpus, new.problem
-    of_output = learn_vectors(corpus, new.output, new.output_tokenizer)
-    of_model = learn_vectors(corpus, new.model, new.tokenizer)
+    of_output = centred(learn_vectors(corpus, new.output, new.output_tokenizer))
+    of_model = centred(learn_vectors(corpus, new.model, new.tokenizer))
     both = (of_output[problem.atom_ids].any(dim=1) & of_model[new.anchor_rows].any(dim=1)).nonzero().squeeze(1)
     if not len(both):
         raise OmpError(
@@ -150,9 +151,17 @@ def learn_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedToke
     return vectors
 
 
+def centred(vectors: Tensor) -> Tensor:
+    """Unit vectors less their mean, float32 [V, d]; rows of zeros are no vectors and stay."""
+    some = vectors.any(dim=1)
+    result = normalize(vectors, dim=1)
+    result[some] -= result[some].mean(dim=0)
+    return result
+
+
 def relative(vectors: Tensor, pivots: Tensor) -> Tensor:
-    """The cosines [T, P] of vectors [T, d] with pivots [P, d], all float32."""
-    return normalize(vectors, dim=1) @ normalize(pivots, dim=1).T
+    """The cosines of vectors [T, d] with pivots [P, d], as rows of length 1; all float32, the result [T, P]."""
+    return normalize(normalize(vectors, dim=1) @ normalize(pivots, dim=1).T, dim=1)
 
 
 def nearest(targets: Tensor, candidates: Tensor) -> Tensor:
