@@ -201,6 +201,9 @@ def evaluate(
     type=click.Path(exists=True, dir_okay=False),
     help="A text file; may be repeated.  [default: the built-in texts]",
 )
+@click.option(
+    "--bytes", "size", type=click.IntRange(min=4), help="How much of each text to read.  [default: all of it]"
+)
 @click.option("--plot", type=click.Path(dir_okay=False), help="Also draw the table, as this .png or .svg file.")
 @_DEVICE
 @_TRUST
@@ -209,6 +212,7 @@ def compare(
     recipe: str,
     approximations: str,
     texts: tuple[str, ...],
+    size: int | None,
     plot: str | None,
     device: str,
     trust_remote_code: bool,
@@ -225,7 +229,7 @@ def compare(
     """
     _quiet()
     from mergekit_omp import comparison
-    from mergekit_omp.evaluation import builtin_texts
+    from mergekit_omp.evaluation import builtin_texts, windows
     from mergekit_omp.planning import models_in_order
 
     chosen = comparison.parse_approximations(approximations)
@@ -233,11 +237,12 @@ def compare(
         comparison.require_plot(Path(plot))
     config = _load_recipe((recipe,), None)
     _check_device(device)
+    read = {Path(path).stem: _read_text(path) for path in texts} if texts else builtin_texts()
     rows = comparison.compare(
         _read_recipe(recipe),
         str(models_in_order(config)[0]),
         chosen,
-        {Path(path).stem: _read_text(path) for path in texts} if texts else builtin_texts(),
+        {name: "".join(windows(text, size)[:1]) if size else text for name, text in read.items()},
         options=["--device", device, *(["--trust-remote-code"] if trust_remote_code else [])],
         device=device,
         trust_remote_code=trust_remote_code,

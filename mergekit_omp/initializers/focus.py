@@ -70,7 +70,7 @@ def check(parameters: OmpParameters, place: str) -> None:
 
 
 def focus(new: NewTokens) -> RowMaker:
-    """Combine the anchors by the sparsemax of their cosine similarities with the token (section 2 of the paper).
+    """Combine the anchors by the sparsemax of their cosine similarities with the token.
 
     The similarities are those of the vectors that the recipe names, or of fastText vectors that are learnt here from
     ``corpus``, tokenized by the output tokenizer. Tokens without a vector get the mean of the anchors' rows, where the
@@ -113,8 +113,8 @@ def focus(new: NewTokens) -> RowMaker:
 def learn_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> KeyedVectors:
     """Learn fastText vectors (CBOW, with n-grams of the tokens' strings) of a vocabulary's tokens.
 
-    The settings are the paper's and fastText's own; a corpus below a million tokens is read more often, and gives
-    vectors to rarer tokens.
+    The settings are fastText's own and those of deepfocus, but for the dimension, which there is 100 by default. A
+    corpus below a million tokens is read more often, and gives vectors to rarer tokens.
 
     Args:
         corpus: a text file in UTF-8.

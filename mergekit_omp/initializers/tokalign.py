@@ -61,7 +61,7 @@ def check(parameters: OmpParameters, place: str) -> None:
 
 
 def tokalign(new: NewTokens) -> RowMaker:
-    """Copy to each new token the row of its token of the model (section 3 of the paper).
+    """Copy to each new token the row of its token of the model.
 
     The map is read from ``token_map``, or learnt from ``corpus``. Tokens that it lacks get the mean of the anchors'
     rows, where the authors' code takes a random row.
