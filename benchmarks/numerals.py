@@ -6,6 +6,7 @@ There are no weights of Llama 3 at hand, so that its tokenizer stands alone and 
 ``approximation: subword``'s. It needs the ``test`` extra, for that tokenizer.
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,9 @@ WINDOWS = 2
 
 def main() -> None:
     """Print one table for each suite of texts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", default=("tuning", "held_out"), choices=("tuning", "held_out"))
+    options = parser.parse_args()
     mergekit_omp.register()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "llama3"
@@ -44,7 +48,7 @@ def main() -> None:
                     "parameters": {"approximation": "subword", "numerals": numerals},
                 }
                 run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(quiet=True))
-        for suite in ("tuning", "held_out"):
+        for suite in options.suite:
             texts = {
                 name: "".join(windows(text, WINDOW_BYTES)[:WINDOWS]) for name, text in builtin_texts(suite).items()
             }

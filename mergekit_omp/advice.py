@@ -9,6 +9,7 @@ from mergekit_omp.vocabularies import (
     output_vocabulary,
     shared_output_tokenizer,
     tokenizer_of,
+    vocabulary_of,
 )
 from mergekit_omp.vocabulary.chat_template import chat_template_tokens
 from mergekit_omp.vocabulary.numerals import numeral_scheme, numeral_warning
@@ -18,7 +19,10 @@ def advice(output: OutputTokenizer, model: ModelReference) -> list[str]:
     """Sentences on what the output tokenizer will ask of ``model`` that its own tokenizer did not."""
     ours, its = shared_output_tokenizer(output), tokenizer_of(model, output.trust_remote_code)
     found = [
-        numeral_warning(numeral_scheme(ours, output_vocabulary(output)), numeral_scheme(its)),
+        numeral_warning(
+            numeral_scheme(ours, output_vocabulary(output)),
+            numeral_scheme(its, vocabulary_of(model, output.trust_remote_code)),
+        ),
         _bos_warning(ours, its),
         _chat_template_warning(output, model),
     ]

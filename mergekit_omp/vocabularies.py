@@ -1,5 +1,6 @@
 """The tokenizers and vocabularies of the models that a recipe names, each read once a run."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -47,16 +48,15 @@ class OutputTokenizer(BuildTokenizer):
 
 def forget() -> None:
     """Drop everything that was read: a path may hold another model in the next run."""
-    for cached in (tokenizer_of, vocabulary_of, shared_output_tokenizer, output_vocabulary, match_of):
+    for cached in (_shared_tokenizer, vocabulary_of, shared_output_tokenizer, output_vocabulary, match_of):
         cached.cache_clear()
 
 
-def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer afresh.
+class _UnreadableTokenizer(Exception):
+    """Why a tokenizer cannot be read."""
 
-    Raises:
-        OmpError: naming the recipe ``key`` that the model stands under.
-    """
+
+def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return transformers.AutoTokenizer.from_pretrained(
             model.model.path, revision=model.model.revision, trust_remote_code=trust_remote_code
@@ -65,15 +65,39 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> 
         raise
     except BaseException as error:  # whatever the parsers raise; a panic in tokenizers' Rust is no Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OmpError(
-            f"{key}: no tokenizer can be read from {model.model} ({reason}); name a model with a tokenizer."
-        ) from error
+        raise _UnreadableTokenizer(reason) from error
 
 
-@lru_cache(maxsize=32)
+_shared_tokenizer = lru_cache(maxsize=32)(_load)
+
+
+def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer afresh.
+
+    Raises:
+        OmpError: naming the recipe ``key`` that the model stands under.
+    """
+    return _told(_load, model, trust_remote_code, key)
+
+
 def tokenizer_of(model: ModelReference, trust_remote_code: bool, key: str = "models") -> PreTrainedTokenizerBase:
-    """A model's tokenizer, shared: not to be changed."""
-    return load_tokenizer(model, trust_remote_code, key)
+    """A model's tokenizer, shared: not to be changed.
+
+    Raises:
+        OmpError: as :func:`load_tokenizer`.
+    """
+    return _told(_shared_tokenizer, model, trust_remote_code, key)
+
+
+def _told(
+    load: Callable[..., PreTrainedTokenizerBase], model: ModelReference, trust_remote_code: bool, key: str
+) -> PreTrainedTokenizerBase:
+    try:
+        return load(model, trust_remote_code)
+    except _UnreadableTokenizer as error:
+        raise OmpError(
+            f"{key}: no tokenizer can be read from {model.model} ({error}); name a model with a tokenizer."
+        ) from error
 
 
 @lru_cache(maxsize=32)

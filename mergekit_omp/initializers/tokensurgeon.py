@@ -42,12 +42,12 @@ _NOWHERE = ModelReference.model_validate("unused")
 
 def mean(new: NewTokens) -> RowMaker:
     """The mean of all rows of the model."""
-    return lambda weight, is_head: _compute(new, weight, is_head)
+    return lambda weight, is_head: _Surgeon(new, weight).rows(is_head)
 
 
 def zero(new: NewTokens) -> RowMaker:
     """Zeros."""
-    return lambda weight, is_head: _compute(new, weight, is_head)
+    return lambda weight, is_head: _Surgeon(new, weight).rows(is_head)
 
 
 def randn(new: NewTokens) -> RowMaker:
@@ -55,7 +55,7 @@ def randn(new: NewTokens) -> RowMaker:
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
         with _seeded(weight.device):
-            return _compute(new, weight, is_head)
+            return _Surgeon(new, weight).rows(is_head)
 
     return rows
 
@@ -79,9 +79,12 @@ def john_hewitt(new: NewTokens) -> RowMaker:
 
 def common_interpolation(new: NewTokens) -> RowMaker:
     """A weighted mean of the k anchors that are nearest in the donor's space."""
-    return lambda weight, is_head: torch.cat(
-        [_compute(new, weight, is_head, part) for part in _parts(new.problem.target_ids)]
-    )
+
+    def rows(weight: Tensor, is_head: bool) -> Tensor:
+        surgeon = _Surgeon(new, weight)
+        return torch.cat([surgeon.rows(is_head, part) for part in _parts(new.problem.target_ids)])
+
+    return rows
 
 
 def landmark_pca(new: NewTokens) -> RowMaker:
@@ -89,7 +92,7 @@ def landmark_pca(new: NewTokens) -> RowMaker:
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
         with _seeded(weight.device):  # its principal axes are found by a randomized method
-            return _compute(new, weight, is_head)
+            return _Surgeon(new, weight).rows(is_head)
 
     return rows
 
@@ -98,12 +101,12 @@ def stb(new: NewTokens) -> RowMaker:
     """Sparse token basis: coordinates in a basis of which each vector is a combination of k anchors."""
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
-        of_model, of_donor = _vocabularies(new)
-        anchors = {token: of_donor[token] for token in of_model}
-        donor = new.donor.to(weight.device).float()
-        k = min(_sparsity(new), weight.shape[1], donor.shape[1])  # a basis vector needs no more
-        basis = compute_token_basis(weight.float(), donor, of_model, anchors, [], k)
-        return _compute(new, weight, is_head, basis=basis)
+        surgeon = _Surgeon(new, weight)
+        of_model = surgeon.of_model
+        anchors = {token: surgeon.of_donor[token] for token in of_model}
+        k = min(_sparsity(new), weight.shape[1], surgeon.donor.shape[1])  # a basis vector needs no more
+        basis = compute_token_basis(surgeon.weight, surgeon.donor, of_model, anchors, [], k)
+        return surgeon.rows(is_head, basis=basis)
 
     return rows
 
@@ -162,46 +165,52 @@ def subword(new: NewTokens) -> RowMaker:
         return {"input_ids": split[token]}
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
-        made = _compute(new, weight, is_head, tokenizer=own_pieces)
+        made = _Surgeon(new, weight).rows(is_head, tokenizer=own_pieces)
         made[unwritten.to(made.device)] = weight[new.anchor_rows.to(weight.device)].float().mean(dim=0)
         return made
 
     return rows
 
 
-def _compute(
-    new: NewTokens,
-    weight: Tensor,
-    is_head: bool,
-    targets: Tensor | None = None,
-    basis: tuple[Tensor, Tensor] | None = None,
-    tokenizer: Any = None,
-) -> Tensor:
-    """mergekit's rows, float32 [B, D], for the ids ``targets`` [B], or for all."""
-    parameters = new.parameters
-    of_model, of_donor = _vocabularies(new)
-    options = TokenSurgeonOptions(
-        model=_NOWHERE,
-        donor=_NOWHERE,
-        out_path="",
-        method=ApproximationMethod(parameters.approximation.value),
-        k=_sparsity(new),
-        weight_scheme=WeightingScheme(parameters.weight_scheme.value),
-        cosine_similarity=parameters.cosine_similarity,
-        subword_method=SubwordMethod(parameters.subword_method.value),
-    )
-    donor = weight[:0] if new.donor is None else new.donor.to(weight.device).float()
-    return compute_new_embeddings(
-        weight.float(),
-        donor,
-        of_model,
-        of_donor,
-        (new.problem.target_ids if targets is None else targets).tolist(),
-        is_head,
-        basis,
-        tokenizer,
-        options,
-    )
+class _Surgeon:
+    """mergekit's function with what it takes for one matrix of the model; copies in float32 are made once."""
+
+    def __init__(self, new: NewTokens, weight: Tensor) -> None:
+        parameters = new.parameters
+        self.ids = new.problem.target_ids
+        self.weight = weight.float()
+        self.donor = weight[:0] if new.donor is None else new.donor.to(weight.device).float()
+        self.of_model, self.of_donor = _vocabularies(new)
+        self.options = TokenSurgeonOptions(
+            model=_NOWHERE,
+            donor=_NOWHERE,
+            out_path="",
+            method=ApproximationMethod(parameters.approximation.value),
+            k=_sparsity(new),
+            weight_scheme=WeightingScheme(parameters.weight_scheme.value),
+            cosine_similarity=parameters.cosine_similarity,
+            subword_method=SubwordMethod(parameters.subword_method.value),
+        )
+
+    def rows(
+        self,
+        is_head: bool,
+        ids: Tensor | None = None,
+        basis: tuple[Tensor, Tensor] | None = None,
+        tokenizer: Any = None,
+    ) -> Tensor:
+        """mergekit's rows, float32 [B, D], for some ids [B] of the output, or for all targets."""
+        return compute_new_embeddings(
+            self.weight,
+            self.donor,
+            self.of_model,
+            self.of_donor,
+            (self.ids if ids is None else ids).tolist(),
+            is_head,
+            basis,
+            tokenizer,
+            self.options,
+        )
 
 
 def _vocabularies(new: NewTokens) -> tuple[dict[int, int], dict[int, int]]:
