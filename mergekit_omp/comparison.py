@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from tqdm import tqdm
@@ -20,7 +20,11 @@ from mergekit_omp.parameters import Approximation
 from mergekit_omp.record import read_record
 from mergekit_omp.schema import did_you_mean
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 ORIGINAL = "original"
+_LONGEST_BAR = 3
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,8 @@ def require_plot(path: Path) -> None:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw overall bits per byte beside seconds, one bar a method, best first, and the original as a line.
 
+    Bars of bits per byte end at some times the original's, so that a method that fails does not hide the others.
+
     Raises:
         OmpError: as :func:`require_plot`.
     """
@@ -183,19 +189,25 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     made = [row for row in rows if row.score and row.approximation != ORIGINAL]
     made.sort(key=lambda row: row.score.overall.bits_per_byte)
     names = [row.approximation for row in made]
+    bits = [row.score.overall.bits_per_byte for row in made]
+    seconds = [row.seconds for row in made]
+    most = _LONGEST_BAR * original
     figure = Figure(figsize=(9, 1.2 + 0.36 * len(made)), layout="constrained")
     quality, cost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    bits = [row.score.overall.bits_per_byte for row in made]
-    for axis, values, form in ((quality, bits, "{:.3f}"), (cost, [row.seconds for row in made], "{:.1f}")):
-        bars = axis.barh(names, values, color="#2f6f9f")
-        axis.bar_label(bars, fmt=form.format, padding=3, fontsize=8)
-        axis.margins(x=0.18)
-        axis.spines[["top", "right"]].set_visible(False)
+    labels = [f"{each:.3f}" + (" (bar is cut)" if each > most else "") for each in bits]
+    _bars(quality, names, [min(each, most) for each in bits], labels)
+    _bars(cost, names, seconds, [f"{each:.1f}" for each in seconds])
     quality.axvline(original, color="#c8553d", linewidth=1.5)
     quality.set_title(f"bits per byte (line: original, {original:.3f})", loc="left", fontsize=10)
     cost.set_title("seconds, whole merge", loc="left", fontsize=10)
     quality.invert_yaxis()
     figure.savefig(path, dpi=150)
+
+
+def _bars(axis: "Axes", names: Sequence[str], values: Sequence[float], labels: Sequence[str]) -> None:
+    axis.bar_label(axis.barh(names, values, color="#2f6f9f"), labels=labels, padding=3, fontsize=8)
+    axis.margins(x=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def as_json(rows: Iterable[Row]) -> str:
