@@ -40,29 +40,31 @@ def distillation_loss(teacher: PreTrainedModel, student: PreTrainedModel, ids: T
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the loss for two teachers, and the size of the student's gradient."""
+    """Print the loss for two teachers, and the size of the gradient that reaches the student."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one_vocabulary.add_arguments(parser, keeps="student", changes="teacher")
-    parser.add_argument("--text", type=Path, help="what both read (default: a built-in English text)")
+    parser.add_argument("--text", type=Path, help="what both read the beginning of (default: four built-in texts)")
     options = parser.parse_args(arguments)
     student_folder, teacher_folder = one_vocabulary.folders(options)
     zeros = options.out.with_name(options.out.name + "-zeros")
     one_vocabulary.transplant(one_vocabulary.changes(options), student_folder, zeros, {"approximation": "zero"})
-    text = options.text.read_text(encoding="utf-8") if options.text else builtin_texts()["prose"]
 
     student, tokenizer = one_vocabulary.load(student_folder)
-    ids = one_vocabulary.with_start(tokenizer, windows(text, WINDOW_BYTES)[0])
-    teacher, _ = one_vocabulary.load(teacher_folder)
-    loss = distillation_loss(teacher, student, ids, len(tokenizer))
-    loss.backward()
-    norms = [weight.grad.norm() for weight in student.parameters() if weight.grad is not None]
-    reached = f"{len(norms)} of {len(list(student.parameters()))}"
-    print(f"\nKL(teacher ‖ student), nats a token, {ids.shape[1]} tokens")
-    print(f"  transplanted teacher     {loss.item():.4f}", end="; ")
-    print(f"gradient of norm {torch.stack(norms).norm().item():.4f} in {reached} tensors of the student")
-    teacher, _ = one_vocabulary.load(str(zeros))
-    with torch.no_grad():
-        print(f"  zeros for its new rows   {distillation_loss(teacher, student, ids, len(tokenizer)).item():.4f}")
+    texts = {options.text.name: options.text.read_text(encoding="utf-8")} if options.text else builtin_texts()
+    ids = [one_vocabulary.with_start(tokenizer, windows(text, WINDOW_BYTES)[0]) for text in texts.values()]
+    print(f"\n{'nats a token':<24}" + "".join(f"{name:>14}" for name in texts))
+    for name, folder in (("transplanted teacher", teacher_folder), ("zeros for new rows", str(zeros))):
+        teacher, _ = one_vocabulary.load(folder)
+        student.zero_grad()
+        losses = []
+        for each in ids:
+            loss = distillation_loss(teacher, student, each, len(tokenizer))
+            loss.backward()
+            losses.append(loss.item())
+        gradients = [weight.grad for weight in student.parameters() if weight.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+        print(f"{name:<24}" + "".join(f"{loss:>14.4f}" for loss in losses))
+        print(f"  gradient of norm {norm:.4f} in {len(gradients)} of {len(list(student.parameters()))} tensors")
 
 
 if __name__ == "__main__":

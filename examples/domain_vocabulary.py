@@ -33,10 +33,11 @@ def split(text: str, share: float = 0.1) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def train_tokenizer(model: str, text: str, size: int, folder: Path) -> None:
+def train_tokenizer(model: str, text: str, size: int | None, folder: Path) -> None:
     """Train a tokenizer of the model's kind, with its special tokens, and save it without a model."""
     own = AutoTokenizer.from_pretrained(model)
-    own.train_new_from_iterator(windows(text, _BATCH_BYTES), size, show_progress=False).save_pretrained(folder)
+    new = own.train_new_from_iterator(windows(text, _BATCH_BYTES), size or len(own), show_progress=False)
+    new.save_pretrained(folder)
     saved = AutoTokenizer.from_pretrained(folder)
     sample = builtin_texts()["languages"]
     if saved.decode(saved(sample, add_special_tokens=False).input_ids) != sample:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id (default: SmolLM2-135M)")
     parser.add_argument("--text", type=Path, nargs="+", help="UTF-8 files (default: Python's standard library)")
-    parser.add_argument("--size", type=int, default=16384, help="tokens of the new vocabulary: %(default)s")
+    parser.add_argument("--size", type=int, help="tokens of the new vocabulary (default: as many as the model's)")
     parser.add_argument("--bytes", type=int, default=12288, help="how much held-out text to read: %(default)s")
     parser.add_argument("--out", type=Path, default=Path("out/domain"), help="the new model: %(default)s")
     options = parser.parse_args(arguments)
