@@ -5,11 +5,10 @@ from mergekit.options import MergeOptions
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers import tokalign
-from mergekit_omp.initializers.new_tokens import NewTokens
 from mergekit_omp.parameters import Approximation, OmpParameters
 from mergekit_omp.realign import pose_problem
 from mergekit_omp.recipe import check_recipe, settings_of
-from mergekit_omp.vocabularies import match_of, output_vocabulary, shared_output_tokenizer, tokenizer_of, vocabulary_of
+from mergekit_omp.tasks import MatchVocabulary, new_tokens
 
 
 def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[str, str]:
@@ -29,18 +28,6 @@ def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[s
     corpora = [corpus for corpus in settings_of(config, "corpus") if corpus is not None]
     parameters = OmpParameters(approximation=Approximation.TOKALIGN, corpus=corpora[0] if corpora else None)
     tokalign.check(parameters, "parameters")
-    [model], donor = output.referenced_models, output.donors()[0]
-    match, trust = match_of(output, model), output.trust_remote_code
-    problem = pose_problem(match, match_of(output, donor))
-    return tokalign.token_map(
-        NewTokens(
-            problem=problem,
-            anchor_rows=match.rows[problem.atom_ids],
-            output=output_vocabulary(output),
-            output_tokenizer=shared_output_tokenizer(output),
-            model=vocabulary_of(model, trust),
-            tokenizer=tokenizer_of(model, trust),
-            parameters=parameters,
-            trust_remote_code=trust,
-        )
-    )
+    base = MatchVocabulary(output=output, model=output.referenced_models[0])
+    donor = MatchVocabulary(output=output, model=output.donors()[0])
+    return tokalign.token_map(new_tokens(base, pose_problem(base.execute(), donor.execute()), parameters))

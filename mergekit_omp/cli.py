@@ -10,6 +10,13 @@ from mergekit_omp import __version__
 
 _DEVICE = click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, …")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+_TEXTS = click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="A text file; may be repeated.  [default: the built-in texts]",
+)
 _TRUST = click.option("--trust-remote-code", is_flag=True, help="Let models run code of their own.")
 
 
@@ -92,13 +99,7 @@ def report(out: str, page_path: str | None, as_json: bool) -> None:
 
 @main.command(short_help="Which new tokens matter most for a text.")
 @click.argument("out", type=click.Path())
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False),
-    help="A text file; may be repeated.  [default: the built-in texts]",
-)
+@_TEXTS
 @click.option("--most", type=click.IntRange(min=1), default=20, show_default=True, help="How many to print.")
 @_JSON
 def tokens(out: str, texts: tuple[str, ...], most: int, as_json: bool) -> None:
@@ -194,13 +195,7 @@ def evaluate(
     show_default=True,
     help="The methods, with commas between them, as in a recipe's approximation:.",
 )
-@click.option(
-    "--text",
-    "texts",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False),
-    help="A text file; may be repeated.  [default: the built-in texts]",
-)
+@_TEXTS
 @click.option(
     "--bytes", "size", type=click.IntRange(min=4), help="How much of each text to read.  [default: all of it]"
 )
@@ -247,7 +242,7 @@ def compare(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    click.echo(comparison.as_json(rows) if as_json else comparison.markdown(rows))
+    click.echo(_as_json([row.as_dict() for row in rows]) if as_json else comparison.markdown(rows))
     if plot:
         comparison.draw(rows, Path(plot))
     if all(row.problem for row in rows[1:]):

@@ -1,6 +1,5 @@
 """One recipe with several methods of approximation: bits per byte, seconds and memory, side by side."""
 
-import json
 import os
 import subprocess
 import sys
@@ -208,8 +207,3 @@ def _bars(axis: "Axes", names: Sequence[str], values: Sequence[float], labels: S
     axis.bar_label(axis.barh(names, values, color="#2f6f9f"), labels=labels, padding=3, fontsize=8)
     axis.margins(x=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def as_json(rows: Iterable[Row]) -> str:
-    """What ``--json`` prints."""
-    return json.dumps([row.as_dict() for row in rows], indent=2, ensure_ascii=False)

@@ -132,6 +132,22 @@ class SolveCodes(Task[Solution]):
         return Solution(problem, codes, time.perf_counter() - started)
 
 
+def new_tokens(base: MatchVocabulary, problem: Problem, parameters: OmpParameters, **more: Any) -> NewTokens:
+    """What can be known of a problem's targets from the vocabularies; ``more`` are fields that need weights."""
+    output, model, trust = base.output, base.model, base.output.trust_remote_code
+    return NewTokens(
+        problem=problem,
+        anchor_rows=base.execute().rows[problem.atom_ids],
+        output=output_vocabulary(output),
+        output_tokenizer=shared_output_tokenizer(output),
+        model=vocabulary_of(model, trust),
+        tokenizer=tokenizer_of(model, trust),
+        parameters=parameters,
+        trust_remote_code=trust,
+        **more,
+    )
+
+
 @dataclass(frozen=True)
 class NewRows:
     """The rows of a problem's targets, for whatever matrix of the model is given.
@@ -185,6 +201,7 @@ class PrepareRows(Task[NewRows]):
         method, donor_model = method_of(self.parameters), self.pose.donors[-1].model
         if donor is not None:
             donor = donor.movedim(self.vocabulary_axis, 0)
+        if donor is not None and solution is None:  # a solve has looked already
             check_rows(
                 donor,
                 torch.cat([problem.target_rows, problem.atom_rows]),
@@ -193,14 +210,10 @@ class PrepareRows(Task[NewRows]):
         axes = [axis for _, axis in self.own_weights]
         embedding_and_head = [own[f"own_{i}"].movedim(axis, 0) for i, axis in enumerate(axes)]
         trust = output.trust_remote_code
-        new = NewTokens(
-            problem=problem,
-            anchor_rows=self.pose.base.execute().rows[problem.atom_ids],
-            output=output_vocabulary(output),
-            output_tokenizer=shared_output_tokenizer(output),
-            model=vocabulary_of(model, trust),
-            tokenizer=tokenizer_of(model, trust),
-            parameters=self.parameters,
+        new = new_tokens(
+            self.pose.base,
+            problem,
+            self.parameters,
             donor=donor,
             codes=solution.codes if solution else None,
             own=tuple(embedding_and_head) if embedding_and_head else None,
@@ -209,7 +222,6 @@ class PrepareRows(Task[NewRows]):
                 if method.reads_configs
                 else None
             ),
-            trust_remote_code=trust,
         )
         make = method.rows(new)
         if logit_shift is not None:

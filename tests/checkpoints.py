@@ -192,3 +192,19 @@ def run(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, torch.Te
     settings = {"random_seed": 7, "quiet": True, **options}
     run_merge(MergeConfiguration.model_validate(recipe), str(out), MergeOptions(**settings))
     return tensors_of(out)
+
+
+def word_files(folder: Path) -> dict[str, Path]:
+    """A small corpus, vectors of its words, and a dictionary of each word with itself, by the recipe's keys."""
+    words = sorted({word for text in (*ENGLISH, *PYTHON) for word in text.split()})
+    numbers = torch.randn(len(words), 8, generator=torch.Generator().manual_seed(0)).tolist()
+    vectors = [f"{word} {' '.join(map(str, row))}" for word, row in zip(words, numbers, strict=True)]
+    content = {
+        "corpus": [*ENGLISH, *PYTHON] * 5,
+        "vectors": [f"{len(words)} 8", *vectors],
+        "source_vectors": [f"{len(words)} 8", *vectors],
+        "dictionary": [f"{word}\t{word}" for word in words],
+    }
+    for key, lines in content.items():
+        (folder / f"{key}.txt").write_text("\n".join(lines) + "\n")
+    return {key: folder / f"{key}.txt" for key in content}

@@ -1,11 +1,13 @@
 """What a method of approximation is given, made from two tokenizers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.new_tokens import NewTokens
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign import pose_problem
@@ -36,3 +38,10 @@ def new_tokens(
         parameters=OmpParameters(**parameters),
         **more,
     )
+
+
+def refusal_by(check: Callable[[OmpParameters, str], None], **given: object) -> str:
+    """What a method's check says of parameters that it must refuse."""
+    with pytest.raises(OmpError) as raised:
+        check(OmpParameters(**{name: str(value) for name, value in given.items()}), "parameters")
+    return raised.value.message

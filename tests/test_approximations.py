@@ -17,6 +17,7 @@ from checkpoints import (
     save,
     sentencepiece_tokenizer,
     tensors_of,
+    word_files,
 )
 from click.testing import CliRunner
 from commands import merge_here, recipe, refusal
@@ -196,18 +197,12 @@ def test_a_tokenizer_without_a_model_is_enough(
 @pytest.fixture(scope="module")
 def files(base: Path, folder: Path) -> dict[str, dict[str, str]]:
     """What the methods need that learn from something else than the two models."""
-    words = sorted({word for text in (*ENGLISH, *PYTHON) for word in text.split()})
-    numbers = torch.randn(len(words), 8, generator=torch.Generator().manual_seed(0)).tolist()
-    lines = [f"{word} {' '.join(map(str, row))}" for word, row in zip(words, numbers, strict=True)]
-    (folder / "corpus.txt").write_text("\n".join([*ENGLISH, *PYTHON] * 5))
-    (folder / "words.vec").write_text("\n".join([f"{len(words)} 8", *lines]) + "\n")
-    (folder / "dictionary.txt").write_text("\n".join(f"{word}\t{word}" for word in words))
+    paths = {key: str(path) for key, path in word_files(folder).items()}
     save_hypernetwork(folder / "hypernetwork", AutoTokenizer.from_pretrained(base), n_embd=32)
-    vectors = str(folder / "words.vec")
     return {
-        "focus": {"corpus": str(folder / "corpus.txt")},
-        "tokalign": {"corpus": str(folder / "corpus.txt")},
-        "wechsel": {"vectors": vectors, "source_vectors": vectors, "dictionary": str(folder / "dictionary.txt")},
+        "focus": {"corpus": paths["corpus"]},
+        "tokalign": {"corpus": paths["corpus"]},
+        "wechsel": {key: paths[key] for key in ("vectors", "source_vectors", "dictionary")},
         "zett": {"hypernetwork": str(folder / "hypernetwork")},
     }
 

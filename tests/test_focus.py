@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer
+from new_tokens_for_tests import refusal_by
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
@@ -193,10 +195,7 @@ def test_vectors_of_nothing_shared_are_refused(new: Callable[..., NewTokens], tm
         focus(new(vectors=path))
 
 
-def refusal(**given: object) -> str:
-    with pytest.raises(OmpError) as raised:
-        check(OmpParameters(**{name: str(value) for name, value in given.items()}), "parameters")
-    return raised.value.message
+refusal = partial(refusal_by, check)
 
 
 def test_one_file_is_needed(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from checkpoints import (
     save,
     sentencepiece_tokenizer,
     tensors_of,
+    word_files,
 )
 from tiny_hypernetwork import save_hypernetwork
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,18 +40,8 @@ def small_checkpoint(hub_id: str, folder: Path) -> Path:
 
 def with_local_files(recipe: str, folder: Path) -> str:
     """A recipe whose files, a corpus or word vectors, are small ones that are there."""
-    words = sorted({word for text in ENGLISH for word in text.split()})
-    numbers = torch.randn(len(words), 8, generator=torch.Generator().manual_seed(0)).tolist()
-    vectors = [f"{word} {' '.join(map(str, row))}" for word, row in zip(words, numbers, strict=True)]
-    content = {
-        "corpus": [*ENGLISH, *PYTHON] * 5,
-        "vectors": [f"{len(words)} 8", *vectors],
-        "source_vectors": [f"{len(words)} 8", *vectors],
-        "dictionary": [f"{word}\t{word}" for word in words],
-    }
-    for key, lines in content.items():
-        (folder / f"{key}.txt").write_text("\n".join(lines) + "\n")
-        recipe = re.sub(rf"^  {key}: [\w.]+", f"  {key}: {folder / key}.txt", recipe, flags=re.MULTILINE)
+    for key, path in word_files(folder).items():
+        recipe = re.sub(rf"^  {key}: [\w.]+", f"  {key}: {path}", recipe, flags=re.MULTILINE)
     if "hypernetwork:" in recipe:
         path = Path(yaml.safe_load(recipe)["models"][0]["model"])
         width = AutoModelForCausalLM.from_pretrained(path).config.hidden_size

@@ -5,12 +5,14 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, sentencepiece_tokenizer
+from new_tokens_for_tests import refusal_by
 from test_focus import cosine, pose
 
 from mergekit_omp.errors import OmpError
@@ -137,10 +139,7 @@ def write_walk(path: Path, words: list[str]) -> None:
     )
 
 
-def refusal(**given: object) -> str:
-    with pytest.raises(OmpError) as raised:
-        check(OmpParameters(**{name: str(value) for name, value in given.items()}), "parameters")
-    return raised.value.message
+refusal = partial(refusal_by, check)
 
 
 def test_one_file_is_needed(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def focus(new: NewTokens) -> RowMaker:
     usable_rows = new.anchor_rows[usable]
 
     def rows(weight: Tensor, _is_head: bool) -> Tensor:
-        made = weight[new.anchor_rows.to(weight.device)].float().mean(dim=0).repeat(len(known), 1)
+        made = new.mean_row(weight).repeat(len(known), 1)
         made[known.to(weight.device)] = means.apply(weight[usable_rows.to(weight.device)].float())
         return made
 

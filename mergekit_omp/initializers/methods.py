@@ -40,8 +40,7 @@ class Method:
         def of_any_shape(weight: Tensor, is_head: bool) -> Tensor:
             if weight.ndim == 2 or self.any_shape:
                 return make(weight, is_head)
-            mean = weight[new.anchor_rows.to(weight.device)].float().mean(dim=0)
-            return mean.expand(len(new.problem.target_ids), *weight.shape[1:])
+            return new.mean_row(weight).expand(len(new.problem.target_ids), *weight.shape[1:])
 
         return of_any_shape
 
@@ -53,11 +52,11 @@ def _always(_parameters: OmpParameters) -> bool:
 _MERGEKIT = {
     Approximation.COMMON_INTERPOLATION: Method(tokensurgeon.common_interpolation, reads_donor=_always),
     Approximation.SUBWORD: Method(tokensurgeon.subword),
-    Approximation.MEAN: Method(tokensurgeon.mean),
-    Approximation.ZERO: Method(tokensurgeon.zero),
-    Approximation.RANDN: Method(tokensurgeon.randn),
+    Approximation.MEAN: Method(tokensurgeon.as_mergekit),
+    Approximation.ZERO: Method(tokensurgeon.as_mergekit),
+    Approximation.RANDN: Method(tokensurgeon.as_mergekit),
     Approximation.JOHN_HEWITT: Method(tokensurgeon.john_hewitt),
-    Approximation.LANDMARK_PCA: Method(tokensurgeon.landmark_pca, reads_donor=_always),
+    Approximation.LANDMARK_PCA: Method(tokensurgeon.as_mergekit, reads_donor=_always),
     Approximation.STB: Method(tokensurgeon.stb, reads_donor=_always),
     Approximation.MP_ROPE: Method(tokensurgeon.mp_rope, reads_donor=_always, reads_configs=True),
 }

@@ -48,3 +48,7 @@ class NewTokens:
     own: tuple[Tensor, Tensor] | None = None
     configs: tuple[PretrainedConfig, PretrainedConfig] | None = None
     trust_remote_code: bool = False
+
+    def mean_row(self, weight: Tensor) -> Tensor:
+        """The mean of the anchors' rows of a tensor [R, ...], float32: for tokens that a method has no answer for."""
+        return weight[self.anchor_rows.to(weight.device)].float().mean(dim=0)

@@ -83,7 +83,7 @@ def tokalign(new: NewTokens) -> RowMaker:
     LOG.info("%d of %d new tokens are not in the map and get the mean row", int((~mapped).sum()), len(mapped))
 
     def rows(weight: Tensor, _is_head: bool) -> Tensor:
-        made = weight[new.anchor_rows.to(weight.device)].float().mean(dim=0).repeat(len(mapped), 1)
+        made = new.mean_row(weight).repeat(len(mapped), 1)
         made[mapped.to(weight.device)] = weight[copied.to(weight.device)].float()
         return made
 

@@ -40,18 +40,13 @@ TARGETS_AT_A_TIME = 512
 _NOWHERE = ModelReference.model_validate("unused")
 
 
-def mean(new: NewTokens) -> RowMaker:
-    """The mean of all rows of the model."""
-    return lambda weight, is_head: _Surgeon(new, weight).rows(is_head)
+def as_mergekit(new: NewTokens) -> RowMaker:
+    """The methods that need nothing but mergekit's function; the same rows in every run.
 
-
-def zero(new: NewTokens) -> RowMaker:
-    """Zeros."""
-    return lambda weight, is_head: _Surgeon(new, weight).rows(is_head)
-
-
-def randn(new: NewTokens) -> RowMaker:
-    """Standard normal noise, the same in every run."""
+    ``mean``: the mean of all rows of the model. ``zero``: zeros. ``randn``: standard normal noise. ``landmark_pca``:
+    the donor's rows, turned into the model's space by the rotation between the principal axes of the anchors, which a
+    randomized method finds.
+    """
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
         with _seeded(weight.device):
@@ -83,16 +78,6 @@ def common_interpolation(new: NewTokens) -> RowMaker:
     def rows(weight: Tensor, is_head: bool) -> Tensor:
         surgeon = _Surgeon(new, weight)
         return torch.cat([surgeon.rows(is_head, part) for part in _parts(new.problem.target_ids)])
-
-    return rows
-
-
-def landmark_pca(new: NewTokens) -> RowMaker:
-    """The donor's rows, turned into the model's space by the rotation between the principal axes of the anchors."""
-
-    def rows(weight: Tensor, is_head: bool) -> Tensor:
-        with _seeded(weight.device):  # its principal axes are found by a randomized method
-            return _Surgeon(new, weight).rows(is_head)
 
     return rows
 
@@ -166,7 +151,7 @@ def subword(new: NewTokens) -> RowMaker:
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
         made = _Surgeon(new, weight).rows(is_head, tokenizer=own_pieces)
-        made[unwritten.to(made.device)] = weight[new.anchor_rows.to(weight.device)].float().mean(dim=0)
+        made[unwritten.to(made.device)] = new.mean_row(weight)
         return made
 
     return rows

@@ -99,7 +99,7 @@ def zett(new: NewTokens) -> RowMaker:
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
         made = predicted[int(is_head)].to(weight.device, copy=True)
-        made[formless.to(made.device)] = weight[new.anchor_rows.to(weight.device)].float().mean(dim=0)
+        made[formless.to(made.device)] = new.mean_row(weight)
         return made
 
     return rows
