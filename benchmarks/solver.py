@@ -9,7 +9,7 @@ import argparse
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from benchmarks.memory import peak, start_of_peak
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "examples"))
 
-GRID_ATOMS = 8_000
-"""Atoms of most rows of the table."""
+FEW_ATOMS = 8_000
+"""Atoms of the second table, which the methods that hold a float32 Gram matrix can do."""
 
 SECONDS = 6.0
 """What batch_omp may take for one row of the table, about; the number of its targets follows."""
@@ -32,8 +32,8 @@ SECONDS = 6.0
 CHECKED = 4
 """Targets of each row of the table that are solved again in float64."""
 
-MOST_FOR_DENSE = 8_000
-"""Atoms up to which the methods that hold a float32 Gram matrix are run."""
+LEAST = 256
+"""Targets that ours solves at least: its set-up is for tens of thousands."""
 
 HEAD = """# The solver against other implementations
 
@@ -41,9 +41,11 @@ Written by `python -m benchmarks.solver` on {machine}.
 
 SmolLM2 (d = 576) and Gemma-3-270M (d = 640) are real embedding rows, split at random into atoms and targets.
 *Synthetic* rows have the shape of larger models: Gaussian with a spectrum that decays as 1/√i, and a common direction,
-rounded to bfloat16 as checkpoints are. All are scaled down so that one run takes a quarter of an hour: {atoms:,} atoms
-(a real pair has 40,000 to 130,000), and for each method as many targets as its column says. Times are per target, and
-the set-up of each method (copies, Gram matrix) is in them.
+rounded to bfloat16 as checkpoints are. The first table has as many atoms as real pairs (SmolLM2 with Gemma's tokenizer
+has 39,237, Llama 3's tokenizer and Mistral NeMo about 70,000), the second {atoms:,}, so that methods that hold a Gram
+matrix of all atoms can take part. What is scaled down is the number of targets (a real pair has 10,000 to 60,000); for
+each method it is in its column. Times are per target, and the set-up of each method (copies, Gram matrix, rounded
+atoms) is in them.
 
 - *ratio*: time per target of `batch_omp` over that of the row.
 - *peak*: resident memory above what the process held with the data loaded.
@@ -51,8 +53,8 @@ the set-up of each method (copies, Gram matrix) is in them.
 - *as float64*: of {checked} targets, those on which the two differ first, how many supports are those of a plain
   float64 OMP. The last digits of float32 decide now and then between atoms; ours settles such choices in float64.
 - *residual*: mean ‖x - x̂‖ / ‖x‖ over the targets that `batch_omp` solved too (its own in its line).
-- `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan: the limit of any method that scans
-  all atoms at each step. Below it is what speculation with the Gram matrix gains.
+- `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan ({dtype} on this CPU): the limit of any
+  method that scans all atoms at each step.
 
 `batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`, batches of up to 512). `omp-gpu` is
 `orthogonal-matching-pursuit-gpu` {omp_gpu}; it takes atoms for normalised, so that its supports differ. `sklearn` is
@@ -136,12 +138,18 @@ def omp_gpu(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
 
 def gemms(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
     """k plain products, and nothing else."""
-    from mergekit_omp.solver.device import _screening_dtype
+    from mergekit_omp.solver.device import _screen
+    from mergekit_omp.solver.int8 import Int8Screen, _multiply
 
-    dtype = _screening_dtype(atoms.device)
-    left, right = targets.to(dtype), atoms.to(dtype)
-    for _ in range(k):
-        left @ right.T
+    screen = _screen(atoms)
+    if isinstance(screen, Int8Screen):
+        codes = torch.randint(1, 256, (len(targets), atoms.shape[1] + 4), dtype=torch.uint8)
+        for _ in range(k):
+            _multiply(codes, screen._packed, screen._steps, screen._zeros, screen._bias)
+    else:
+        rounded = targets.to(screen.low.dtype)
+        for _ in range(k):
+            rounded @ screen.low.T
     return torch.empty(0)
 
 
@@ -165,8 +173,6 @@ def measure(method: str, case: Case) -> Result:
     atoms, targets = (rows.to(case.device) for rows in load(case))
     on_gpu = case.device != "cpu"
     METHODS[method](atoms[:64], targets[:2], 2)  # imports, and what a library sets up once
-    if method in {"omp-gpu", "sklearn"} and case.atoms > MOST_FOR_DENSE:
-        return Result(0, 0, 0, error=f"left out: its Gram matrix takes {4 * case.atoms**2 / 2**30:.1f} GiB")
     before = start_of_peak(on_gpu)
     start = time.perf_counter()
     try:
@@ -190,19 +196,19 @@ def measure(method: str, case: Case) -> Result:
 def float64_supports(case: Case, some: list[int]) -> list[set[int]]:
     """Supports of some targets by OMP in float64, the slow and obvious way."""
     atoms, targets = (rows.double() for rows in load(case))
-    found = []
-    for target in targets[some]:
-        support: list[int] = []
-        basis, residual = torch.zeros(0, case.dim, dtype=torch.float64), target
-        for _ in range(case.k):
-            support.append(int((atoms @ residual).abs().argmax()))
-            direction = atoms[support[-1]]
+    targets = targets[some]
+    supports: list[list[int]] = [[] for _ in some]
+    bases = [torch.zeros(0, case.dim, dtype=torch.float64) for _ in some]
+    residuals = targets.clone()
+    for _ in range(case.k):
+        for target, atom in enumerate((residuals @ atoms.T).abs().argmax(1).tolist()):
+            supports[target].append(atom)
+            direction, basis = atoms[atom], bases[target]
             for _ in range(2):
                 direction = direction - basis.T @ (basis @ direction)
-            basis = torch.cat([basis, direction[None] / direction.norm()])
-            residual = target - basis.T @ (basis @ target)
-        found.append(set(support))
-    return found
+            bases[target] = basis = torch.cat([basis, direction[None] / direction.norm()])
+            residuals[target] = targets[target] - basis.T @ (basis @ targets[target])
+    return [set(support) for support in supports]
 
 
 def apart(method: str, case: Case) -> Result:
@@ -222,28 +228,28 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def cases(device: str) -> list[Case]:
-    """The grid, and one pair in full."""
-    grid = [
-        Case(rows, dim, GRID_ATOMS, k, 0, device)
-        for rows, dim in [("smollm2", 576), ("gemma3", 640), ("synthetic", 2048), ("synthetic", 4096)]
-        for k in (8, 64, 256)
+    """As many atoms as real pairs have."""
+    shapes = [
+        ("smollm2", 576, 39_237),
+        ("gemma3", 640, 70_000),
+        ("synthetic", 2048, 70_000),
+        ("synthetic", 4096, 70_000),
     ]
-    full = Case("smollm2", 576, 39_237, 64, 0, device)
-    return [*grid, full, replace(full, rows="synthetic", dim=4096, atoms=20_000)]
+    return [Case(rows, dim, atoms, k, 0, device) for rows, dim, atoms in shapes for k in (8, 64, 256)]
 
 
-def table(device: str) -> list[str]:
-    """All rows for one device."""
+def table(grid: list[Case], methods: Iterable[str]) -> list[str]:
+    """A row for each case and method."""
     lines = [
         "| rows | d | atoms | k | method | targets | ms per target | targets/s | ratio | peak MiB | same support "
         "| as float64 | residual |",
         "|" + 13 * "---|",
     ]
-    for case in cases(device):
-        per_target = 2 * case.k * case.dim * case.atoms / (40e9 if device == "cpu" else 20e12)
+    for case in grid:
+        per_target = 2 * case.k * case.dim * case.atoms / (60e9 if case.device == "cpu" else 20e12)
         few = int(min(512, max(32, SECONDS / per_target)))
-        counts = {"batch_omp": few, "ours": 2 * few, "k GEMMs": few, "omp-gpu": min(few, 64), "sklearn": min(few, 4)}
-        results = {method: apart(method, replace(case, targets=count)) for method, count in counts.items()}
+        counts = {"ours": max(2 * few, LEAST), "omp-gpu": min(few, 64), "sklearn": min(few, 4)}
+        results = {method: apart(method, replace(case, targets=counts.get(method, few))) for method in methods}
         checked = _check(replace(case, targets=few, device="cpu"), results["batch_omp"], results["ours"])
         for method, result in results.items():
             lines.append(_row(case, method, result, results["batch_omp"], checked.get(method, "")))
@@ -327,16 +333,22 @@ def main() -> None:
         return
     from importlib.metadata import PackageNotFoundError, version
 
+    from mergekit_omp.solver import int8
+
     try:
         omp_gpu_version = version("orthogonal-matching-pursuit-gpu")
     except PackageNotFoundError:
         omp_gpu_version = "(not installed)"
     machine = f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
-    lines = table("cpu")
+    sides = ["batch_omp", "ours", "k GEMMs"]
+    lines = table(cases("cpu"), sides)
+    small = [replace(case, atoms=FEW_ATOMS) for case in cases("cpu") if case.k == 64]
+    lines += ["", f"With {FEW_ATOMS:,} atoms:", "", *table(small, METHODS)]
     if options.device != "cpu":
         machine += f", {torch.cuda.get_device_name()}"
-        lines += ["", f"On {options.device}:", "", *table(options.device)]
-    text = HEAD.format(machine=machine, atoms=GRID_ATOMS, omp_gpu=omp_gpu_version, checked=CHECKED)
+        lines += ["", f"On {options.device}:", "", *table(cases(options.device), sides)]
+    dtype = "int8" if int8.is_supported() else "float32"
+    text = HEAD.format(machine=machine, atoms=FEW_ATOMS, dtype=dtype, omp_gpu=omp_gpu_version, checked=CHECKED)
     (HERE / "solver.md").write_text(text + "\n" + "\n".join(lines) + "\n")
 
 

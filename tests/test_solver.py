@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from sklearn.linear_model import orthogonal_mp
 
 import mergekit_omp.solver.device as device_module
 from mergekit_omp.errors import OmpError
-from mergekit_omp.solver import SparseCodes, solve_omp
-from mergekit_omp.solver.budget import Plan
+from mergekit_omp.solver import SparseCodes, int8, solve_omp
+from mergekit_omp.solver.int8 import Int8Screen
 from mergekit_omp.solver.refit import least_squares
+from mergekit_omp.solver.screen import FloatScreen
 
 CPU = torch.device("cpu")
 
@@ -53,27 +55,39 @@ def supports(codes: SparseCodes) -> list[list[int]]:
     return [[atom for atom in row if atom >= 0] for row in codes.indices.tolist()]
 
 
-@pytest.fixture(params=["scan", "gram"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to look at all atoms, whatever the shape would choose."""
-    force(monkeypatch, request.param == "gram")
+SCREENS = {
+    "int8": Int8Screen,
+    "bfloat16": partial(FloatScreen, dtype=torch.bfloat16),
+    "float32": partial(FloatScreen, dtype=torch.float32),
+}
+
+
+@pytest.fixture(params=SCREENS)
+def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every way to look at all atoms, whatever this machine would choose."""
+    force(monkeypatch, request.param)
     return request.param
 
 
-def force(monkeypatch: pytest.MonkeyPatch, use_gram: bool, chunk: int = 64) -> None:
-    monkeypatch.setattr(device_module, "plan", lambda *_: Plan(use_gram, chunk))
+def force(monkeypatch: pytest.MonkeyPatch, screen: str | None = None, chunk: int | None = None) -> None:
+    if screen == "int8" and not int8.is_supported():
+        pytest.skip("this CPU or torch does not multiply 8-bit integers")
+    if screen is not None:
+        monkeypatch.setattr(device_module, "_screen", SCREENS[screen])
+    if chunk is not None:
+        monkeypatch.setattr(device_module, "chunk_size", lambda *_: chunk)
 
 
 @pytest.mark.parametrize("common", [0.0, 2.0], ids=["isotropic", "common-direction"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_supports_are_those_of_a_float64_reference(path: str, common: float, dtype: torch.dtype) -> None:
+def test_supports_are_those_of_a_float64_reference(screen: str, common: float, dtype: torch.dtype) -> None:
     atoms, targets = random_rows(3000, 96, 0, common).to(dtype), random_rows(40, 96, 1, common).to(dtype)
     codes = solve_omp(targets, atoms, 24)
     expected = [reference_omp(x, atoms.double().numpy(), 24) for x in targets.double().numpy()]
     assert supports(codes) == expected
 
 
-def test_same_as_scikit_learn(path: str) -> None:
+def test_same_as_scikit_learn(screen: str) -> None:
     """sklearn selects in the same way on unit atoms, and its coefficients are the same least-squares solution."""
     atoms = torch.nn.functional.normalize(random_rows(400, 48, 2))
     targets = random_rows(30, 48, 3)
@@ -84,7 +98,7 @@ def test_same_as_scikit_learn(path: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["smollm2_dir", "gemma3_dir"])
-def test_real_rows(model: str, path: str, request: pytest.FixtureRequest) -> None:
+def test_real_rows(model: str, screen: str, request: pytest.FixtureRequest) -> None:
     """Real embeddings share strong directions and have near-copies; the supports are still those of float64."""
     rows = embedding(request.getfixturevalue(model))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
@@ -103,7 +117,7 @@ def test_normalized_atoms_are_selected_by_angle() -> None:
     torch.testing.assert_close(by_angle.coefficients, torch.tensor([[10.0]]))
 
 
-def test_exact_copies_and_multiples_stop_after_one_step(path: str) -> None:
+def test_exact_copies_and_multiples_stop_after_one_step(screen: str) -> None:
     atoms = random_rows(500, 64, 4)
     targets = torch.stack([atoms[7], -3 * atoms[11], atoms[7] + atoms[11]])
     codes = solve_omp(targets, atoms, 8, normalize_atoms=True)
@@ -114,7 +128,7 @@ def test_exact_copies_and_multiples_stop_after_one_step(path: str) -> None:
     assert (codes.relative_residuals < 1e-6).sum() >= 2
 
 
-def test_zero_rows(path: str) -> None:
+def test_zero_rows(screen: str) -> None:
     atoms, targets = random_rows(300, 32, 5), random_rows(4, 32, 6)
     atoms[17] = 0
     targets[2] = 0
@@ -130,7 +144,7 @@ def test_only_zero_atoms_give_empty_codes() -> None:
     torch.testing.assert_close(codes.relative_residuals, torch.ones(3))
 
 
-def test_of_equal_atoms_the_first_is_used_and_never_both(path: str) -> None:
+def test_of_equal_atoms_the_first_is_used_and_never_both(screen: str) -> None:
     atoms = random_rows(400, 24, 8)
     atoms[200:] = atoms[:200].flip(0)
     codes = solve_omp(random_rows(20, 24, 9), atoms, 24)
@@ -138,7 +152,7 @@ def test_of_equal_atoms_the_first_is_used_and_never_both(path: str) -> None:
     assert codes.coefficients.abs().max() < 1e3
 
 
-def test_opposite_atoms_tie_and_the_first_is_used(path: str) -> None:
+def test_opposite_atoms_tie_and_the_first_is_used(screen: str) -> None:
     """|⟨r, a⟩| = |⟨r, -a⟩| exactly; the second of the pair is dependent and must not follow the first."""
     atoms = random_rows(200, 40, 10)
     atoms = torch.cat([atoms, -atoms])
@@ -146,7 +160,7 @@ def test_opposite_atoms_tie_and_the_first_is_used(path: str) -> None:
     assert int(codes.indices.max()) < 200
 
 
-def test_more_steps_than_dimensions_end_with_a_zero_residual(path: str) -> None:
+def test_more_steps_than_dimensions_end_with_a_zero_residual(screen: str) -> None:
     codes = solve_omp(random_rows(10, 16, 12), random_rows(300, 16, 13), 64)
     assert ((codes.indices >= 0).sum(1) <= 16).all()
     assert codes.relative_residuals.max() < 1e-5
@@ -185,15 +199,16 @@ def test_no_targets() -> None:
 
 def test_chunks_devices_and_ways_give_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     atoms, targets = random_rows(2000, 64, 21, 2.0), random_rows(61, 64, 22, 2.0)
-    force(monkeypatch, False, 61)
+    force(monkeypatch, "float32", 61)
     whole = solve_omp(targets, atoms, 40)
-    for use_gram, chunk, devices in [
-        (False, 1, [CPU]),
-        (True, 7, [CPU]),
-        (True, 61, [CPU] * 3),
-        (False, 64, [CPU] * 2),
+    for screen, chunk, devices in [
+        (None, 1, [CPU]),
+        (None, 7, [CPU]),
+        ("bfloat16", 61, [CPU] * 3),
+        ("float32", 64, [CPU] * 2),
     ]:
-        force(monkeypatch, use_gram, chunk)
+        monkeypatch.undo()
+        force(monkeypatch, screen, chunk)
         codes = solve_omp(targets, atoms, 40, devices=devices)
         assert torch.equal(codes.indices, whole.indices)
         torch.testing.assert_close(codes.coefficients, whole.coefficients, rtol=1e-6, atol=1e-6)
@@ -241,30 +256,74 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
         return honest(rows, *rest)
 
     monkeypatch.setattr(device_module, "find_supports", short_of_memory)
-    force(monkeypatch, False, 40)
+    force(monkeypatch, chunk=40)
     codes = solve_omp(targets, atoms, 6)
     assert torch.equal(codes.indices, expected.indices)
     assert max(sizes) == 40
     assert "Out of memory with 40 targets at a time: going on with 20" in caplog.text
 
 
-def test_memory_stays_within_the_budget() -> None:
-    """Peak resident memory of a process of its own, above what it held before the solve."""
-    budget = 300 * 2**20
+@pytest.mark.parametrize(
+    ("atoms", "dim", "k", "mib"), [(20_000, 128, 16, 150), (4_000, 1024, 64, 200), (2_000, 512, 256, 400)]
+)
+@pytest.mark.parametrize("rows", ["random", "orthogonal"])
+def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, rows: str) -> None:
+    """Peak resident memory of a process of its own, above what it held before the solve.
+
+    Targets that are orthogonal to all atoms are the worst case: every atom may be the best one.
+    """
     script = f"""
         import resource, torch
         from mergekit_omp.solver import solve_omp
         draw = torch.Generator().manual_seed(0)
-        atoms, targets = torch.randn(20000, 128, generator=draw), torch.randn(400, 128, generator=draw)
+        atoms, targets = torch.randn({atoms}, {dim}, generator=draw), torch.randn(300, {dim}, generator=draw)
+        if {rows == "orthogonal"}:
+            atoms[:, {dim // 2}:], targets[:, :{dim // 2}] = 0, 1e-6
         solve_omp(targets[:8], atoms[:500], 4, memory_budget=2**24)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        solve_omp(targets, atoms, 16, memory_budget={budget})
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        solve_omp(targets, atoms, {k}, memory_budget={mib * 2**20})
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     """
     output = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True
     )
-    assert int(output.stdout) <= 1.1 * budget
+    assert float(output.stdout) <= 1.1 * mib
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 200),
+    dim=st.integers(1, 120),
+    seed=st.integers(0, 10_000),
+    outlier=st.sampled_from([1.0, 30.0, 1e4]),
+    size=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, outlier: float, size: float) -> None:
+    """Every exact score is within its bounds, and the candidates hold the atom with the highest."""
+    if screen == "int8" and not int8.is_supported():
+        pytest.skip("this CPU or torch does not multiply 8-bit integers")
+    atoms, residuals = random_rows(count, dim, seed, 1.0), size * random_rows(9, dim, seed + 1, 1.0)
+    atoms[:, seed % dim] *= outlier
+    residuals[:3, (seed // 2) % dim] *= outlier
+    exact = (residuals.double() @ atoms.double().T).abs()
+    look = SCREENS[screen](atoms).look(residuals.clone())
+    lowest, highest = look._bounds(
+        look.unit[:, None], look.magnitudes.flatten(1), look.reach.T[:, :, None], look.slack.flatten(1)[:, None]
+    )
+    assert (lowest[:, :count] <= exact).all()
+    assert (highest[:, :count] >= exact).all()
+    rows, found = look.candidates()
+    assert set(zip(range(9), exact.argmax(1).tolist(), strict=True)) <= set(
+        zip(rows.tolist(), found.tolist(), strict=True)
+    )
+
+
+def test_screen_of_a_cpu_without_fast_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "is_supported", lambda: False)
+    screen = device_module._screen(random_rows(10, 8, 34))
+    assert isinstance(screen, FloatScreen)
+    assert screen.low.dtype == torch.float32
 
 
 def test_apply_is_the_weighted_sum_whatever_the_chunk() -> None:
@@ -310,11 +369,11 @@ def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, c
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), use_gram=st.booleans())
-def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, use_gram: bool) -> None:
+@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), screen=st.sampled_from([None, *SCREENS]))
+def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, screen: str | None) -> None:
     atoms, targets = random_rows(300, 32, seed, 1.0), random_rows(20, 32, seed + 1, 1.0)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        force(patch, use_gram, chunk)
+        force(patch, screen, chunk)
         shuffled = solve_omp(targets, atoms[order], 12)
     assert torch.equal(order[shuffled.indices], solve_omp(targets, atoms, 12).indices)

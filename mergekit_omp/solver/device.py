@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from mergekit_omp.solver.budget import SHARE_OF_FREE, free_memory, plan
-from mergekit_omp.solver.chunk import find_supports
+from mergekit_omp.solver import int8
+from mergekit_omp.solver.budget import SHARE_OF_FREE, chunk_size, free_memory
 from mergekit_omp.solver.codes import SparseCodes, concatenate
-from mergekit_omp.solver.gram import Gram
 from mergekit_omp.solver.refit import refit
-from mergekit_omp.solver.screen import Screen
+from mergekit_omp.solver.scan import find_supports
+from mergekit_omp.solver.screen import FloatScreen, Screen
 
 LOG = logging.getLogger(__name__)
 
@@ -31,9 +31,8 @@ def solve_on(
 ) -> SparseCodes:
     """Codes of the targets (B, d), on the CPU. ``sharing`` solves run on this device and share its budget."""
     lanes = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
-    dtype = _screening_dtype(device)
     budget = int((free_memory(device) * SHARE_OF_FREE if budget is None else budget) / sharing)
-    chosen = plan(device, budget, len(targets), len(atoms), atoms.shape[1], k, dtype.itemsize, lanes)
+    chunk = chunk_size(device, budget, len(targets), len(atoms), atoms.shape[1], k, lanes)
 
     atoms = atoms.to(device, torch.float32)
     first = _first_copies(atoms)
@@ -42,12 +41,11 @@ def solve_on(
         atoms, norms = atoms[first], norms[first]
     if normalize_atoms:
         atoms = atoms / norms.where(norms > 0, torch.ones_like(norms))
-    screen = Screen(atoms, dtype)
-    gram = Gram(screen) if chosen.use_gram else None
+    screen = _screen(atoms)
 
     def solve(chunk: Tensor) -> SparseCodes:
         rows = chunk.to(device, torch.float32)
-        support = find_supports(rows, screen, gram, k)
+        support = find_supports(rows, screen, k)
         coefficients, residuals = refit(rows, atoms, support)
         used = support >= 0
         if normalize_atoms:
@@ -58,7 +56,7 @@ def solve_on(
             progress(len(chunk))
         return codes
 
-    return concatenate(_in_lanes(solve, targets, chosen.chunk, lanes))
+    return concatenate(_in_lanes(solve, targets, chunk, lanes))
 
 
 def _in_lanes(solve: Callable[[Tensor], SparseCodes], targets: Tensor, chunk: int, lanes: int) -> list[SparseCodes]:
@@ -100,20 +98,18 @@ def _first_copies(atoms: Tensor) -> Tensor:
     """Indices int64 of the atoms (N, d) that equal none before them; the lowest index stands for all its copies."""
     seed = torch.Generator().manual_seed(0)
     probe = torch.randn(atoms.shape[1], generator=seed).to(atoms)
-    # Equal rows have equal sums: only neighbours in this order need to be compared. Blocks keep the sums' shape alike.
-    sums = torch.cat([(block * probe).sum(1) for block in atoms.split(8192)])
-    order = sums.argsort(stable=True)
+    # Equal rows have equal sums: only neighbours in this order, with equal sums, need to be compared.
+    sums, order = torch.cat([(block * probe).sum(1) for block in atoms.split(1024)]).sort(stable=True)
     same = torch.zeros(len(atoms), dtype=torch.bool, device=atoms.device)
-    for start in range(1, len(atoms), 8192):
-        here, before = order[start : start + 8192], order[start - 1 : start - 1 + len(order[start : start + 8192])]
+    for places in ((sums[1:] == sums[:-1]).nonzero().flatten() + 1).split(1024):
+        here, before = order[places], order[places - 1]
         same[here] = (atoms[here] == atoms[before]).all(dim=1)
     return (~same).nonzero().flatten()
 
 
-def _screening_dtype(device: torch.device) -> torch.dtype:
-    """The dtype in which the device multiplies matrices fastest, for estimates."""
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-    return torch.bfloat16 if fast else torch.float32
+def _screen(atoms: Tensor) -> Screen:
+    """The one in whose numbers the atoms' device multiplies fastest."""
+    if atoms.device.type == "cpu" and int8.is_supported():
+        return int8.Int8Screen(atoms)
+    bfloat16 = atoms.device.type == "cuda" and torch.cuda.get_device_capability(atoms.device) >= (8, 0)
+    return FloatScreen(atoms, torch.bfloat16 if bfloat16 else torch.float32)

@@ -1,14 +1,12 @@
 """The pursuit of a batch of targets: supports, orthonormal bases and residuals, extended one atom at a time.
 
-Letters in shapes: B targets, N atoms, d dimensions, k sparsity, m candidates, s support size.
+Letters in shapes: B targets, N atoms, d dimensions, k sparsity, Q pairs of a target and an atom.
 """
 
 from copy import copy
 
 import torch
 from torch import Tensor
-
-from mergekit_omp.solver.refit import least_squares
 
 ROUNDING = torch.finfo(torch.float32).eps
 """Relative spacing of float32 numbers."""
@@ -22,37 +20,29 @@ DEPENDENT = 1e-5
 CANCELLED = 0.2
 """Where less than this share of an atom is left after Gram-Schmidt, it is repeated."""
 
-TIE = 1e-12
-"""Scores in float64 that differ by less than this share of the larger are equal; the lowest index is taken."""
-
 
 class Pursuit:
-    """State of B targets in float32. Every target has its own support size, so a batch may be ragged.
+    """State of B targets in float32, all after the same number of steps.
 
     Attributes:
         support: int64 (B, k), atoms in the order of selection, -1 where there is none yet.
-        size: int64 (B,), the number of atoms selected.
+        size: steps that were taken.
         residual: (B, d), the target less its projection on the span of its support.
-        basis: (B, k, d), orthonormal rows that span the support; zero rows beyond ``size``.
-        path: (B, k + 1, k), least-squares coefficients after 0, 1, … ``size`` steps.
-        done: bool (B,), nothing is left to select.
+        basis: (B, k, d), orthonormal rows that span the support; the first ``size`` count.
+        done: bool (B,), nothing is left to select. Such a target is not to be extended.
     """
 
     def __init__(self, targets: Tensor, atoms: Tensor, atom_norms: Tensor, k: int) -> None:
         count, dim = targets.shape
-        new = targets.new_zeros
         self.targets, self.atoms, self.atom_norms, self.k = targets, atoms, atom_norms, k
         self.norm = targets.norm(dim=1)
         self.support = torch.full((count, k), -1, dtype=torch.int64, device=targets.device)
-        self.size = torch.zeros(count, dtype=torch.int64, device=targets.device)
+        self.size = 0
         self.residual = targets.clone()
-        self.basis = new(count, k, dim)
-        self.path = new(count, k + 1, k)
+        self.basis = targets.new_empty(count, k, dim)
         self.done = self.norm == 0
-        # Columns of R⁻¹, where the support's atoms are R-combinations of the basis.
-        self._inverse = new(count, k, k)
-        # Square of the rounding error in the residual, in units of ROUNDING, after each step.
-        self._blur = new(count, k + 1) + self.norm[:, None] ** 2
+        # Square of the rounding error in the residual, in units of ROUNDING.
+        self._blur = self.norm**2
 
     def view(self, rows: Tensor) -> "Pursuit":
         """A copy with these targets only (indices or mask)."""
@@ -64,95 +54,35 @@ class Pursuit:
 
     def noise(self) -> Tensor:
         """(B,): rounding error of a score with an atom of norm 1, on the safe side."""
-        here = torch.arange(len(self.size), device=self.size.device)
-        return 8 * ROUNDING * self._blur[here, self.size].sqrt()
+        return 8 * ROUNDING * self._blur.sqrt()
 
-    def extend(self, choice: Tensor, go: Tensor) -> Tensor:
-        """Add the atom ``choice`` (B,) to the targets where ``go`` (B,) holds; says where it was independent."""
-        here = torch.arange(len(choice), device=choice.device)
-        width = int(self.size.max())
-        rest, shadow = self._orthogonalise(choice, width)
-        length, whole = rest.norm(dim=1), self.atom_norms[choice]
-        go = go & ~self.done & (length > DEPENDENT * whole)
-        at, slot = here[go], self.size[go]
+    def extend(self, choice: Tensor, score: Tensor) -> None:
+        """Add the atom ``choice`` (B,), of ``score`` (B,), to each target.
 
-        share = 1 / length[go]
-        direction = rest[go] * share[:, None]
-        weight = (direction * self.residual[go]).sum(1)
-        column = torch.zeros_like(self.path[:, 0])
-        column[:, :width] = -torch.bmm(self._inverse[:, :width, :width], shadow[:, :, None]).squeeze(2)
-        column = column[go]
-        column[torch.arange(len(at), device=at.device), slot] = 1
-        column *= share[:, None]
+        Where it is orthogonal to the residual, or in the support's span already, nothing is left that helps: the
+        target is done.
+        """
+        rest, whole = self._outside(choice), self.atom_norms[choice]
+        length = rest.norm(dim=1)
+        go = (score > ZERO * self.norm * whole) & (length > DEPENDENT * whole)
+        share = go / length.clamp(min=torch.finfo(torch.float32).tiny)
+        direction = rest.mul_(share[:, None])  # zero where the target does not go on
+        weight = (direction * self.residual).sum(1)
+        self.support[:, self.size] = choice.where(go, self.support[:, self.size])
+        self.basis[:, self.size] = direction
+        self.residual.addcmul_(weight[:, None], direction, value=-1)
+        self._blur += (weight * whole * share) ** 2
+        self.size += 1
+        self.done = ~go | (self.size >= self.k) | (self.residual.norm(dim=1) <= ZERO * self.norm)
 
-        self.support[at, slot] = choice[go]
-        self.basis[at, slot] = direction
-        self._inverse[at, :, slot] = column
-        self.path[at, slot + 1] = self.path[at, slot] + weight[:, None] * column
-        self._blur[at, slot + 1] = self._blur[at, slot] + (weight * whole[go] * share) ** 2
-        self.residual[at] -= weight[:, None] * direction
-        self.size[at] += 1
-        self._finish()
-        return go
-
-    def _orthogonalise(self, choice: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """The part (B, d) of each atom outside its target's basis, and its coordinates (B, width) in the basis."""
-        atom, seen = self.atoms[choice], self.basis[:, :width]
-        shadow = torch.bmm(seen, atom[:, :, None])
-        rest = atom - torch.bmm(shadow.transpose(1, 2), seen).squeeze(1)
+    def _outside(self, choice: Tensor) -> Tensor:
+        """The part (B, d) of each target's atom ``choice`` (B,) that is outside the span of its basis."""
+        rest, seen = self.atoms.index_select(0, choice), self.basis[:, : self.size]
+        rest[:, None].baddbmm_(torch.bmm(rest[:, None], seen.transpose(1, 2)), seen, alpha=-1)
         # Gram-Schmidt loses digits where most of the atom cancels; a second pass there is enough (Kahan, Parlett).
         cancelled = (rest.norm(dim=1) < CANCELLED * self.atom_norms[choice]).nonzero().flatten()
         if len(cancelled):
             seen = seen[cancelled]
-            again = torch.bmm(seen, rest[cancelled, :, None])
-            rest[cancelled] -= torch.bmm(again.transpose(1, 2), seen).squeeze(1)
-            shadow[cancelled] += again
-        return rest, shadow.squeeze(2)
-
-    def rewind(self, rows: Tensor, size: Tensor, residual: Tensor) -> None:
-        """Take back steps of the targets ``rows`` (R,): to ``size`` (R,), where they had ``residual`` (R, d)."""
-        gone = torch.arange(self.k, device=size.device) >= size[:, None]  # (R, k)
-        self.size[rows] = size
-        self.residual[rows] = residual
-        self.support[rows] = self.support[rows].masked_fill(gone, -1)
-        self.basis[rows] = self.basis[rows].masked_fill(gone[:, :, None], 0)
-        self._inverse[rows] = self._inverse[rows].masked_fill(gone[:, None, :], 0)
-        self.done[rows] = False
-        self._finish()
-
-    def _finish(self) -> None:
-        self.done |= (self.size >= self.k) | (self.residual.norm(dim=1) <= ZERO * self.norm)
-
-
-def decide(pursuit: Pursuit, candidates: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """The best candidate of each target, as float64 arithmetic would choose it.
-
-    Args:
-        pursuit: the state in which the choice is made.
-        candidates: int64 (B, m), atoms that may be the best; -1 for none.
-        scores: (B, m), |⟨residual, atom⟩| in float32.
-
-    Returns:
-        The atom int64 (B,), and its score (B,).
-    """
-    norms = pursuit.atom_norms[candidates.clamp(min=0)]
-    scores = scores.masked_fill(candidates < 0, -1)
-    best, at = scores.max(dim=1)
-    choice = candidates.gather(1, at[:, None]).squeeze(1)
-    margin = pursuit.noise()[:, None] * norms
-    rivals = (scores + margin >= (best - margin.gather(1, at[:, None]).squeeze(1))[:, None]) & (candidates >= 0)
-    rows = ((rivals.sum(1) > 1) & ~pursuit.done).nonzero().flatten()
-    if len(rows):
-        choice[rows] = _settle(pursuit, rows, candidates[rows].masked_fill(~rivals[rows], -1))
-    return choice, best
-
-
-def _settle(pursuit: Pursuit, rows: Tensor, candidates: Tensor) -> Tensor:
-    """Choose in float64 among candidates (R, m) that float32 cannot tell apart."""
-    candidates = candidates.sort(dim=1, descending=True).values
-    candidates = candidates[:, : int((candidates >= 0).sum(1).max())]
-    _, residual = least_squares(pursuit.targets[rows], pursuit.atoms, pursuit.support[rows])
-    atoms = pursuit.atoms[candidates.clamp(min=0)].double()
-    scores = torch.bmm(atoms, residual[:, :, None]).squeeze(2).abs().masked_fill(candidates < 0, -1)
-    tied = scores >= scores.max(dim=1, keepdim=True).values * (1 - TIE)
-    return candidates.masked_fill(~tied, len(pursuit.atoms)).min(dim=1).values
+            shadow = torch.bmm(seen, rest[cancelled, :, None])
+            rest[cancelled] -= torch.bmm(shadow.transpose(1, 2), seen).squeeze(1)
+        return rest

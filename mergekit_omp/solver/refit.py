@@ -3,23 +3,36 @@
 import torch
 from torch import Tensor
 
+HELD = (2**18, 2**26)
+"""Numbers of atoms held in float64 at a time: on a CPU what its cache holds, on a GPU enough to keep it busy."""
+
 
 def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients (B, k) of the targets (B, d) on their support (B, k), and residuals (B, d), all in float64.
 
-    Unused slots (-1) get the coefficient 0. Normal equations square the condition number; one step of refinement
-    with the residual itself gives the digits back.
+    Unused slots (-1) get the coefficient 0.
     """
+    coefficients = torch.empty_like(support, dtype=torch.float64)
+    residuals = torch.empty_like(targets, dtype=torch.float64)
+    step = max(1, HELD[targets.device.type == "cuda"] // max(1, support.shape[1] * atoms.shape[1]))
+    for start in range(0, len(targets), step):
+        part = slice(start, start + step)
+        coefficients[part], residuals[part] = _solve(targets[part].double(), atoms, support[part])
+    return coefficients, residuals
+
+
+def _solve(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`least_squares`, at once. Normal equations square the condition number; one step of refinement with the
+    residual itself gives the digits back."""
     used = support >= 0
-    chosen = atoms[support.clamp(min=0)].double() * used[:, :, None]  # (B, k, d)
+    chosen = atoms[support.clamp(min=0)].double().mul_(used[:, :, None])  # (B, k, d)
     gram = torch.bmm(chosen, chosen.transpose(1, 2))
     gram.diagonal(dim1=1, dim2=2).add_((~used).double())
     factor = torch.linalg.cholesky(gram)
-    residual = targets.double()
-    coefficients = torch.zeros_like(support, dtype=torch.float64)
+    residual, coefficients = targets, 0.0
     for _ in range(2):
         change = torch.cholesky_solve(torch.bmm(chosen, residual[:, :, None]), factor)
-        coefficients += change.squeeze(2)
+        coefficients = coefficients + change.squeeze(2)
         residual = residual - torch.bmm(change.transpose(1, 2), chosen).squeeze(1)
     return coefficients * used, residual
 

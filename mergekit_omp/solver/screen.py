@@ -1,77 +1,116 @@
 """A cheap look at all atoms, with a bound on how wrong it can be.
 
-Letters in shapes: B targets, N atoms, d dimensions, m candidates.
+Letters in shapes: B targets, N atoms, G groups of atoms, d dimensions, Q pairs.
 """
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mergekit_omp.solver.pursuit import ROUNDING
 
-FIRST, MORE = 16, 256
-"""Candidates rescored at first, and where the bound says that the best may not be among those."""
+GROUP = 64
+"""Atoms that are first looked at as one."""
 
 
-class Screen:
-    """Atoms (N, d) rounded to the dtype in which the device multiplies fastest.
+@dataclass(frozen=True)
+class Look:
+    """What a screen says of the scores |⟨rᵦ, aₙ⟩| of B residuals: they differ from unitᵦ magnitudeᵦₙ by no more than
 
-    A score ⟨r, a⟩ is estimated as ⟨r̂, â⟩ from rounded vectors. By Cauchy and Schwarz it is off by at most
-    ‖r - r̂‖ ‖a‖ + ‖r̂‖ ‖a - â‖, and all these norms are measured. Nothing is assumed of how the errors fall.
+        rounding · unitᵦ magnitudeᵦₙ + (Σⱼ (reachᵦⱼ slackₙⱼ)ᵖ)^(1/p)
+
+    Attributes:
+        magnitudes: (B, G, GROUP), not negative, in a floating dtype; zero for the rows that fill up the last group.
+        unit: float32 (B,).
+        reach: float32 (B, 2).
+        slack: float32 (2, G, GROUP).
+        power: p. Errors add up (1), or, where they are independent of each other, their squares do (2).
+        count: N.
+    """
+
+    magnitudes: Tensor
+    unit: Tensor
+    reach: Tensor
+    slack: Tensor
+    power: int
+    count: int
+
+    def candidates(self) -> tuple[Tensor, Tensor]:
+        """All pairs of a residual (Q,) and an atom (Q,) that may have its highest score, in ascending order."""
+        # Floating numbers that are not negative are in the order of their bits, and integers are compared faster.
+        bits = torch.int16 if self.magnitudes.element_size() == 2 else torch.int32
+        peaks = self.magnitudes.view(bits).amax(2).view(self.magnitudes.dtype)
+        lowest, highest = self._bounds(
+            self.unit[:, None], peaks, self.reach.T[:, :, None], self.slack.amax(2)[:, None]
+        )
+        level = lowest.amax(1, keepdim=True)
+        rows, groups = (highest >= level).nonzero(as_tuple=True)
+
+        members = self.magnitudes.flatten(0, 1).index_select(0, rows * peaks.shape[1] + groups)
+        slack = self.slack.index_select(1, groups)
+        _, highest = self._bounds(self.unit[rows, None], members, self.reach[rows].T[:, :, None], slack)
+        pair, member = (highest >= level[rows]).nonzero(as_tuple=True)
+        rows, atoms = rows[pair], groups[pair] * GROUP + member
+        real = atoms < self.count
+        return rows[real], atoms[real]
+
+    def _bounds(self, unit: Tensor, magnitudes: Tensor, reach: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the most that scores can be, for any shapes that broadcast; reach and slack are (2, …)."""
+        parts = reach * slack
+        error = parts.sum(0) if self.power == 1 else torch.hypot(*parts)
+        # Half of the distance to the next number, and a little for the arithmetic here.
+        scores, rounding = unit * magnitudes, 0.501 * torch.finfo(magnitudes.dtype).eps
+        return scores * (1 - rounding) - error, scores * (1 + rounding) + error
+
+
+class Screen(ABC):
+    """Atoms (N, d), and a rounded copy of them that is faster to multiply with."""
+
+    power = 1
+    slack: Tensor
+
+    def __init__(self, atoms: Tensor) -> None:
+        self.atoms = atoms
+        self.norms = atoms.norm(dim=1)
+        # What rounding takes from sums of d products in float32, relative to the norms.
+        self.summing = (atoms.shape[1] + 16) * ROUNDING
+
+    @abstractmethod
+    def look(self, residuals: Tensor) -> Look:
+        """Ceilings of the scores of float32 residuals (B, d) with all atoms."""
+
+    def _fill(self, rows: Tensor) -> Tensor:
+        """Rows (N, …), and zeros up to whole groups."""
+        missing = -len(rows) % GROUP
+        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+    def _slack(self, loss: Tensor) -> Tensor:
+        """(2, G, GROUP) of the atoms' norms and of ``loss`` (N,), which is in a unit that :meth:`look` chooses."""
+        return self._fill(torch.stack([self.norms, loss], dim=1)).T.unflatten(1, (-1, GROUP)).contiguous()
+
+    def _seen(self, scores: Tensor, unit: Tensor, reach: list[Tensor]) -> Look:
+        """Scores (B, N) rounded to their dtype, in units (B,)."""
+        magnitudes = scores.abs_().unflatten(1, (-1, GROUP))
+        return Look(magnitudes, unit, torch.stack(reach, dim=1), self.slack, self.power, len(self.atoms))
+
+
+class FloatScreen(Screen):
+    """Atoms rounded to a floating dtype.
+
+    A score ⟨r, a⟩ is estimated as ⟨r̂, â⟩. By Cauchy and Schwarz it is off by at most ‖r - r̂‖ ‖a‖ + ‖r̂‖ ‖a - â‖, and
+    all these norms are measured. Nothing is assumed of how the errors fall.
     """
 
     def __init__(self, atoms: Tensor, dtype: torch.dtype) -> None:
-        self.atoms = atoms
-        self.low = atoms.to(dtype)
-        self.norms = atoms.norm(dim=1)
-        parts = [slice(start, start + 8192) for start in range(0, len(atoms), 8192)]
-        self.loss = max(self.relative(atoms[part] - self.low[part].float(), part) for part in parts)
-        # The products are summed in float32 and the sum is rounded to the dtype.
-        self.spacing = torch.finfo(dtype).eps
-        self.summing = atoms.shape[1] * ROUNDING
+        super().__init__(atoms)
+        self.low = self._fill(atoms).to(dtype)
+        parts = [slice(start, min(start + 1024, len(atoms))) for start in range(0, len(atoms), 1024)]
+        self.slack = self._slack(torch.cat([(atoms[part] - self.low[part].float()).norm(dim=1) for part in parts]))
 
-    def relative(self, errors: Tensor, part: slice) -> float:
-        """The largest norm of ``errors``, one row for each atom of ``part``, relative to the atom's norm."""
-        return float((errors.norm(dim=1) / self.norms[part].clamp(min=torch.finfo(torch.float32).tiny)).max())
-
-    def scores(self, vectors: Tensor) -> Tensor:
-        """Estimates (B, N), signed, in the screen's dtype."""
-        return vectors.to(self.low.dtype) @ self.low.T
-
-    def reach(self, exact: Tensor, scored: Tensor, loss: float | None = None) -> Tensor:
-        """Bound (…) on the error for an atom of norm 1 where ``scored`` (…, d) was multiplied for ``exact`` (…, d).
-
-        ``loss`` is the relative rounding error of the atoms that were multiplied; default: of the screen's.
-        """
-        loss = self.loss if loss is None else loss
-        return (exact - scored).norm(dim=-1) + scored.norm(dim=-1) * (loss + self.summing)
-
-    def ceiling(self, estimates: Tensor, reach: Tensor) -> Tensor:
-        """What |score| (B, N) can be at most, for |estimates| (B, N) with an error of ``reach`` (B,) a unit of norm.
-
-        Rounding of this sum is covered by 1.5 :attr:`spacing`, which the caller adds.
-        """
-        return estimates.abs().addmm_(reach[:, None].to(estimates.dtype), self.norms[None].to(estimates.dtype))
-
-
-def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of each row of ``values`` (B, N) and their places, in descending order.
-
-    The largest values lie in the groups with the largest maxima, so most of the row is only reduced, not sorted.
-    """
-    rows, width = values.shape
-    group = 16 if count > 64 else 64
-    whole = width // group * group
-    if whole // group <= 2 * count:
-        return values.topk(min(count, width), dim=1)
-    best = values[:, :whole].unflatten(1, (-1, group)).amax(2).topk(count, dim=1, sorted=False).indices
-    steps = torch.arange(group, device=values.device)
-    places = (best[:, :, None] * group + steps).flatten(1)
-    rest = torch.arange(whole, width, device=values.device).expand(rows, -1)
-    places = torch.cat([places, rest], dim=1)
-    top = values.gather(1, places).topk(count, dim=1)
-    return top.values, places.gather(1, top.indices)
-
-
-def score_exactly(atoms: Tensor, candidates: Tensor, vectors: Tensor) -> Tensor:
-    """|⟨vector, atom⟩| (B, R, m) in float32 for candidates (B, m) and vectors (B, R, d)."""
-    return torch.bmm(vectors, atoms[candidates].transpose(1, 2)).abs()
+    def look(self, residuals: Tensor) -> Look:
+        """See :meth:`Screen.look`."""
+        low = residuals.to(self.low.dtype)
+        lost, norm = (residuals - low.float()).norm(dim=1), low.float().norm(dim=1)
+        return self._seen(low @ self.low.T, torch.ones_like(norm), [lost + self.summing * norm, norm])
