@@ -53,8 +53,8 @@ atoms) is in them.
 - *as float64*: of {checked} targets, those on which the two differ first, how many supports are those of a plain
   float64 OMP. The last digits of float32 decide now and then between atoms; ours settles such choices in float64.
 - *residual*: mean ‖x - x̂‖ / ‖x‖ over the targets that `batch_omp` solved too (its own in its line).
-- `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan ({dtype} on this CPU): the limit of any
-  method that scans all atoms at each step.
+- `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan ({dtype} on this CPU): the limit of
+  any method that scans all atoms at each step.
 
 `batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`, batches of up to 512). `omp-gpu` is
 `orthogonal-matching-pursuit-gpu` {omp_gpu}; it takes atoms for normalised, so that its supports differ. `sklearn` is

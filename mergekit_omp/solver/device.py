@@ -99,7 +99,10 @@ def _first_copies(atoms: Tensor) -> Tensor:
     seed = torch.Generator().manual_seed(0)
     probe = torch.randn(atoms.shape[1], generator=seed).to(atoms)
     # Equal rows have equal sums: only neighbours in this order, with equal sums, need to be compared.
-    sums, order = torch.cat([(block * probe).sum(1) for block in atoms.split(1024)]).sort(stable=True)
+    sums = torch.empty(len(atoms), device=atoms.device)
+    for start in range(0, len(atoms), 1024):
+        sums[start : start + 1024] = (atoms[start : start + 1024] * probe).sum(1)
+    sums, order = sums.sort(stable=True)
     same = torch.zeros(len(atoms), dtype=torch.bool, device=atoms.device)
     for places in ((sums[1:] == sums[:-1]).nonzero().flatten() + 1).split(1024):
         here, before = order[places], order[places - 1]

@@ -106,8 +106,11 @@ class FloatScreen(Screen):
     def __init__(self, atoms: Tensor, dtype: torch.dtype) -> None:
         super().__init__(atoms)
         self.low = self._fill(atoms).to(dtype)
-        parts = [slice(start, min(start + 1024, len(atoms))) for start in range(0, len(atoms), 1024)]
-        self.slack = self._slack(torch.cat([(atoms[part] - self.low[part].float()).norm(dim=1) for part in parts]))
+        loss = torch.empty_like(self.norms)
+        for start in range(0, len(atoms), 1024):
+            part = slice(start, min(start + 1024, len(atoms)))
+            loss[part] = (atoms[part] - self.low[part].float()).norm(dim=1)
+        self.slack = self._slack(loss)
 
     def look(self, residuals: Tensor) -> Look:
         """See :meth:`Screen.look`."""
