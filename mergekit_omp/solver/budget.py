@@ -7,7 +7,7 @@ import torch
 SHARE_OF_FREE = 0.5
 """What a solve takes of the memory that is free on a device, unless the caller sets a budget."""
 
-LARGEST_CHUNK = {"cpu": 128, "cuda": 2048}
+LARGEST_CHUNK = {"cpu": 256, "cuda": 2048}
 """Targets at a time: on a CPU more would leave its cache, on a GPU fewer would leave it idle."""
 
 
