@@ -26,7 +26,7 @@ from mergekit_omp.vocabulary.matching import MatchReason
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 
 EXAMPLES = 24
-_PROBE_TARGETS = 64
+_PROBE_TARGETS = 128
 _PROBE_NUMBERS = 2**25  # 128 MB of float32
 _AT_REST = 900 * 10**6  # bytes that Python, torch, transformers and two tokenizers hold
 
@@ -218,13 +218,17 @@ def _timed(solve: Solve, device: str | None) -> Solve:
     atoms = max(solve.k, min(solve.atoms, _PROBE_NUMBERS // solve.dim))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(atoms + _PROBE_TARGETS, solve.dim, generator=generator).to(device)
-    targets = min(_PROBE_TARGETS, solve.targets)
-    solve_omp(rows[atoms : atoms + 1], rows[:atoms], solve.k)  # to warm up
-    begun = time.perf_counter()
-    solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k)
-    seconds = time.perf_counter() - begun
-    scale = solve.matrices * solve.targets / targets * solve.atoms / atoms
-    return Solve(**asdict(solve) | {"seconds": seconds * scale})
+
+    def seconds(targets: int) -> float:
+        begun = time.perf_counter()
+        solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k)
+        return time.perf_counter() - begun
+
+    seconds(1)  # to warm up
+    alone, together = seconds(1), seconds(_PROBE_TARGETS)  # to set up takes as long for one as for many
+    each = max(0.0, together - alone) / (_PROBE_TARGETS - 1)
+    scale = solve.matrices * solve.atoms / atoms
+    return Solve(**asdict(solve) | {"seconds": (alone + each * solve.targets) * scale})
 
 
 def _peak_memory(

@@ -8,7 +8,7 @@ SHARE_OF_FREE = 0.5
 """What a solve takes of the memory that is free on a device, unless the caller sets a budget."""
 
 LARGEST_CHUNK = {"cpu": 256, "cuda": 2048}
-"""Targets at a time: on a CPU more would leave its cache, on a GPU fewer would leave it idle."""
+"""Targets at a time: more gain nothing on a CPU, and fewer would leave a GPU idle."""
 
 
 def free_memory(device: torch.device) -> int:
