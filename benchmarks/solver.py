@@ -310,10 +310,10 @@ def growth(path: Path, device: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    base = Case("synthetic", 1024, 4000, 32, 128, device)
+    base = Case("synthetic", 1024, 16_000, 32, 512, device)
     axes_of = {
-        "targets": [64, 128, 256, 512],
-        "atoms": [1000, 2000, 4000, 8000, 16000],
+        "targets": [256, 512, 1024, 2048, 4096],
+        "atoms": [4000, 8000, 16_000, 32_000, 64_000],
         "dim": [256, 512, 1024, 2048, 4096],
         "k": [8, 16, 32, 64, 128],
     }
