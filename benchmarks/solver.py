@@ -140,11 +140,11 @@ def omp_gpu(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
 def gemms(atoms: Tensor, targets: Tensor, k: int) -> Callable[[], Tensor]:
     """k plain products and nothing else: what they need is set up before."""
     from mergekit_omp.solver.device import _screen
-    from mergekit_omp.solver.int8 import Int8Screen, _multiply
+    from mergekit_omp.solver.int8 import DIGITS, Int8Screen, _multiply
 
     screen = _screen(atoms)
     if isinstance(screen, Int8Screen):
-        codes = torch.randint(1, 256, (len(targets), atoms.shape[1] + 4), dtype=torch.uint8)
+        codes = torch.randint(1, 256, (len(targets), atoms.shape[1] + len(DIGITS)), dtype=torch.uint8)
 
         def multiply() -> Tensor:
             return _multiply(codes, screen._packed, screen._steps, screen._zeros, screen._bias)

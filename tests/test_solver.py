@@ -69,9 +69,13 @@ def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-def force(monkeypatch: pytest.MonkeyPatch, screen: str | None = None, chunk: int | None = None) -> None:
+def skip_where_missing(screen: str | None) -> None:
     if screen == "int8" and not int8.is_supported():
         pytest.skip("this CPU or torch does not multiply 8-bit integers")
+
+
+def force(monkeypatch: pytest.MonkeyPatch, screen: str | None = None, chunk: int | None = None) -> None:
+    skip_where_missing(screen)
     if screen is not None:
         monkeypatch.setattr(device_module, "_screen", SCREENS[screen])
     if chunk is not None:
@@ -301,8 +305,7 @@ def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, 
 )
 def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, outlier: float, size: float) -> None:
     """Every exact score is within its bounds, and the candidates hold the atom with the highest."""
-    if screen == "int8" and not int8.is_supported():
-        pytest.skip("this CPU or torch does not multiply 8-bit integers")
+    skip_where_missing(screen)
     atoms, residuals = random_rows(count, dim, seed, 1.0), size * random_rows(9, dim, seed + 1, 1.0)
     atoms[:, seed % dim] *= outlier
     residuals[:3, (seed // 2) % dim] *= outlier

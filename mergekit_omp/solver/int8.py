@@ -21,6 +21,10 @@ CERTAINTY = math.sqrt(2 * math.log(2e20))
 """How many standard deviations a sum of rounding errors is off but with a probability of 10⁻²⁰."""
 
 
+DIGITS = [127, 1, 0, 0]
+"""The atoms' codes in the columns that add a number to all scores: its digits to the base of 127."""
+
+
 class Int8Screen(Screen):
     """Atoms and residuals rounded to 8 bits.
 
@@ -46,9 +50,11 @@ class Int8Screen(Screen):
         self._rotation = _rotation(dim, draw)
         self._dither, dither = torch.rand(2, dim, generator=draw)
         self._shift = 0.5 - dither
+        self._shift_of_dither = (0.5 - self._dither) @ self._shift
+        self._digits = torch.tensor(DIGITS, dtype=torch.float32)
 
         codes = torch.zeros(len(atoms) + -len(atoms) % GROUP, dim + len(DIGITS), dtype=torch.int8)
-        codes[:, dim:] = torch.tensor(DIGITS)
+        codes[:, dim:] = self._digits
         # Both stay zero in the rows that fill up the last group.
         self._steps, self._bias = torch.zeros(2, len(codes))
         for start in range(0, len(atoms), 1024):
@@ -56,7 +62,7 @@ class Int8Screen(Screen):
             rounded, self._steps[part] = _round(self._rotate(atoms[part]), dither)
             codes[part, :dim] = rounded
             self._bias[part] = (rounded @ (0.5 - self._dither)) * self._steps[part]
-        self.slack = self._slack(self._steps[: len(atoms)])
+        self._set_slack(self._steps[: len(atoms)])
         self._zeros = torch.zeros(len(codes), dtype=torch.int64)
         self._packed = torch.ops.onednn.qlinear_prepack(codes, [GROUP, codes.shape[1]])
 
@@ -64,9 +70,9 @@ class Int8Screen(Screen):
         """See :meth:`Screen.look`."""
         codes, steps = _round(self._rotate(residuals), self._dither)
         # What the atoms' shift adds, ⟨r̂, ½ - u⟩, is the same for all but for their steps: columns of its own add it.
-        shift = codes @ self._shift + (0.5 - self._dither) @ self._shift
+        shift = codes @ self._shift + self._shift_of_dither
         digits = _digits(shift)
-        missed = shift - digits @ torch.tensor(DIGITS, dtype=torch.float32)
+        missed = shift - digits @ self._digits
         left = torch.empty(len(codes), codes.shape[1] + len(DIGITS), dtype=torch.uint8)
         left[:, : codes.shape[1]] = codes.add_(ZERO_POINT)
         left[:, codes.shape[1] :] = digits + ZERO_POINT
@@ -79,10 +85,6 @@ class Int8Screen(Screen):
     def _rotate(self, rows: Tensor) -> Tensor:
         left, right = self._rotation
         return (left @ (rows.unflatten(1, (len(left), len(right))) @ right)).flatten(1)
-
-
-DIGITS = [127, 1, 0, 0]
-"""The atoms' codes in the columns that add a number to all scores: its digits to the base of 127."""
 
 
 def _digits(numbers: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ def _round(rows: Tensor, dither: Tensor) -> tuple[Tensor, Tensor]:
     return rows.div_(steps[:, None]).add_(dither).floor_(), steps
 
 
-def _multiply(codes: Tensor, packed: Tensor, steps: Tensor, zeros: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply(codes: Tensor, packed: Tensor, steps: Tensor, zeros: Tensor, bias: Tensor) -> Tensor:
     """⟨code of b, code of n⟩ stepsₙ + biasₙ (B, N) in bfloat16; summed in integers."""
     return torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, ZERO_POINT, packed, steps, zeros, bias, 1.0, 0, torch.bfloat16, "none", [], ""

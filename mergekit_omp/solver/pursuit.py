@@ -45,7 +45,7 @@ class Pursuit:
         self._blur = self.norm**2
 
     def view(self, rows: Tensor) -> "Pursuit":
-        """A copy with these targets only (indices or mask)."""
+        """A copy with the targets of a mask only."""
         part = copy(self)
         for field, value in vars(self).items():
             if isinstance(value, Tensor) and not field.startswith("atom"):

@@ -26,6 +26,7 @@ class Look:
         unit: float32 (B,).
         reach: float32 (B, 2).
         slack: float32 (2, G, GROUP).
+        largest_slack: float32 (2, G), of each group.
         power: p. Errors add up (1), or, where they are independent of each other, their squares do (2).
         count: N.
     """
@@ -34,6 +35,7 @@ class Look:
     unit: Tensor
     reach: Tensor
     slack: Tensor
+    largest_slack: Tensor
     power: int
     count: int
 
@@ -43,7 +45,7 @@ class Look:
         bits = torch.int16 if self.magnitudes.element_size() == 2 else torch.int32
         peaks = self.magnitudes.view(bits).amax(2).view(self.magnitudes.dtype)
         lowest, highest = self._bounds(
-            self.unit[:, None], peaks, self.reach.T[:, :, None], self.slack.amax(2)[:, None]
+            self.unit[:, None], peaks, self.reach.T[:, :, None], self.largest_slack[:, None]
         )
         level = lowest.amax(1, keepdim=True)
         rows, groups = (highest >= level).nonzero(as_tuple=True)
@@ -70,6 +72,7 @@ class Screen(ABC):
 
     power = 1
     slack: Tensor
+    largest_slack: Tensor
 
     def __init__(self, atoms: Tensor) -> None:
         self.atoms = atoms
@@ -79,21 +82,23 @@ class Screen(ABC):
 
     @abstractmethod
     def look(self, residuals: Tensor) -> Look:
-        """Ceilings of the scores of float32 residuals (B, d) with all atoms."""
+        """Bounds of the scores of float32 residuals (B, d) with all atoms."""
 
     def _fill(self, rows: Tensor) -> Tensor:
         """Rows (N, …), and zeros up to whole groups."""
         missing = -len(rows) % GROUP
         return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
 
-    def _slack(self, loss: Tensor) -> Tensor:
-        """(2, G, GROUP) of the atoms' norms and of ``loss`` (N,), which is in a unit that :meth:`look` chooses."""
-        return self._fill(torch.stack([self.norms, loss], dim=1)).T.unflatten(1, (-1, GROUP)).contiguous()
+    def _set_slack(self, loss: Tensor) -> None:
+        """Of the atoms' norms and of ``loss`` (N,), which is in a unit that :meth:`look` chooses."""
+        self.slack = self._fill(torch.stack([self.norms, loss], dim=1)).T.unflatten(1, (-1, GROUP)).contiguous()
+        self.largest_slack = self.slack.amax(2)
 
     def _seen(self, scores: Tensor, unit: Tensor, reach: list[Tensor]) -> Look:
         """Scores (B, N) rounded to their dtype, in units (B,)."""
         magnitudes = scores.abs_().unflatten(1, (-1, GROUP))
-        return Look(magnitudes, unit, torch.stack(reach, dim=1), self.slack, self.power, len(self.atoms))
+        reaches = torch.stack(reach, dim=1)
+        return Look(magnitudes, unit, reaches, self.slack, self.largest_slack, self.power, len(self.atoms))
 
 
 class FloatScreen(Screen):
@@ -110,7 +115,7 @@ class FloatScreen(Screen):
         for start in range(0, len(atoms), 1024):
             part = slice(start, min(start + 1024, len(atoms)))
             loss[part] = (atoms[part] - self.low[part].float()).norm(dim=1)
-        self.slack = self._slack(loss)
+        self._set_slack(loss)
 
     def look(self, residuals: Tensor) -> Look:
         """See :meth:`Screen.look`."""
