@@ -4,11 +4,17 @@ import os
 
 import torch
 
+from mergekit_omp.solver.screen import GROUP
+
 SHARE_OF_FREE = 0.5
 """What a solve takes of the memory that is free on a device, unless the caller sets a budget."""
 
 LARGEST_CHUNK = {"cpu": 256, "cuda": 2048}
 """Targets at a time: more gain nothing on a CPU, and fewer would leave a GPU idle."""
+
+KEPT_BLOCK = 2**25
+"""Bytes of the largest block that glibc keeps when it is freed. A larger one is fetched from the system again at each
+step and cleared, which takes a third of the time of the product that fills it."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -22,7 +28,9 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def chunk_size(device: torch.device, budget: int, targets: int, atoms: int, dim: int, k: int, lanes: int) -> int:
+def chunk_size(
+    device: torch.device, budget: int, targets: int, atoms: int, dim: int, k: int, lanes: int, score_bytes: int
+) -> int:
     """Targets at a time.
 
     Args:
@@ -33,10 +41,14 @@ def chunk_size(device: torch.device, budget: int, targets: int, atoms: int, dim:
         dim: d.
         k: the sparsity.
         lanes: chunks that are worked on at a time.
+        score_bytes: bytes of a score in the screen's dtype.
     """
     room = budget - atoms * (dim * 6 + 64)  # float32, and a rounded copy, which int8 holds twice while it is packed
-    chunk = room // (lanes * _bytes_per_target(atoms, dim, k))
-    return max(1, min(chunk, LARGEST_CHUNK.get(device.type, 512), -(-targets // lanes)))
+    chunk = min(room // (lanes * _bytes_per_target(atoms, dim, k)), LARGEST_CHUNK.get(device.type, 512))
+    if device.type == "cpu":
+        chunk = min(chunk, KEPT_BLOCK // (score_bytes * (atoms + GROUP)))
+    rounds = -(-targets // (lanes * max(1, chunk)))
+    return -(-targets // (lanes * rounds))  # no lane waits for the last chunk of another
 
 
 def _bytes_per_target(atoms: int, dim: int, k: int) -> int:

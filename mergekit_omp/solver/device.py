@@ -32,7 +32,6 @@ def solve_on(
     """Codes of the targets (B, d), on the CPU. ``sharing`` solves run on this device and share its budget."""
     lanes = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     budget = int((free_memory(device) * SHARE_OF_FREE if budget is None else budget) / sharing)
-    chunk = chunk_size(device, budget, len(targets), len(atoms), atoms.shape[1], k, lanes)
 
     atoms = atoms.to(device, torch.float32)
     first = _first_copies(atoms)
@@ -42,6 +41,7 @@ def solve_on(
     if normalize_atoms:
         atoms = atoms / norms.where(norms > 0, torch.ones_like(norms))
     screen = _screen(atoms)
+    chunk = chunk_size(device, budget, len(targets), *atoms.shape, k, lanes, screen.score_bytes)
 
     def solve(chunk: Tensor) -> SparseCodes:
         rows = chunk.to(device, torch.float32)

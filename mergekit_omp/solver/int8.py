@@ -42,6 +42,7 @@ class Int8Screen(Screen):
     """
 
     power = 2
+    score_bytes = 2
 
     def __init__(self, atoms: Tensor) -> None:
         super().__init__(atoms)
@@ -77,10 +78,10 @@ class Int8Screen(Screen):
         left[:, : codes.shape[1]] = codes.add_(ZERO_POINT)
         left[:, codes.shape[1] :] = digits + ZERO_POINT
         scores = _multiply(left, self._packed, self._steps, self._zeros, self._bias)
-        norm = residuals.norm(dim=1) + steps * math.sqrt(residuals.shape[1])  # not less than that of r̂
+        # In steps, the unit of the scores; not less than the norm of r̂.
+        norm = residuals.norm(dim=1) / steps + math.sqrt(residuals.shape[1])
         deviations = CERTAINTY / math.sqrt(12)
-        reach = [deviations * steps + self.summing * norm, deviations * norm + steps * missed.abs()]
-        return self._seen(scores, steps, reach)
+        return self._seen(scores, steps, [deviations + self.summing * norm, deviations * norm + missed.abs()])
 
     def _rotate(self, rows: Tensor) -> Tensor:
         left, right = self._rotation

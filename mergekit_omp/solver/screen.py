@@ -14,65 +14,59 @@ from mergekit_omp.solver.pursuit import ROUNDING
 GROUP = 64
 """Atoms that are first looked at as one."""
 
+TINY = 1e-37
+"""Added to the squares of errors, so that none is rounded to zero."""
+
 
 @dataclass(frozen=True)
 class Look:
     """What a screen says of the scores |⟨rᵦ, aₙ⟩| of B residuals: they differ from unitᵦ magnitudeᵦₙ by no more than
 
-        rounding · unitᵦ magnitudeᵦₙ + (Σⱼ (reachᵦⱼ slackₙⱼ)ᵖ)^(1/p)
+        unitᵦ (rounding · magnitudeᵦₙ + errorᵦₙ)
 
     Attributes:
         magnitudes: (B, G, GROUP), not negative, in a floating dtype; zero for the rows that fill up the last group.
-        unit: float32 (B,).
-        reach: float32 (B, 2).
-        slack: float32 (2, G, GROUP).
-        largest_slack: float32 (2, G), of each group.
-        power: p. Errors add up (1), or, where they are independent of each other, their squares do (2).
+        errors: float32 (B, G), the same for all atoms of a group.
+        unit: float32 (B,). Scores of one residual are compared in its own.
         count: N.
     """
 
     magnitudes: Tensor
+    errors: Tensor
     unit: Tensor
-    reach: Tensor
-    slack: Tensor
-    largest_slack: Tensor
-    power: int
     count: int
+
+    @property
+    def rounding(self) -> float:
+        """Half of the distance to the next magnitude, relative to it, and a little for the arithmetic here."""
+        return 0.501 * torch.finfo(self.magnitudes.dtype).eps
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """All pairs of a residual (Q,) and an atom (Q,) that may have its highest score, in ascending order."""
         # Floating numbers that are not negative are in the order of their bits, and integers are compared faster.
         bits = torch.int16 if self.magnitudes.element_size() == 2 else torch.int32
-        peaks = self.magnitudes.view(bits).amax(2).view(self.magnitudes.dtype)
-        lowest, highest = self._bounds(
-            self.unit[:, None], peaks, self.reach.T[:, :, None], self.largest_slack[:, None]
-        )
-        level = lowest.amax(1, keepdim=True)
-        rows, groups = (highest >= level).nonzero(as_tuple=True)
-
+        peaks = self.magnitudes.view(bits).amax(2).view(self.magnitudes.dtype).float()
+        needed = self.needed(peaks)
+        rows, groups = (peaks >= needed).nonzero(as_tuple=True)
         members = self.magnitudes.flatten(0, 1).index_select(0, rows * peaks.shape[1] + groups)
-        slack = self.slack.index_select(1, groups)
-        _, highest = self._bounds(self.unit[rows, None], members, self.reach[rows].T[:, :, None], slack)
-        pair, member = (highest >= level[rows]).nonzero(as_tuple=True)
+        pair, member = (members >= needed[rows, groups, None]).nonzero(as_tuple=True)
         rows, atoms = rows[pair], groups[pair] * GROUP + member
         real = atoms < self.count
         return rows[real], atoms[real]
 
-    def _bounds(self, unit: Tensor, magnitudes: Tensor, reach: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
-        """The least and the most that scores can be, for any shapes that broadcast; reach and slack are (2, …)."""
-        parts = reach * slack
-        error = parts.sum(0) if self.power == 1 else torch.hypot(*parts)
-        # Half of the distance to the next number, and a little for the arithmetic here.
-        scores, rounding = unit * magnitudes, 0.501 * torch.finfo(magnitudes.dtype).eps
-        return scores * (1 - rounding) - error, scores * (1 + rounding) + error
+    def needed(self, peaks: Tensor) -> Tensor:
+        """The magnitude (B, G) from which on an atom may have the highest score, given that of each group (B, G)."""
+        level = torch.sub(peaks * (1 - self.rounding), self.errors).amax(1, keepdim=True)
+        return (level - self.errors).div_(1 + self.rounding)
 
 
 class Screen(ABC):
     """Atoms (N, d), and a rounded copy of them that is faster to multiply with."""
 
     power = 1
-    slack: Tensor
-    largest_slack: Tensor
+    """Errors add up (1), or, where they are independent of each other, their squares do (2)."""
+    score_bytes: int
+    """What one score of a :class:`Look` takes."""
 
     def __init__(self, atoms: Tensor) -> None:
         self.atoms = atoms
@@ -91,14 +85,15 @@ class Screen(ABC):
 
     def _set_slack(self, loss: Tensor) -> None:
         """Of the atoms' norms and of ``loss`` (N,), which is in a unit that :meth:`look` chooses."""
-        self.slack = self._fill(torch.stack([self.norms, loss], dim=1)).T.unflatten(1, (-1, GROUP)).contiguous()
-        self.largest_slack = self.slack.amax(2)
+        slack = self._fill(torch.stack([self.norms, loss], dim=1)).unflatten(0, (-1, GROUP)).amax(1)
+        self._slack = (slack**self.power).T.contiguous()  # (2, G)
 
     def _seen(self, scores: Tensor, unit: Tensor, reach: list[Tensor]) -> Look:
-        """Scores (B, N) rounded to their dtype, in units (B,)."""
-        magnitudes = scores.abs_().unflatten(1, (-1, GROUP))
-        reaches = torch.stack(reach, dim=1)
-        return Look(magnitudes, unit, reaches, self.slack, self.largest_slack, self.power, len(self.atoms))
+        """Scores (B, N) in units (B,), off by (Σⱼ (reachᵦⱼ slackⱼₙ)ᵖ)^(1/p) beside the rounding to their dtype."""
+        errors = torch.stack(reach, dim=1).pow_(self.power) @ self._slack
+        if self.power == 2:
+            errors.add_(TINY).sqrt_()
+        return Look(scores.abs_().unflatten(1, (-1, GROUP)), errors, unit, len(self.atoms))
 
 
 class FloatScreen(Screen):
@@ -110,6 +105,7 @@ class FloatScreen(Screen):
 
     def __init__(self, atoms: Tensor, dtype: torch.dtype) -> None:
         super().__init__(atoms)
+        self.score_bytes = dtype.itemsize
         self.low = self._fill(atoms).to(dtype)
         loss = torch.empty_like(self.norms)
         for start in range(0, len(atoms), 1024):
