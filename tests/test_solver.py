@@ -20,7 +20,7 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import SparseCodes, int8, solve_omp
 from mergekit_omp.solver.int8 import Int8Screen
 from mergekit_omp.solver.refit import least_squares
-from mergekit_omp.solver.screen import GROUP, FloatScreen
+from mergekit_omp.solver.screen import FloatScreen
 
 CPU = torch.device("cpu")
 
@@ -311,9 +311,12 @@ def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, o
     residuals[:3, (seed // 2) % dim] *= outlier
     exact = (residuals.double() @ atoms.double().T).abs()
     look = SCREENS[screen](atoms).look(residuals.clone())
-    magnitudes, unit = look.magnitudes.flatten(1)[:, :count].double(), look.unit[:, None].double()
-    errors = look.rounding * magnitudes + look.errors.repeat_interleave(GROUP, dim=1)[:, :count]
-    assert ((exact - unit * magnitudes).abs() <= unit * errors).all()
+    errors = look.unit[:, None, None] * (look.rounding * look.magnitudes.double() + look.errors[:, None])
+    bounds = torch.stack([look.unit[:, None, None] * look.magnitudes.double(), errors]).flatten(2)
+    atom, place = look.order.flatten().sort()
+    assert torch.equal(atom[atom >= 0], torch.arange(count))
+    magnitudes, errors = bounds[:, :, place[atom >= 0]]
+    assert ((exact - magnitudes).abs() <= errors).all()
     rows, found = look.candidates()
     assert set(zip(range(9), exact.argmax(1).tolist(), strict=True)) <= set(
         zip(rows.tolist(), found.tolist(), strict=True)

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mergekit_omp.solver.screen import GROUP, Look, Screen
+from mergekit_omp.solver.screen import Look, Screen
 
 LEVELS = 126.5
 """Steps from zero to the largest number of a row; with the dither, codes stay within ±127."""
@@ -54,18 +54,16 @@ class Int8Screen(Screen):
         self._shift_of_dither = (0.5 - self._dither) @ self._shift
         self._digits = torch.tensor(DIGITS, dtype=torch.float32)
 
-        codes = torch.zeros(len(atoms) + -len(atoms) % GROUP, dim + len(DIGITS), dtype=torch.int8)
+        codes = torch.empty(self.order.numel(), dim + len(DIGITS), dtype=torch.int8)
         codes[:, dim:] = self._digits
-        # Both stay zero in the rows that fill up the last group.
-        self._steps, self._bias = torch.zeros(2, len(codes))
-        for start in range(0, len(atoms), 1024):
-            part = slice(start, min(start + 1024, len(atoms)))
-            rounded, self._steps[part] = _round(self._rotate(atoms[part]), dither)
-            codes[part, :dim] = rounded
-            self._bias[part] = (rounded @ (0.5 - self._dither)) * self._steps[part]
-        self._set_slack(self._steps[: len(atoms)])
+        self._steps, self._bias = torch.empty(2, len(codes))
+        for places, part in self._parts():
+            rounded, self._steps[places] = _round(self._rotate(part), dither)
+            codes[places, :dim] = rounded
+            self._bias[places] = (rounded @ (0.5 - self._dither)) * self._steps[places]
+        self._set_slack(self._steps)
         self._zeros = torch.zeros(len(codes), dtype=torch.int64)
-        self._packed = torch.ops.onednn.qlinear_prepack(codes, [GROUP, codes.shape[1]])
+        self._packed = torch.ops.onednn.qlinear_prepack(codes, [64, codes.shape[1]])
 
     def look(self, residuals: Tensor) -> Look:
         """See :meth:`Screen.look`."""

@@ -4,6 +4,7 @@ Letters in shapes: B targets, N atoms, G groups of atoms, d dimensions, Q pairs.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,16 +26,16 @@ class Look:
         unitᵦ (rounding · magnitudeᵦₙ + errorᵦₙ)
 
     Attributes:
-        magnitudes: (B, G, GROUP), not negative, in a floating dtype; zero for the rows that fill up the last group.
+        magnitudes: (B, GROUP, G), not negative, in a floating dtype; zero where there is no atom.
         errors: float32 (B, G), the same for all atoms of a group.
         unit: float32 (B,). Scores of one residual are compared in its own.
-        count: N.
+        order: int64 (GROUP, G), which atom stands where; -1 for none.
     """
 
     magnitudes: Tensor
     errors: Tensor
     unit: Tensor
-    count: int
+    order: Tensor
 
     @property
     def rounding(self) -> float:
@@ -42,16 +43,15 @@ class Look:
         return 0.501 * torch.finfo(self.magnitudes.dtype).eps
 
     def candidates(self) -> tuple[Tensor, Tensor]:
-        """All pairs of a residual (Q,) and an atom (Q,) that may have its highest score, in ascending order."""
+        """All pairs of a residual (Q,) and an atom (Q,) that may have its highest score, residual by residual."""
         # Floating numbers that are not negative are in the order of their bits, and integers are compared faster.
         bits = torch.int16 if self.magnitudes.element_size() == 2 else torch.int32
-        peaks = self.magnitudes.view(bits).amax(2).view(self.magnitudes.dtype).float()
+        peaks = self.magnitudes.view(bits).amax(1).view(self.magnitudes.dtype).float()
         needed = self.needed(peaks)
         rows, groups = (peaks >= needed).nonzero(as_tuple=True)
-        members = self.magnitudes.flatten(0, 1).index_select(0, rows * peaks.shape[1] + groups)
-        pair, member = (members >= needed[rows, groups, None]).nonzero(as_tuple=True)
-        rows, atoms = rows[pair], groups[pair] * GROUP + member
-        real = atoms < self.count
+        pair, member = (self.magnitudes[rows, :, groups] >= needed[rows, groups, None]).nonzero(as_tuple=True)
+        rows, atoms = rows[pair], self.order[member, groups[pair]]
+        real = atoms >= 0
         return rows[real], atoms[real]
 
     def needed(self, peaks: Tensor) -> Tensor:
@@ -71,6 +71,10 @@ class Screen(ABC):
     def __init__(self, atoms: Tensor) -> None:
         self.atoms = atoms
         self.norms = atoms.norm(dim=1)
+        # Groups of about the same norm: their bounds are as tight as those of each atom.
+        order = self.norms.argsort(stable=True)
+        empty = order.new_full((-len(order) % GROUP,), -1)
+        self.order = torch.cat([order, empty]).view(-1, GROUP).T.contiguous()
         # What rounding takes from sums of d products in float32, relative to the norms.
         self.summing = (atoms.shape[1] + 16) * ROUNDING
 
@@ -78,22 +82,24 @@ class Screen(ABC):
     def look(self, residuals: Tensor) -> Look:
         """Bounds of the scores of float32 residuals (B, d) with all atoms."""
 
-    def _fill(self, rows: Tensor) -> Tensor:
-        """Rows (N, …), and zeros up to whole groups."""
-        missing = -len(rows) % GROUP
-        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some places at a time, and the atoms (n, d) that stand there; zeros for none."""
+        for start in range(0, self.order.numel(), 1024):
+            places = slice(start, start + 1024)
+            atoms = self.order.flatten()[places]
+            yield places, self.atoms[atoms] * (atoms >= 0)[:, None]
 
     def _set_slack(self, loss: Tensor) -> None:
-        """Of the atoms' norms and of ``loss`` (N,), which is in a unit that :meth:`look` chooses."""
-        slack = self._fill(torch.stack([self.norms, loss], dim=1)).unflatten(0, (-1, GROUP)).amax(1)
-        self._slack = (slack**self.power).T.contiguous()  # (2, G)
+        """Of the atoms' norms and of ``loss``, one for each place, in a unit that :meth:`look` chooses."""
+        slack = torch.stack([self.norms[self.order].amax(0), loss.view_as(self.order).amax(0)])
+        self._slack = slack**self.power  # (2, G)
 
     def _seen(self, scores: Tensor, unit: Tensor, reach: list[Tensor]) -> Look:
         """Scores (B, N) in units (B,), off by (Σⱼ (reachᵦⱼ slackⱼₙ)ᵖ)^(1/p) beside the rounding to their dtype."""
         errors = torch.stack(reach, dim=1).pow_(self.power) @ self._slack
         if self.power == 2:
             errors.add_(TINY).sqrt_()
-        return Look(scores.abs_().unflatten(1, (-1, GROUP)), errors, unit, len(self.atoms))
+        return Look(scores.abs_().unflatten(1, self.order.shape), errors, unit, self.order)
 
 
 class FloatScreen(Screen):
@@ -106,11 +112,11 @@ class FloatScreen(Screen):
     def __init__(self, atoms: Tensor, dtype: torch.dtype) -> None:
         super().__init__(atoms)
         self.score_bytes = dtype.itemsize
-        self.low = self._fill(atoms).to(dtype)
-        loss = torch.empty_like(self.norms)
-        for start in range(0, len(atoms), 1024):
-            part = slice(start, min(start + 1024, len(atoms)))
-            loss[part] = (atoms[part] - self.low[part].float()).norm(dim=1)
+        self.low = atoms.new_empty(self.order.numel(), atoms.shape[1], dtype=dtype)
+        loss = atoms.new_empty(len(self.low))
+        for places, part in self._parts():
+            self.low[places] = part
+            loss[places] = (part - self.low[places].float()).norm(dim=1)
         self._set_slack(loss)
 
     def look(self, residuals: Tensor) -> Look:
