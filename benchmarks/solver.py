@@ -27,12 +27,11 @@ sys.path.append(str(HERE.parent / "examples"))
 FEW_ATOMS = 8_000
 """Atoms of the second table, which the methods that hold a float32 Gram matrix can do."""
 
-SECONDS = 60.0
-"""What ours may take for one row of the table, about; the number of its targets follows. Its set-up is for tens of
-thousands."""
-
 BATCH = 512
-"""Targets of batch_omp, which is mergekit's own batch; fewer, down to a quarter, where that would take too long."""
+"""Targets of batch_omp, which is mergekit's own batch; a quarter of it at k = 256, which lasts long enough."""
+
+MORE = 8
+"""Times as many for ours, which takes a few hundred at a time as well: its set-up is for tens of thousands."""
 
 GEMM_ROWS = 192
 """Rows of the plain products: about as many as ours multiplies at a time."""
@@ -62,7 +61,7 @@ atoms) is in them, but for the GEMMs.
   any method that scans all atoms at each step.
 
 `batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`), with one batch, of the 512 targets that mergekit takes at a
-time or, where that would last too long, fewer. `omp-gpu` is `orthogonal-matching-pursuit-gpu` {omp_gpu}; it takes
+time (at k = 256 a quarter of that). `omp-gpu` is `orthogonal-matching-pursuit-gpu` {omp_gpu}; it takes
 atoms for normalised, so that its supports differ. `sklearn` is `sklearn.linear_model.orthogonal_mp_gram`.
 
 CUDA rows: unmeasured; there was no GPU at hand. The command adds them where there is one.
@@ -267,9 +266,8 @@ def table(grid: list[Case], methods: Iterable[str]) -> list[str]:
         "|" + 13 * "---|",
     ]
     for case in grid:
-        plain = 2 * case.k * case.dim * case.atoms / (180e9 if case.device == "cpu" else 60e12)  # seconds a target
-        few = int(min(BATCH, max(BATCH // 4, 2 * SECONDS / plain)))
-        many = int(min(8 * BATCH, max(few, 4 * SECONDS / plain)))
+        few = BATCH if case.k < 256 else BATCH // 4
+        many = MORE * few if case.k < 256 else MORE * few // 2
         counts = {"ours": many, "k GEMMs": GEMM_ROWS * max(1, 128 // case.k), "omp-gpu": 64, "sklearn": 4}
         results = {method: apart(method, replace(case, targets=counts.get(method, few))) for method in methods}
         checked = _check(replace(case, targets=few, device="cpu"), results["batch_omp"], results["ours"])

@@ -3,6 +3,10 @@
 ``python -m benchmarks.whole_run`` gives Gemma-3-270M the tokenizer of SmolLM2-135M by ``mergekit-yaml`` with a recipe
 of this project, and by ``mergekit-tokensurgeon``, each in a process of its own, and prints seconds, peak memory and
 ratios. Solves are not taken from the cache.
+
+With ``--base untied`` the base has two matrices to transplant, where the donor, SmolLM2, ties them: a small Llama with
+random weights and the tokenizer of Qwen 2.5 (what is solved are the donor's rows, so that the base's do not change the
+time). It needs the ``test`` extra, for that tokenizer, and a quarter of an hour.
 """
 
 import argparse
@@ -14,23 +18,27 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "tests")]
 
-import real_weights
+import real_weights  # noqa: E402
+
+UNTIED = "untied"
 
 
 def main() -> None:
     """Run each command, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", default="gemma3", choices=real_weights.SOURCES)
+    parser.add_argument("--base", default="gemma3", choices=[*real_weights.SOURCES, UNTIED])
     parser.add_argument("-k", type=int, default=64)
     options = parser.parse_args()
-    base = real_weights.checkpoint(options.base)
-    donor = real_weights.checkpoint(next(name for name in real_weights.SOURCES if name != options.base))
+    donor = real_weights.checkpoint("gemma3" if options.base == "smollm2" else "smollm2")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        base = untied(work / "base") if options.base == UNTIED else real_weights.checkpoint(options.base)
         recipe = {"merge_method": "omp", "models": [{"model": str(base)}], "tokenizer": {"source": str(donor)}}
         ways = {
             "mergekit-tokensurgeon": ["mergekit-tokensurgeon", str(base), str(donor), "OUT", "-k", str(options.k)],
@@ -46,6 +54,28 @@ def main() -> None:
             shutil.rmtree(work / "out")
             theirs = theirs or seconds
             print(f"| {name} | {seconds:.1f} | {theirs / seconds:.1f} | {peak / 2**20:,.0f} |", flush=True)
+
+
+def untied(folder: Path) -> Path:
+    """A checkpoint of two layers, as wide as Qwen2.5-0.5B and with its vocabulary, whose embeddings are not tied."""
+    import tokenizers_for_tests
+
+    tokenizer = tokenizers_for_tests.qwen()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=896,
+        intermediate_size=1024,
+        num_hidden_layers=2,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def written(recipe: dict, parameters: dict, path: Path) -> list[str]:

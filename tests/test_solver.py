@@ -18,6 +18,7 @@ from sklearn.linear_model import orthogonal_mp
 import mergekit_omp.solver.device as device_module
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import SparseCodes, int8, solve_omp
+from mergekit_omp.solver.budget import KEPT_BLOCK, chunk_size
 from mergekit_omp.solver.int8 import Int8Screen
 from mergekit_omp.solver.refit import least_squares
 from mergekit_omp.solver.screen import FloatScreen
@@ -265,6 +266,15 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
     assert torch.equal(codes.indices, expected.indices)
     assert max(sizes) == 40
     assert "Out of memory with 40 targets at a time: going on with 20" in caplog.text
+
+
+@pytest.mark.parametrize("targets", [1, 100, 768, 10_000])
+@pytest.mark.parametrize("atoms", [500, 39_237, 128_000])
+def test_lanes_finish_together_and_scores_stay_in_kept_blocks(targets: int, atoms: int) -> None:
+    chunk = chunk_size(CPU, 2**36, targets, atoms, 640, 64, lanes := 2, score_bytes := 2)
+    assert chunk * atoms * score_bytes <= KEPT_BLOCK
+    assert -(-targets // chunk) % lanes == 0 or targets < lanes
+    assert chunk > min(targets / lanes, KEPT_BLOCK / (atoms * score_bytes), 256) / 2
 
 
 @pytest.mark.parametrize(
