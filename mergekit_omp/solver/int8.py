@@ -20,7 +20,6 @@ ZERO_POINT = 128
 CERTAINTY = math.sqrt(2 * math.log(2e20))
 """How many standard deviations a sum of rounding errors is off but with a probability of 10⁻²⁰."""
 
-
 DIGITS = [127, 1, 0, 0]
 """The atoms' codes in the columns that add a number to all scores: its digits to the base of 127."""
 

@@ -56,7 +56,7 @@ class Look:
 
     def needed(self, peaks: Tensor) -> Tensor:
         """The magnitude (B, G) from which on an atom may have the highest score, given that of each group (B, G)."""
-        level = torch.sub(peaks * (1 - self.rounding), self.errors).amax(1, keepdim=True)
+        level = (peaks * (1 - self.rounding) - self.errors).amax(1, keepdim=True)
         return (level - self.errors).div_(1 + self.rounding)
 
 
