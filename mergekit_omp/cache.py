@@ -42,7 +42,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def solve_with_cache(
-    targets: Tensor, atoms: Tensor, k: int, *, normalize_atoms: bool = False, **how: Any
+    targets: Tensor, atoms: Tensor, k: int, *, normalize_atoms: bool = False, scan_every: int = 1, **how: Any
 ) -> SparseCodes:
     """:func:`mergekit_omp.solver.solve_omp`, or what it once returned for the same arguments.
 
@@ -51,18 +51,19 @@ def solve_with_cache(
     Raises:
         OmpError: as ``solve_omp`` does, and where an environment variable cannot be understood.
     """
+    choices = {"normalize_atoms": normalize_atoms, "scan_every": scan_every}
     folder = cache_folder()
     if folder is None or len(targets) * len(atoms) * targets.shape[1] * min(k, len(atoms)) < WORTH_KEEPING:
-        return solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **how)
+        return solve_omp(targets, atoms, k, **choices, **how)
     limit = cache_limit()
-    path = folder / f"{_key(targets, atoms, k, normalize_atoms)}{_SUFFIX}"
+    path = folder / f"{_key(targets, atoms, k, choices)}{_SUFFIX}"
     codes = _read(path, len(targets), min(k, len(atoms)), len(atoms))
     if codes is not None:
         LOG.info("The codes of %s were solved before; they come from %s", how.get("name", "the donor"), path)
         if "progress" in how:
             how["progress"](len(targets))
         return codes
-    codes = solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **how)
+    codes = solve_omp(targets, atoms, k, **choices, **how)
     _write(path, codes)
     _shrink(folder, limit)
     return codes
@@ -90,8 +91,8 @@ def cache_size(folder: Path) -> int:
     return sum(size for _, size, _ in _entries(folder))
 
 
-def _key(targets: Tensor, atoms: Tensor, k: int, normalize_atoms: bool) -> str:
-    digest = hashlib.sha256(repr((_FORMAT, k, normalize_atoms)).encode())
+def _key(targets: Tensor, atoms: Tensor, k: int, choices: dict[str, Any]) -> str:
+    digest = hashlib.sha256(repr((_FORMAT, k, choices)).encode())
     for rows in (targets, atoms):
         digest.update(repr((str(rows.dtype), tuple(rows.shape))).encode())
         digest.update(memoryview(rows.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B"))

@@ -43,6 +43,7 @@ class Solve:
         atoms: anchors to approximate them with.
         dim: width of the donor.
         k: sparsity.
+        scan_every: the least that a tensor asks for.
         seconds: an estimate for all of its matrices on this machine; None where it was not asked for.
     """
 
@@ -53,6 +54,7 @@ class Solve:
     atoms: int
     dim: int
     k: int
+    scan_every: int
     seconds: float | None = None
 
 
@@ -204,6 +206,7 @@ def _solves(config: MergeConfiguration, output: OutputTokenizer) -> Iterator[Sol
                 atoms=len(problem.atom_ids),
                 dim=hidden_size(donor_config) or 0,
                 k=min(max(settings_of(config, "k")), len(problem.atom_ids)),
+                scan_every=min(settings_of(config, "scan_every")),
             )
 
 
@@ -221,7 +224,7 @@ def _timed(solve: Solve, device: str | None) -> Solve:
 
     def seconds(targets: int) -> float:
         begun = time.perf_counter()
-        solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k)
+        solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k, scan_every=solve.scan_every)
         return time.perf_counter() - begun
 
     seconds(1)  # to warm up

@@ -74,6 +74,11 @@ class OmpParameters(BaseModel, frozen=True):
     normalize_atoms: StrictBool = Field(
         default=False, description="Choose anchors by the cosine with the residual instead of the inner product."
     )
+    scan_every: Annotated[int, Field(ge=1, strict=True)] = Field(
+        default=1,
+        description="1 compares all anchors for each one chosen: exact OMP. With 8, up to 8 are chosen from the best "
+        "of the last comparison: about twice as fast, with residuals as small to within 1 % (README, Numbers).",
+    )
     reconstruction: Reconstruction = Field(
         default=Reconstruction.REGRESSION,
         description="How codes become rows: `regression` also uses the donor's row and the model's own pieces of the "

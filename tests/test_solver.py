@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from mergekit_omp.solver import SparseCodes, int8, solve_omp
 from mergekit_omp.solver.budget import KEPT_BLOCK, chunk_size
 from mergekit_omp.solver.int8 import Int8Screen
 from mergekit_omp.solver.refit import least_squares
-from mergekit_omp.solver.screen import FloatScreen
+from mergekit_omp.solver.screen import FloatScreen, Look, Screen
+from mergekit_omp.solver.shortlist import SIZE
 
 CPU = torch.device("cpu")
 
@@ -131,6 +133,66 @@ def test_exact_copies_and_multiples_stop_after_one_step(screen: str) -> None:
     assert (codes.indices[:2, 1:] == -1).all()
     assert (codes.coefficients[:2, 1:] == 0).all()
     assert (codes.relative_residuals < 1e-6).sum() >= 2
+
+
+class TestScanEvery:
+    """More than one atom from one look at all of them."""
+
+    @pytest.mark.parametrize("model", ["smollm2_dir", "gemma3_dir"])
+    def test_residuals_are_as_small_for_a_third_of_the_looks(
+        self, model: str, screen: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = embedding(request.getfixturevalue(model))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        atoms, targets = rows[order[:12_000]].float(), rows[order[12_000:12_064]].float()
+        looks: list[int] = []
+        for screen_class in (FloatScreen, Int8Screen):
+
+            def counted(self: Screen, residuals: torch.Tensor, look: Callable = screen_class.look) -> Look:
+                looks.append(len(residuals))
+                return look(self, residuals)
+
+            monkeypatch.setattr(screen_class, "look", counted)
+        exact = solve_omp(targets, atoms, 64)
+        assert sum(looks) == 64 * 64
+        looks.clear()
+        fast = solve_omp(targets, atoms, 64, scan_every=8)
+        assert 64 * 8 < sum(looks) < 64 * 64 / 3
+        assert not torch.equal(fast.indices, exact.indices), "the choices are others"
+        assert fast.relative_residuals.mean() < 1.015 * exact.relative_residuals.mean()
+
+    def test_a_list_of_all_atoms_is_exact(self, screen: str) -> None:
+        atoms, targets = random_rows(SIZE, 40, 70, 2.0), random_rows(30, 40, 71, 2.0)
+        exact, fast = solve_omp(targets, atoms, 20), solve_omp(targets, atoms, 20, scan_every=20)
+        assert torch.equal(fast.indices, exact.indices)
+
+    def test_a_list_of_copies_is_not_worked_through(self) -> None:
+        """Rows of tokens that were never trained differ by noise: of a list full of them one is enough."""
+        plain = torch.eye(128)[:100]
+        copies = torch.eye(128)[100] + 1e-5 * random_rows(4 * SIZE, 128, 72)
+        target = 3 * plain[:32].sum(0) + copies[0] + 0.5 * plain[50:58].sum(0)
+        atoms = torch.cat([plain, copies])
+        for scan_every in (1, 12):
+            codes = solve_omp(target[None], atoms, 41, scan_every=scan_every)
+            assert (codes.indices >= 100).sum() == 1
+            assert codes.relative_residuals.item() < 0.01
+
+    def test_chunks_and_devices_give_the_same_codes(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        atoms, targets = random_rows(2000, 64, 74, 2.0), random_rows(61, 64, 75, 2.0)
+        whole = solve_omp(targets, atoms, 40, scan_every=6)
+        for chunk, devices in [(1, [CPU]), (7, [CPU]), (61, [CPU] * 3)]:
+            force(monkeypatch, None, chunk)
+            codes = solve_omp(targets, atoms, 40, scan_every=6, devices=devices)
+            assert torch.equal(codes.indices, whole.indices)
+
+    def test_targets_that_end_early_leave_the_others_alone(self, screen: str) -> None:
+        atoms = random_rows(500, 64, 76)
+        targets = torch.cat([atoms[5:6], random_rows(3, 64, 77), atoms[7:8] + atoms[11:12]])
+        together = solve_omp(targets, atoms, 16, scan_every=4)
+        alone = [solve_omp(target[None], atoms, 16, scan_every=4).indices[0] for target in targets]
+        assert torch.equal(together.indices, torch.stack(alone))
+        assert supports(together)[0] == [5]
+        assert set(supports(together)[4]) >= {7, 11}
 
 
 def test_zero_rows(screen: str) -> None:
@@ -365,11 +427,12 @@ def test_relative_residual_is_that_of_the_combination() -> None:
     k=st.integers(1, 48),
     seed=st.integers(0, 10_000),
     common=st.sampled_from([0.0, 3.0]),
+    scan_every=st.integers(1, 9),
 )
-def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, common: float) -> None:
+def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, common: float, scan_every: int) -> None:
     """At most k distinct atoms; the residual is orthogonal to them; more atoms never make it larger."""
     atoms, targets = random_rows(count, dim, seed, common), random_rows(7, dim, seed + 1, common)
-    codes = solve_omp(targets, atoms, k)
+    codes = solve_omp(targets, atoms, k, scan_every=scan_every)
     last, zero = torch.full((7,), torch.inf, dtype=torch.float64), 1e-12 * targets.norm(dim=1)
     for row in supports(codes):
         assert len(set(row)) == len(row) <= min(k, count, dim)

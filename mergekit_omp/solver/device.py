@@ -25,6 +25,7 @@ def solve_on(
     k: int,
     *,
     normalize_atoms: bool,
+    scan_every: int,
     budget: int | None,
     sharing: int,
     progress: Callable[[int], None] | None,
@@ -45,7 +46,7 @@ def solve_on(
 
     def solve(chunk: Tensor) -> SparseCodes:
         rows = chunk.to(device, torch.float32)
-        support = find_supports(rows, screen, k)
+        support = find_supports(rows, screen, k, scan_every)
         coefficients, residuals = refit(rows, atoms, support)
         used = support >= 0
         if normalize_atoms:

@@ -27,6 +27,7 @@ def solve_omp(
     k: int,
     *,
     normalize_atoms: bool = False,
+    scan_every: int = 1,
     memory_budget: int | None = None,
     devices: Sequence[torch.device] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -39,6 +40,8 @@ def solve_omp(
         atoms: (N, d) of any floating dtype.
         k: the sparsity, at least 1; more than N means N, with a warning.
         normalize_atoms: select by the angle |⟨r, a⟩| / ‖a‖ instead of |⟨r, a⟩|.
+        scan_every: 1 looks at all atoms for each one that is chosen, which is exact. With more, up to so many are
+            chosen from a shortlist between two looks.
         memory_budget: bytes that the solve may hold on a device at a time, beside its input.
         devices: where to work; the targets are split over them. Default: the device of ``targets``.
         progress: called with the number of targets finished since the last call.
@@ -74,6 +77,7 @@ def solve_omp(
             atoms,
             k,
             normalize_atoms=normalize_atoms,
+            scan_every=scan_every,
             budget=memory_budget,
             sharing=sharing,
             progress=progress,

@@ -44,15 +44,35 @@ class Look:
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """All pairs of a residual (Q,) and an atom (Q,) that may have its highest score, residual by residual."""
-        # Floating numbers that are not negative are in the order of their bits, and integers are compared faster.
-        bits = torch.int16 if self.magnitudes.element_size() == 2 else torch.int32
-        peaks = self.magnitudes.view(bits).amax(1).view(self.magnitudes.dtype).float()
+        peaks = self._peaks()
         needed = self.needed(peaks)
         rows, groups = (peaks >= needed).nonzero(as_tuple=True)
         pair, member = (self.magnitudes[rows, :, groups] >= needed[rows, groups, None]).nonzero(as_tuple=True)
         rows, atoms = rows[pair], self.order[member, groups[pair]]
         real = atoms >= 0
         return rows[real], atoms[real]
+
+    def highest(self, count: int) -> tuple[Tensor, Tensor]:
+        """The atoms of the highest scores, and what none of the others exceeds, as far as magnitudes tell.
+
+        Args:
+            count: M, at most as many as there are places.
+
+        Returns:
+            The atoms int64 (B, M), -1 for none, and the score float32 (B,).
+        """
+        # They all stand in the groups of the M highest peaks.
+        groups = self._peaks().topk(min(count, self.order.shape[1]), dim=1).indices
+        members = self.magnitudes[torch.arange(len(groups), device=groups.device)[:, None], :, groups]
+        highest, places = members.flatten(1).topk(count, dim=1)
+        atoms = self.order[places % GROUP, groups.gather(1, places // GROUP)]
+        return atoms, highest[:, -1].float() * self.unit
+
+    def _peaks(self) -> Tensor:
+        """The highest magnitude float32 (B, G) of each group."""
+        # Floating numbers that are not negative are in the order of their bits, and integers are compared faster.
+        bits = torch.int16 if self.magnitudes.element_size() == 2 else torch.int32
+        return self.magnitudes.view(bits).amax(1).view(self.magnitudes.dtype).float()
 
     def needed(self, peaks: Tensor) -> Tensor:
         """The magnitude (B, G) from which on an atom may have the highest score, given that of each group (B, G)."""
