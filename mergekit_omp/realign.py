@@ -7,7 +7,7 @@ import torch
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.solver import SparseCodes
+from mergekit_omp.solver import SparseCodes, not_finite
 from mergekit_omp.vocabulary.matching import MatchReason, VocabularyMatch
 
 NOISE_SEED = 0
@@ -162,9 +162,8 @@ def check_rows(weight: torch.Tensor, rows: torch.Tensor, name: str) -> None:
             f"{name} has {weight.shape[0]} rows, but its config.json promises at least {highest + 1}: "
             "set vocab_size there to the rows that the checkpoint has."
         )
-    finite = torch.isfinite(weight).flatten(start_dim=1).all(dim=1) if weight.ndim > 1 else torch.isfinite(weight)
-    if not bool(finite.all()):
-        bad = (~finite).nonzero().squeeze(1).tolist()
+    bad = not_finite(weight).tolist()
+    if bad:
         raise OmpError(
             f"{name} holds NaN or infinite values in {len(bad)} rows (first: {', '.join(map(str, bad[:5]))}); "
             "repair the checkpoint."

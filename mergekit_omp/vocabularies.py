@@ -39,6 +39,10 @@ class OutputTokenizer(BuildTokenizer):
         """The model that ``source: base`` and ``source: union`` start from."""
         return self.base_model or self.referenced_models[0]
 
+    def is_unchanged(self) -> bool:
+        """Whether it is a model's own tokenizer, without additions."""
+        return self.tokenizer_source != "union" and not self.add_tokens
+
     def donors(self) -> tuple[ModelReference, ...]:
         """The models that give the rows which an input lacks, in order of precedence."""
         if isinstance(self.tokenizer_source, ModelReference):
@@ -48,7 +52,7 @@ class OutputTokenizer(BuildTokenizer):
 
 def forget() -> None:
     """Drop everything that was read: a path may hold another model in the next run."""
-    for cached in (_shared_tokenizer, vocabulary_of, shared_output_tokenizer, output_vocabulary, match_of):
+    for cached in (_shared_tokenizer, _tokens_of, vocabulary_of, shared_output_tokenizer, output_vocabulary, match_of):
         cached.cache_clear()
 
 
@@ -101,9 +105,15 @@ def _told(
 
 
 @lru_cache(maxsize=32)
+def _tokens_of(model: ModelReference, trust_remote_code: bool) -> Vocabulary:
+    """All tokens of a model's tokenizer."""
+    return read_vocabulary(tokenizer_of(model, trust_remote_code))
+
+
+@lru_cache(maxsize=32)
 def vocabulary_of(model: ModelReference, trust_remote_code: bool) -> Vocabulary:
     """The tokens of a model that its embedding has rows for; all of them where there is a tokenizer alone."""
-    vocabulary = read_vocabulary(tokenizer_of(model, trust_remote_code))
+    vocabulary = _tokens_of(model, trust_remote_code)
     if is_tokenizer_alone(model):
         return vocabulary
     return vocabulary.truncated(vocabulary_size(model, trust_remote_code))
@@ -125,6 +135,8 @@ def build_output_tokenizer(output: OutputTokenizer) -> PreTrainedTokenizerBase:
 @lru_cache(maxsize=4)
 def shared_output_tokenizer(output: OutputTokenizer) -> PreTrainedTokenizerBase:
     """The output tokenizer, shared: not to be changed."""
+    if output.is_unchanged():
+        return tokenizer_of(output.donors()[0], output.trust_remote_code, "tokenizer.source")
     return build_output_tokenizer(output)
 
 
@@ -135,10 +147,13 @@ def output_vocabulary(output: OutputTokenizer) -> Vocabulary:
     In a union, a token stands for the bytes that it stands for in the vocabulary it came from: ``Ġthe`` that another
     model brings is " the", though the union's tokenizer holds it as an added token.
     """
+    trust = output.trust_remote_code
+    if output.is_unchanged():
+        return _tokens_of(output.donors()[0], trust)
     vocabulary = read_vocabulary(shared_output_tokenizer(output))
     if output.tokenizer_source != "union":
         return vocabulary
-    origins = [read_vocabulary(tokenizer_of(model, output.trust_remote_code)) for model in output.donors()]
+    origins = [_tokens_of(model, trust) for model in output.donors()]
     origin_of = {token.text: token for origin in reversed(origins) for token in origin.tokens.values()}
     tokens = {id_: replace(origin_of.get(token.text, token), id=id_) for id_, token in vocabulary.tokens.items()}
     return replace(vocabulary, tokens=tokens)

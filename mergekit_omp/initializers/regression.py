@@ -83,13 +83,13 @@ class RowRegression:
         norm = anchors.float().norm(dim=1).mean().item()
         scale = norm / rows.norm(dim=1).mean().item()
         empty = cls(base, rows[:0], rows[:0], rows.mean(dim=0), scale, norm)
-        gram = right = 0.0  # φᵀφ [F, F] and φᵀb [F, D], summed in float64
+        gram = right = 0.0  # φᵀφ [F, F], its upper triangle, and φᵀb [F, D], summed in float64
         for part in _parts(len(rows)):
             known = empty.features(anchors[part], pieces[part])
-            gram = gram + (known.T @ known).double()
+            gram = gram + _upper_products(known).double()
             right = right + (known.T @ rows[part]).double()
         gram.diagonal().add_(ridge * gram.diagonal().mean())
-        weights = torch.linalg.solve(gram, right).float()
+        weights = torch.cholesky_solve(right, torch.linalg.cholesky(gram, upper=True), upper=True).float()
         for part in _parts(len(rows)):
             rows[part] -= empty.features(anchors[part], pieces[part]) @ weights
         return replace(empty, weights=weights, surprise=rows)
@@ -152,6 +152,17 @@ def pieces_of_anchors(tokens: Sequence[bytes], rows_of: Mapping[bytes, int]) -> 
     """
     longest = max(map(len, rows_of), default=0)
     return [spell(token, rows_of, min(longest, len(token) - 1)) for token in tokens]
+
+
+def _upper_products(rows: Tensor, blocks: int = 8) -> Tensor:
+    """The upper triangle of rowsᵀ rows [F, F], of rows [T, F]; what is below counts for nothing."""
+    size = rows.shape[1]
+    products = rows.new_zeros(size, size)
+    for columns in torch.arange(size).tensor_split(blocks):
+        if len(columns):
+            part, end = slice(int(columns[0]), int(columns[-1]) + 1), int(columns[-1]) + 1
+            products[:end, part] = rows[:, :end].T @ rows[:, part]
+    return products
 
 
 def _parts(count: int) -> Iterator[slice]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,18 @@ class SparseCodes:
 
         Args:
             rows: (N, D) of any floating dtype, one row for each atom, in the atoms' order.
-            chunk_bytes: bound on the float32 rows gathered at a time.
+            chunk_bytes: bound on the float32 copies of ``rows`` that are held at a time.
 
         Returns:
             float32 (B, D) on the device of ``rows``.
         """
         combined = torch.empty(len(self.indices), rows.shape[1], dtype=torch.float32, device=rows.device)
-        row_bytes = max(1, self.indices.shape[1] * rows.shape[1] * 4)
-        step = max(1, chunk_bytes // row_bytes)
-        for start in range(0, len(self.indices), step):
+        indices, coefficients = self.indices.clamp(min=0).to(rows.device), self.coefficients.to(rows.device)
+        step = max(1, chunk_bytes // (4 * max(1, len(rows))))
+        for start in range(0, rows.shape[1], step):
             part = slice(start, start + step)
-            indices = self.indices[part].clamp(min=0).to(rows.device)
-            coefficients = self.coefficients[part].to(rows.device)
-            combined[part] = torch.einsum("bk,bkd->bd", coefficients, rows[indices].float())
+            columns = rows[:, part].float().contiguous()
+            combined[:, part] = embedding_bag(indices, columns, per_sample_weights=coefficients, mode="sum")
         return combined
 
 

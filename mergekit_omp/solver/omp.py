@@ -88,9 +88,15 @@ def solve_omp(
     return concatenate(solved)
 
 
-def _check_finite(rows: Tensor, what: str) -> None:
+def not_finite(rows: Tensor) -> Tensor:
+    """Indices int64 of the rows (B, …) that hold NaN or infinity."""
+    rows = rows[:, None].flatten(1)
     suspects = (~torch.isfinite(rows.sum(1, dtype=torch.float32))).nonzero().flatten()  # finite rows too, by overflow
-    bad = suspects[~torch.isfinite(rows[suspects]).all(dim=1)]
+    return suspects[~torch.isfinite(rows[suspects]).all(dim=1)]
+
+
+def _check_finite(rows: Tensor, what: str) -> None:
+    bad = not_finite(rows)
     if len(bad):
         listed = ", ".join(str(int(row)) for row in bad[:5])
         raise OmpError(f"The {what} hold NaN or infinity, first in rows {listed}: repair the checkpoint.")
