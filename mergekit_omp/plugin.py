@@ -52,7 +52,12 @@ def connect_planner(plan: ModuleType) -> None:
 
 def connect_run(merge: ModuleType) -> None:
     """Have ``run_merge`` check a recipe of ours first, and publish its output only when it is whole."""
-    _wrap_once(merge, {"run_merge": _run_merge, "get_architecture_info": _get_architecture})
+    wrappers = {
+        "run_merge": _run_merge,
+        "get_architecture_info": _get_architecture,
+        "_model_out_config": _model_out_config,
+    }
+    _wrap_once(merge, wrappers)
 
 
 def _wrap_once(module: ModuleType, wrappers: dict[str, Wrapped]) -> None:
@@ -157,6 +162,16 @@ def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dic
 
     LoaderCache().setup(options)
     return fitting_architecture(known, config.referenced_models(), config.base_model, options)
+
+
+def _model_out_config(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
+    settings = wrapped(*args, **kwargs)
+    if _is_for_us(inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("config")):
+        # The base's ids mean nothing in the output vocabulary, and transformers warns of those beyond its end when
+        # mergekit saves the configuration. ``finish_output`` sets the output's.
+        for role in ("bos", "eos", "pad"):
+            setattr(settings, f"{role}_token_id", None)
+    return settings
 
 
 def chat_template_of(config: Any) -> str | None:

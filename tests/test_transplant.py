@@ -192,6 +192,21 @@ def test_output_is_a_model_that_loads_and_generates(tmp_path: Path, pair: tuple[
     assert "mean relative residual" in log
 
 
+def test_no_warning_of_ids_beyond_the_end_of_a_smaller_vocabulary(tmp_path: Path) -> None:
+    """The base's eos comes last in its vocabulary; the output's ids are right, so there is nothing to tell."""
+    base_tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    base_tokenizer.add_tokens([f"filler{i}" for i in range(500)])
+    base_tokenizer.add_special_tokens({"eos_token": "<|the very last|>"})
+    base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
+    donor = save(tmp_path / "donor", make_model(donor_tokenizer, hidden=24), donor_tokenizer)
+    assert base_tokenizer.eos_token_id >= len(donor_tokenizer)
+
+    log = merge(recipe(base, donor), tmp_path / "out")
+    assert "token_id" not in log
+    config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
+    assert config.eos_token_id == donor_tokenizer.eos_token_id
+
+
 def test_quiet_silences_bar_and_log(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, donor = pair
     assert "Approximating tokens" in merge(recipe(base, donor), tmp_path / "loud")
