@@ -14,7 +14,7 @@ from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from mergekit_omp.architecture import vocabulary_size
 from mergekit_omp.errors import OmpError
@@ -28,6 +28,9 @@ LOG = logging.getLogger(__name__)
 UNFINISHED = ".unfinished"
 
 _GENERATION = GenerationConfig()
+
+_SET_ROLES = ("bos", "eos", "pad")
+"""Roles whose ids a configuration always states, if only as None."""
 
 
 @contextmanager
@@ -89,6 +92,17 @@ def _check_free(final: Path) -> None:
         )
 
 
+def without_ids_of_base(settings: PretrainedConfig) -> PretrainedConfig:
+    """A configuration whose bos, eos and pad are None until :func:`finish_output` sets the output's.
+
+    The base's ids mean nothing in the output vocabulary, and transformers warns of those beyond its end when mergekit
+    saves the configuration.
+    """
+    for role in _SET_ROLES:
+        setattr(settings, f"{role}_token_id", None)
+    return settings
+
+
 def finish_output(folder: Path, config: MergeConfiguration, output: OutputTokenizer, options: MergeOptions) -> None:
     """Make config.json and generation_config.json of a merged model agree with its tokenizer.
 
@@ -133,7 +147,7 @@ class TokenIds:
 
     def set_roles(self, settings: dict[str, Any]) -> None:
         """Set bos, eos and pad, and unk where there is one, to those of the output tokenizer."""
-        for role in ("bos", "eos", "pad"):
+        for role in _SET_ROLES:
             settings[f"{role}_token_id"] = self.roles.get(role)
         if "unk" in self.roles:
             settings["unk_token_id"] = self.roles["unk"]

@@ -166,12 +166,11 @@ def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dic
 
 def _model_out_config(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
     settings = wrapped(*args, **kwargs)
-    if _is_for_us(inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("config")):
-        # The base's ids mean nothing in the output vocabulary, and transformers warns of those beyond its end when
-        # mergekit saves the configuration. ``finish_output`` sets the output's.
-        for role in ("bos", "eos", "pad"):
-            setattr(settings, f"{role}_token_id", None)
-    return settings
+    if not _is_for_us(inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("config")):
+        return settings
+    from mergekit_omp.output import without_ids_of_base
+
+    return without_ids_of_base(settings)
 
 
 def chat_template_of(config: Any) -> str | None:

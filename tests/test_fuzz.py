@@ -103,7 +103,8 @@ def member(value: Any, path: tuple[Any, ...]) -> Any:
 def aborts(value: Any) -> bool:
     """Whether tokenizers ends the whole process on this: it panics in a panic, where merges lack the prefix."""
     model = value.get("model") if isinstance(value, dict) else None
-    return isinstance(model, dict) and bool(model.get("continuing_subword_prefix"))
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    return isinstance(prefix, str) and prefix != ""
 
 
 @pytest.mark.parametrize("which", ["base", "donor"])
