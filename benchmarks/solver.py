@@ -9,7 +9,7 @@ import argparse
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,9 @@ FEW_ATOMS = 8_000
 BATCH = 512
 """Targets of batch_omp, which is mergekit's own batch; a quarter of it at k = 256, which lasts long enough."""
 
-MORE = 8
-"""Times as many for ours, which takes a few hundred at a time as well: its set-up is for tens of thousands."""
+PAIR = 10_000
+"""Targets of ours, whose set-up is for all targets of a pair: as many as the smallest real pair has. A tenth of that at
+k = 256, which lasts long enough."""
 
 GEMM_ROWS = 192
 """Rows of the plain products: about as many as ours multiplies at a time."""
@@ -252,7 +253,7 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def cases(device: str) -> list[Case]:
+def cases(device: str, sparsities: Sequence[int]) -> list[Case]:
     """As many atoms as real pairs have."""
     shapes = [
         ("smollm2", 576, 39_237),
@@ -260,31 +261,28 @@ def cases(device: str) -> list[Case]:
         ("synthetic", 2048, 70_000),
         ("synthetic", 4096, 70_000),
     ]
-    return [Case(rows, dim, atoms, k, 0, device) for rows, dim, atoms in shapes for k in (8, 64, 256)]
+    return [Case(rows, dim, atoms, k, 0, device) for k in sparsities for rows, dim, atoms in shapes]
 
 
-def table(grid: list[Case], methods: Iterable[str]) -> list[str]:
-    """A row for each case and method."""
-    lines = [
+def table(grid: list[Case], methods: Iterable[str]) -> Iterator[str]:
+    """A row for each case and method, as they are measured."""
+    yield (
         "| rows | d | atoms | k | method | targets | ms per target | targets/s | ratio | peak MiB | same support "
-        "| as float64 | residual |",
-        "|" + 13 * "---|",
-    ]
+        "| as float64 | residual |"
+    )
+    yield "|" + 13 * "---|"
     for case in grid:
         few = BATCH if case.k < 256 else BATCH // 4
-        many = MORE * few if case.k < 256 else MORE * few // 2
         counts = {
-            "ours": many,
-            FASTER: many,
-            "k GEMMs": GEMM_ROWS * max(1, 128 // case.k),
+            "ours": PAIR if case.k < 256 else PAIR // 10,
+            "k GEMMs": GEMM_ROWS * max(1, 64 // case.k),
             "omp-gpu": 64,
             "sklearn": 4,
         }
         results = {method: apart(method, replace(case, targets=counts.get(method, few))) for method in methods}
         checked = _check(replace(case, targets=few, device="cpu"), results["batch_omp"], results["ours"])
         for method, result in results.items():
-            lines.append(_row(case, method, result, results["batch_omp"], checked.get(method, "")))
-    return lines
+            yield _row(case, method, result, results["batch_omp"], checked.get(method, ""))
 
 
 def _check(case: Case, theirs: Result, mine: Result) -> dict[str, str]:
@@ -358,6 +356,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--growth", type=Path, help="draw the growth curves into this file, and no table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("-k", type=int, nargs="+", default=[64, 8, 256], help="sparsities to measure")
+    parser.add_argument("--real-sizes", action="store_true", help="leave out the table of few atoms")
     options = parser.parse_args()
     if options.growth:
         growth(options.growth, options.device)
@@ -372,15 +372,20 @@ def main() -> None:
         omp_gpu_version = "(not installed)"
     machine = f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     sides = ["batch_omp", "ours", FASTER, "k GEMMs"]
-    lines = table(cases("cpu"), sides)
-    small = [replace(case, atoms=FEW_ATOMS) for case in cases("cpu") if case.k == 64]
-    lines += ["", f"With {FEW_ATOMS:,} atoms:", "", *table(small, METHODS)]
-    if options.device != "cpu":
-        machine += f", {torch.cuda.get_device_name()}"
-        lines += ["", f"On {options.device}:", "", *table(cases(options.device), sides)]
     dtype = "int8" if int8.is_supported() else "float32"
-    text = HEAD.format(machine=machine, atoms=FEW_ATOMS, dtype=dtype, omp_gpu=omp_gpu_version, checked=CHECKED)
-    (HERE / "solver.md").write_text(text + "\n" + "\n".join(lines) + "\n")
+    head = HEAD.format(machine=machine, atoms=FEW_ATOMS, dtype=dtype, omp_gpu=omp_gpu_version, checked=CHECKED)
+    parts = [(head, cases("cpu", options.k), sides)]
+    if not options.real_sizes:
+        small = [replace(case, atoms=FEW_ATOMS) for case in cases("cpu", [64])]
+        parts.append((f"With {FEW_ATOMS:,} atoms:\n", small, list(METHODS)))
+    if options.device != "cpu":
+        title = f"On {options.device}, {torch.cuda.get_device_name()}:\n"
+        parts.append((title, cases(options.device, options.k), sides))
+    with (HERE / "solver.md").open("w") as page:
+        for number, (title, grid, methods) in enumerate(parts):
+            print("\n" * (number > 0) + title, file=page)
+            for line in table(grid, methods):
+                print(line, file=page, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from mergekit_omp.recipe import check_recipe, settings_of
 from mergekit_omp.record import match_counts
 from mergekit_omp.samples import readable
 from mergekit_omp.solver import solve_omp
+from mergekit_omp.solver.device import gain_of_gram
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of, vocabulary_of
 from mergekit_omp.vocabulary.canonical import TokenKind
 from mergekit_omp.vocabulary.matching import MatchReason
@@ -231,6 +232,8 @@ def _timed(solve: Solve, device: str | None) -> Solve:
     alone, together = seconds(1), seconds(_PROBE_TARGETS)  # to set up takes as long for one as for many
     each = max(0.0, together - alone) / (_PROBE_TARGETS - 1)
     scale = solve.matrices * solve.atoms / atoms
+    if solve.scan_every == 1:  # a probe is too small for a Gram matrix
+        scale /= gain_of_gram(rows.device, solve.targets, solve.atoms, solve.dim, solve.k)
     return Solve(**asdict(solve) | {"seconds": (alone + each * solve.targets) * scale})
 
 

@@ -18,8 +18,9 @@ from sklearn.linear_model import orthogonal_mp
 
 import mergekit_omp.solver.device as device_module
 from mergekit_omp.errors import OmpError
-from mergekit_omp.solver import SparseCodes, int8, solve_omp
+from mergekit_omp.solver import SparseCodes, gram, int8, solve_omp, speculation
 from mergekit_omp.solver.budget import KEPT_BLOCK, chunk_size
+from mergekit_omp.solver.gram import Gram
 from mergekit_omp.solver.int8 import Int8Screen
 from mergekit_omp.solver.refit import least_squares
 from mergekit_omp.solver.screen import FloatScreen, Look, Screen
@@ -65,6 +66,16 @@ SCREENS = {
 }
 
 
+GRAM = "gram"
+
+
+@pytest.fixture(params=[*SCREENS, GRAM])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every way to solve exactly, whatever this machine would choose."""
+    force(monkeypatch, request.param)
+    return request.param
+
+
 @pytest.fixture(params=SCREENS)
 def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every way to look at all atoms, whatever this machine would choose."""
@@ -79,22 +90,25 @@ def skip_where_missing(screen: str | None) -> None:
 
 def force(monkeypatch: pytest.MonkeyPatch, screen: str | None = None, chunk: int | None = None) -> None:
     skip_where_missing(screen)
-    if screen is not None:
+    if screen == GRAM:
+        monkeypatch.setattr(device_module, "gain_of_gram", lambda *_: 2.0)
+    elif screen is not None:
         monkeypatch.setattr(device_module, "_screen", SCREENS[screen])
     if chunk is not None:
         monkeypatch.setattr(device_module, "chunk_size", lambda *_: chunk)
+        monkeypatch.setattr(gram, "fitting_chunk", lambda *_: chunk)
 
 
 @pytest.mark.parametrize("common", [0.0, 2.0], ids=["isotropic", "common-direction"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_supports_are_those_of_a_float64_reference(screen: str, common: float, dtype: torch.dtype) -> None:
+def test_supports_are_those_of_a_float64_reference(way: str, common: float, dtype: torch.dtype) -> None:
     atoms, targets = random_rows(3000, 96, 0, common).to(dtype), random_rows(40, 96, 1, common).to(dtype)
     codes = solve_omp(targets, atoms, 24)
     expected = [reference_omp(x, atoms.double().numpy(), 24) for x in targets.double().numpy()]
     assert supports(codes) == expected
 
 
-def test_same_as_scikit_learn(screen: str) -> None:
+def test_same_as_scikit_learn(way: str) -> None:
     """sklearn selects in the same way on unit atoms, and its coefficients are the same least-squares solution."""
     atoms = torch.nn.functional.normalize(random_rows(400, 48, 2))
     targets = random_rows(30, 48, 3)
@@ -105,7 +119,7 @@ def test_same_as_scikit_learn(screen: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["smollm2_dir", "gemma3_dir"])
-def test_real_rows(model: str, screen: str, request: pytest.FixtureRequest) -> None:
+def test_real_rows(model: str, way: str, request: pytest.FixtureRequest) -> None:
     """Real embeddings share strong directions and have near-copies; the supports are still those of float64."""
     rows = embedding(request.getfixturevalue(model))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
@@ -124,7 +138,7 @@ def test_normalized_atoms_are_selected_by_angle() -> None:
     torch.testing.assert_close(by_angle.coefficients, torch.tensor([[10.0]]))
 
 
-def test_exact_copies_and_multiples_stop_after_one_step(screen: str) -> None:
+def test_exact_copies_and_multiples_stop_after_one_step(way: str) -> None:
     atoms = random_rows(500, 64, 4)
     targets = torch.stack([atoms[7], -3 * atoms[11], atoms[7] + atoms[11]])
     codes = solve_omp(targets, atoms, 8, normalize_atoms=True)
@@ -195,7 +209,7 @@ class TestScanEvery:
         assert set(supports(together)[4]) >= {7, 11}
 
 
-def test_zero_rows(screen: str) -> None:
+def test_zero_rows(way: str) -> None:
     atoms, targets = random_rows(300, 32, 5), random_rows(4, 32, 6)
     atoms[17] = 0
     targets[2] = 0
@@ -211,7 +225,7 @@ def test_only_zero_atoms_give_empty_codes() -> None:
     torch.testing.assert_close(codes.relative_residuals, torch.ones(3))
 
 
-def test_of_equal_atoms_the_first_is_used_and_never_both(screen: str) -> None:
+def test_of_equal_atoms_the_first_is_used_and_never_both(way: str) -> None:
     atoms = random_rows(400, 24, 8)
     atoms[200:] = atoms[:200].flip(0)
     codes = solve_omp(random_rows(20, 24, 9), atoms, 24)
@@ -219,7 +233,7 @@ def test_of_equal_atoms_the_first_is_used_and_never_both(screen: str) -> None:
     assert codes.coefficients.abs().max() < 1e3
 
 
-def test_opposite_atoms_tie_and_the_first_is_used(screen: str) -> None:
+def test_opposite_atoms_tie_and_the_first_is_used(way: str) -> None:
     """|⟨r, a⟩| = |⟨r, -a⟩| exactly; the second of the pair is dependent and must not follow the first."""
     atoms = random_rows(200, 40, 10)
     atoms = torch.cat([atoms, -atoms])
@@ -227,7 +241,7 @@ def test_opposite_atoms_tie_and_the_first_is_used(screen: str) -> None:
     assert int(codes.indices.max()) < 200
 
 
-def test_more_steps_than_dimensions_end_with_a_zero_residual(screen: str) -> None:
+def test_more_steps_than_dimensions_end_with_a_zero_residual(way: str) -> None:
     codes = solve_omp(random_rows(10, 16, 12), random_rows(300, 16, 13), 64)
     assert ((codes.indices >= 0).sum(1) <= 16).all()
     assert codes.relative_residuals.max() < 1e-5
@@ -269,6 +283,8 @@ def test_chunks_devices_and_ways_give_the_same_codes(monkeypatch: pytest.MonkeyP
     force(monkeypatch, "float32", 61)
     whole = solve_omp(targets, atoms, 40)
     for screen, chunk, devices in [
+        (GRAM, 1, [CPU]),
+        (GRAM, 13, [CPU] * 3),
         (None, 1, [CPU]),
         (None, 7, [CPU]),
         ("bfloat16", 61, [CPU] * 3),
@@ -446,7 +462,7 @@ def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, c
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), screen=st.sampled_from([None, *SCREENS]))
+@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), screen=st.sampled_from([None, *SCREENS, GRAM]))
 def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, screen: str | None) -> None:
     atoms, targets = random_rows(300, 32, seed, 1.0), random_rows(20, 32, seed + 1, 1.0)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))

@@ -3,19 +3,23 @@
 import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mergekit_omp.solver import int8
+from mergekit_omp.solver import gram, int8
 from mergekit_omp.solver.budget import SHARE_OF_FREE, chunk_size, free_memory
 from mergekit_omp.solver.codes import SparseCodes, concatenate
+from mergekit_omp.solver.lanes import in_lanes
 from mergekit_omp.solver.refit import refit
 from mergekit_omp.solver.scan import find_supports
 from mergekit_omp.solver.screen import FloatScreen, Screen
 
 LOG = logging.getLogger(__name__)
+
+Way = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+"""Targets float32 (B, d) to support (B, k), coefficients (B, k) and relative residuals (B,)."""
 
 
 def solve_on(
@@ -41,13 +45,10 @@ def solve_on(
         atoms, norms = atoms[first], norms[first]
     if normalize_atoms:
         atoms = atoms / norms.where(norms > 0, torch.ones_like(norms))
-    screen = _screen(atoms)
-    chunk = chunk_size(device, budget, len(targets), *atoms.shape, k, lanes, screen.score_bytes)
+    solve_rows, chunk = _way(atoms, len(targets), k, scan_every, budget, lanes)
 
     def solve(chunk: Tensor) -> SparseCodes:
-        rows = chunk.to(device, torch.float32)
-        support = find_supports(rows, screen, k, scan_every)
-        coefficients, residuals = refit(rows, atoms, support)
+        support, coefficients, residuals = solve_rows(chunk.to(device, torch.float32))
         used = support >= 0
         if normalize_atoms:
             coefficients = (coefficients / norms.squeeze(1)[support.clamp(min=0)]).masked_fill(~used, 0)
@@ -61,12 +62,7 @@ def solve_on(
 
 
 def _in_lanes(solve: Callable[[Tensor], SparseCodes], targets: Tensor, chunk: int, lanes: int) -> list[SparseCodes]:
-    """Solve all chunks, several at a time with a thread each, and chunks of half the size after out-of-memory.
-
-    A pursuit is many small operations. Threads that each take whole chunks never wait for each other, as those of one
-    operation do.
-    """
-    threads = torch.get_num_threads()
+    """Solve all chunks, several at a time with a thread each, and chunks of half the size after out-of-memory."""
     size, lock = [chunk], threading.Lock()
 
     def solve_or_halve(rows: Tensor) -> list[SparseCodes]:
@@ -86,13 +82,8 @@ def _in_lanes(solve: Callable[[Tensor], SparseCodes], targets: Tensor, chunk: in
                 torch.cuda.empty_cache()
         return done
 
-    if lanes == 1:
-        return solve_or_halve(targets)
-    try:
-        with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return [codes for part in pool.map(solve_or_halve, targets.split(chunk)) for codes in part]
-    finally:
-        torch.set_num_threads(threads)
+    parts = targets.split(chunk) if lanes > 1 else [targets]
+    return [codes for part in in_lanes(solve_or_halve, parts, lanes) for codes in part]
 
 
 def _first_copies(atoms: Tensor) -> Tensor:
@@ -109,6 +100,31 @@ def _first_copies(atoms: Tensor) -> Tensor:
         here, before = order[places], order[places - 1]
         same[here] = (atoms[here] == atoms[before]).all(dim=1)
     return (~same).nonzero().flatten()
+
+
+def _way(atoms: Tensor, targets: int, k: int, scan_every: int, budget: int, lanes: int) -> tuple[Way, int]:
+    """How to solve so many targets, and how many at a time: what is fastest of what fits into the budget."""
+    if scan_every == 1 and gain_of_gram(atoms.device, targets, *atoms.shape, k) > 1:
+        chunk = gram.fitting_chunk(budget, *atoms.shape, k, lanes)
+        if chunk:
+            from mergekit_omp.solver import speculation
+
+            return partial(speculation.solve, gram=gram.Gram(atoms, lanes), k=k), chunk
+    screen = _screen(atoms)
+
+    def solve(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        support = find_supports(rows, screen, k, scan_every)
+        return support, *refit(rows, atoms, support)
+
+    return solve, chunk_size(atoms.device, budget, targets, *atoms.shape, k, lanes, screen.score_bytes)
+
+
+def gain_of_gram(device: torch.device, targets: int, atoms: int, dim: int, k: int) -> float:
+    """How many times as long as with a Gram matrix a solve takes with looks at all atoms; 1 where it is not used."""
+    scan_cost = int8.COST if int8.is_supported() else 1.0
+    if device.type != "cpu" or not gram.pays(targets, atoms, dim, k, scan_cost) or not gram.is_supported():
+        return 1.0
+    return scan_cost * targets * atoms * dim * k / gram.cost(targets, atoms, dim, k)
 
 
 def _screen(atoms: Tensor) -> Screen:

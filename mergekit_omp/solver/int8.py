@@ -17,6 +17,9 @@ LEVELS = 126.5
 ZERO_POINT = 128
 """What oneDNN's unsigned codes of the left factor mean by zero."""
 
+COST = 0.3
+"""What a multiplication of this screen takes of the time of one of a plain float32 product."""
+
 CERTAINTY = math.sqrt(2 * math.log(2e20))
 """How many standard deviations a sum of rounding errors is off but with a probability of 10⁻²⁰."""
 
