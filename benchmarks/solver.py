@@ -31,8 +31,8 @@ BATCH = 512
 """Targets of batch_omp, which is mergekit's own batch; a quarter of it at k = 256, which lasts long enough."""
 
 PAIR = 10_000
-"""Targets of ours, whose set-up is for all targets of a pair: as many as the smallest real pair has. A tenth of that at
-k = 256, which lasts long enough."""
+"""Targets of ours, whose set-up is for all targets of a pair: as many as the smallest real pair has. A tenth of that
+at k = 256, which lasts long enough."""
 
 GEMM_ROWS = 192
 """Rows of the plain products: about as many as ours multiplies at a time."""
@@ -44,24 +44,25 @@ FASTER = "ours, scan_every: 8"
 
 HEAD = """# The solver against other implementations
 
-Written by `python -m benchmarks.solver` on {machine}.
+Written by `python -m benchmarks.solver{options}` on {machine}.
 
 SmolLM2 (d = 576) and Gemma-3-270M (d = 640) are real embedding rows, split at random into atoms and targets.
 *Synthetic* rows have the shape of larger models: Gaussian with a spectrum that decays as 1/√i, and a common direction,
-rounded to bfloat16 as checkpoints are. The first table has as many atoms as real pairs (SmolLM2 with Gemma's tokenizer
-has 39,237, Llama 3's tokenizer and Mistral NeMo about 70,000), the second {atoms:,}, so that methods that hold a Gram
-matrix of all atoms can take part. What is scaled down is the number of targets (a real pair has 10,000 to 60,000); for
-each method it is in its column. Times are per target, and the set-up of each method (copies, Gram matrix, rounded
-atoms) is in them, but for the GEMMs.
+rounded to bfloat16 as checkpoints are. There are as many atoms as real pairs have (SmolLM2 with Gemma's tokenizer
+39,237, Llama 3's tokenizer and Mistral NeMo about 70,000), or {atoms:,} in a table of its own, so that methods that
+hold a float32 Gram matrix of all atoms can take part. What is scaled down is the number of targets (a real pair has
+10,000 to 200,000); for each method it is in its column. Times are per target, and the set-up of each method (copies,
+Gram matrix, rounded atoms) is in them, but for the GEMMs.
 
 - *ratio*: time per target of `batch_omp` over that of the row.
-- *peak*: resident memory above what the process held with the data loaded.
+- *peak*: resident memory above what the process held with the data loaded. Ours takes up to half of what is free for a
+  Gram matrix; `memory_budget` bounds it, and with less all atoms are looked at in each step.
 - *same support*: share of the targets (those solved by both) whose set of atoms is `batch_omp`'s.
 - *as float64*: of {checked} targets, those on which the two differ first, how many supports are those of a plain
   float64 OMP. The last digits of float32 decide now and then between atoms; ours settles such choices in float64.
 - *residual*: mean ‖x - x̂‖ / ‖x‖ over the targets that `batch_omp` solved too (its own in its line).
 - `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan ({dtype} on this CPU): the limit of
-  any method that scans all atoms at each step.
+  any method that multiplies all atoms with the residual at each step. Ours is faster where it has a Gram matrix.
 
 `ours, scan_every: 8` looks at all atoms less often, which is off by default: its supports are others, with the
 residuals that its lines tell. `batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`), with one batch, of the 512
@@ -370,10 +371,18 @@ def main() -> None:
         omp_gpu_version = version("orthogonal-matching-pursuit-gpu")
     except PackageNotFoundError:
         omp_gpu_version = "(not installed)"
-    machine = f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
+    vnni = "with" if int8.is_supported() else "without"
+    machine = f"{torch.get_num_threads()} CPU threads {vnni} 8-bit products, torch {torch.__version__}"
     sides = ["batch_omp", "ours", FASTER, "k GEMMs"]
     dtype = "int8" if int8.is_supported() else "float32"
-    head = HEAD.format(machine=machine, atoms=FEW_ATOMS, dtype=dtype, omp_gpu=omp_gpu_version, checked=CHECKED)
+    head = HEAD.format(
+        options="".join(f" {word}" for word in sys.argv[1:]),
+        machine=machine,
+        atoms=FEW_ATOMS,
+        dtype=dtype,
+        omp_gpu=omp_gpu_version,
+        checked=CHECKED,
+    )
     parts = [(head, cases("cpu", options.k), sides)]
     if not options.real_sizes:
         small = [replace(case, atoms=FEW_ATOMS) for case in cases("cpu", [64])]

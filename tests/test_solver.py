@@ -461,6 +461,47 @@ def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, c
     assert (inner.abs().amax(1) <= 1e-7 * targets.norm(dim=1)).all()
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    count=st.integers(1, 700),
+    dim=st.integers(1, 60),
+    seed=st.integers(0, 10_000),
+    size=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+def test_gram_is_the_matrix_of_cosines(count: int, dim: int, seed: int, size: float) -> None:
+    """Within half a unit and the rounding of the product, with zeros for zero atoms and where there is none."""
+    atoms = size * random_rows(count, dim, seed, 1.0)
+    atoms[seed % count] = 0
+    matrix = Gram(atoms, lanes=2)
+    unit = torch.nn.functional.normalize(atoms.double() / size)
+    cosines = torch.from_numpy(matrix.cosines).double() / gram.UNIT
+    error = (cosines[:, :count] - unit @ unit.T).abs().max().item()
+    assert error <= 0.5 / gram.UNIT + (dim + 16) * 2**-24
+    assert (cosines[:, count:] == 0).all()
+    inner = matrix.inner(torch.nn.functional.normalize(random_rows(3, dim, seed + 1)))
+    assert inner.shape == (3, gram.padded(count))
+    assert (inner[:, count:] == 0).all()
+
+
+@pytest.mark.parametrize("listed", [1, 200])
+@pytest.mark.parametrize("steps", [1, 2, 8, 30])
+def test_what_was_speculated_is_verified(steps: int, listed: int) -> None:
+    """With a shortlist too short to hold what OMP takes, most steps are undone, and the answer is the same."""
+    atoms, targets = random_rows(3000, 96, 80, 1.0), random_rows(12, 96, 81, 1.0)
+    expected = [reference_omp(x, atoms.double().numpy(), 24) for x in targets.double().numpy()]
+    support, _, _ = speculation.solve(targets, Gram(atoms, lanes=1), 24, ahead=steps, listed=listed)
+    assert support.tolist() == expected
+
+
+def test_without_numba_or_room_all_atoms_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (10_000, 30_000, 576, 64)
+    assert device_module.gain_of_gram(CPU, *shape) > 1
+    assert gram.fitting_chunk(2**33, *shape[1:], lanes=2) == gram.CHUNK
+    assert gram.fitting_chunk(2**30, *shape[1:], lanes=2) == 0
+    monkeypatch.setattr(gram, "is_supported", lambda: False)
+    assert device_module.gain_of_gram(CPU, *shape) == 1
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), screen=st.sampled_from([None, *SCREENS, GRAM]))
 def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, screen: str | None) -> None:

@@ -59,11 +59,11 @@ class Problem(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What is known after each of up to STEPS steps, which are to be verified.
+    """What is known after each of some steps, which are to be verified.
 
-    ``residuals`` float64 (STEPS, d), of a target of norm 1; ``weights`` float32 (STEPS, k), what the support's rows
-    are multiplied with; ``errors`` float32 (STEPS,), the bound on a look's cosines; ``choices`` int64 and ``scores``
-    float64 (STEPS,), the atom that was taken next, and |⟨residual, atom⟩| in units of the largest norm.
+    ``residuals`` float64 (steps, d), of a target of norm 1; ``weights`` float32 (steps, k), what the support's rows
+    are multiplied with; ``errors`` float32 (steps,), the bound on a look's cosines; ``choices`` int64 and ``scores``
+    float64 (steps,), the atom that was taken next, and |⟨residual, atom⟩| in units of the largest norm.
     """
 
     residuals: ndarray
@@ -94,13 +94,17 @@ class Shortlist(NamedTuple):
     cosines: ndarray
 
 
-def solve(targets: Tensor, gram: Gram, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def solve(
+    targets: Tensor, gram: Gram, k: int, *, ahead: int = STEPS, listed: int = LISTED
+) -> tuple[Tensor, Tensor, Tensor]:
     """The codes of targets.
 
     Args:
         targets: float32 (B, d).
         gram: of all atoms, no two of which are equal.
         k: the sparsity.
+        ahead: the most steps that are verified at once.
+        listed: about as many atoms as a shortlist has. Neither changes what is found.
 
     Returns:
         Support int64 (B, k) in the order of selection, -1 where the slot is unused; coefficients float32 (B, k), 0
@@ -115,7 +119,8 @@ def solve(targets: Tensor, gram: Gram, k: int) -> tuple[Tensor, Tensor, Tensor]:
         units.numpy(),
         gram.inner(units.float()).numpy(),
         Problem(gram.atoms.numpy(), gram.norms.numpy(), gram.reach.numpy(), gram.cosines, gram.largest),
-        *_workspace(dim, k),
+        *_workspace(dim, k, ahead),
+        listed,
         support,
         coefficients,
         residuals,
@@ -124,15 +129,15 @@ def solve(targets: Tensor, gram: Gram, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(support), scaled.float(), torch.from_numpy(residuals).float()
 
 
-def _workspace(dim: int, k: int) -> tuple[Steps, Solution, Shortlist, ndarray]:
+def _workspace(dim: int, k: int, ahead: int) -> tuple[Steps, Solution, Shortlist, ndarray]:
     """What the solve of one target after the other writes to."""
     width = -(-k // ROWS) * ROWS
     steps = Steps(
-        residuals=np.zeros((STEPS, dim)),
-        weights=np.zeros((STEPS, width), np.float32),
-        errors=np.zeros(STEPS, np.float32),
-        choices=np.zeros(STEPS, np.int64),
-        scores=np.zeros(STEPS),
+        residuals=np.zeros((ahead, dim)),
+        weights=np.zeros((ahead, width), np.float32),
+        errors=np.zeros(ahead, np.float32),
+        choices=np.zeros(ahead, np.int64),
+        scores=np.zeros(ahead),
     )
     solution = Solution(
         support=np.zeros(width, np.int64),
@@ -148,7 +153,7 @@ def _workspace(dim: int, k: int) -> tuple[Steps, Solution, Shortlist, ndarray]:
         scores=np.zeros(room, np.float32),
         cosines=np.zeros((k, room), np.float32),
     )
-    return steps, solution, shortlist, np.zeros((STEPS + ROWS, TILE), np.float32)
+    return steps, solution, shortlist, np.zeros((ahead + ROWS, TILE), np.float32)
 
 
 @compiled
@@ -160,6 +165,7 @@ def _solve_all(
     solution: Solution,
     shortlist: Shortlist,
     tile: ndarray,
+    aim: int,
     support: ndarray,
     coefficients: ndarray,
     residuals: ndarray,
@@ -167,7 +173,7 @@ def _solve_all(
     """Fill support, coefficients (B, k) and residuals (B,), for targets float64 (B, d) of norm 1, or 0."""
     for row in range(len(targets)):
         if _dot(targets[row], targets[row]) > 0:
-            size, left = _pursue(targets[row], inner[row], problem, steps, solution, shortlist, tile)
+            size, left = _pursue(targets[row], inner[row], problem, steps, solution, shortlist, tile, aim)
             support[row, :size] = solution.support[:size]
             coefficients[row, :size] = solution.coefficients[:size]
             residuals[row] = left
@@ -182,8 +188,9 @@ def _pursue(
     solution: Solution,
     shortlist: Shortlist,
     tile: ndarray,
+    aim: int,
 ) -> tuple[int, float]:
-    """Solve one target: the number of its atoms, and the norm of its residual.
+    """Solve one target, with shortlists of about ``aim`` atoms: the number of its atoms, and the norm of its residual.
 
     ``size`` atoms are in the solution, the first ``first`` of which were there at the first of the ``count`` steps to
     be verified.
@@ -198,16 +205,16 @@ def _pursue(
     ended = False  # the last of the steps' choices is in the solution, and no further one is needed
     ahead, threshold = 1, 0.6
     while True:
-        wrong, listed = _verify(inner, problem, steps, solution, shortlist, tile, size, count, threshold, not ended)
+        wrong, listed = _verify(inner, problem, steps, solution, shortlist, tile, size, count, threshold)
         if ended and wrong == count:
             break
         # The choice of this step is right, and what was done after it is undone.
         right = min(wrong, count - 1)
         size = first + right
-        ahead = right + 1 if wrong < count - 1 or ended else min(2 * ahead, STEPS)
-        if listed > 1.5 * LISTED:
+        ahead = right + 1 if wrong < count - 1 or ended else min(2 * ahead, len(steps.errors))
+        if listed > 1.5 * aim:
             threshold = min(1.04 * threshold, 0.95)
-        elif listed < 0.75 * LISTED:
+        elif listed < 0.75 * aim:
             threshold *= 0.96
         choice, score = steps.choices[right], steps.scores[right]
         first, count, ended = size + 1, 0, False
@@ -264,15 +271,14 @@ def _verify(
     size: int,
     count: int,
     threshold: float,
-    renew: bool,
 ) -> tuple[int, int]:
     """Look at all atoms for ``count`` steps, and put the best into their choices.
 
     Returns:
         The first step whose choice was another one, or ``count``; and the length of the new shortlist, of atoms that
-        score more than ``threshold`` times what the last step's choice does, where it is to be renewed.
+        score more than ``threshold`` times what the last step's choice does.
     """
-    sums, rows = tile[:STEPS], tile[STEPS:]
+    sums, rows = tile[:-ROWS], tile[-ROWS:]
     for slot in range(size, -(-size // ROWS) * ROWS):
         solution.support[slot] = solution.support[0]  # with weight 0
     wrong, listed = count, 0
@@ -292,11 +298,10 @@ def _verify(
             near = _any_reaches(sums[step], reach, steps.scores[step], steps.errors[step])
             if near and _rescore(problem, steps, sums[step], reach, step, start):
                 wrong = min(wrong, step)
-        if renew:
-            listed = _list(problem, solution, shortlist, sums[count - 1], part, least, listed, size, start)
-            while listed > TILE:
-                least = max(np.float32(1.1) * least, np.float32(0.5) * np.mean(shortlist.scores[:listed]))
-                listed = _shorten(shortlist, least, listed, size)
+        listed = _list(problem, solution, shortlist, sums[count - 1], part, least, listed, size, start)
+        while listed > TILE:
+            least = max(np.float32(1.1) * least, np.float32(0.5) * np.mean(shortlist.scores[:listed]))
+            listed = _shorten(shortlist, least, listed, size)
     return wrong, listed
 
 
