@@ -14,12 +14,13 @@ from transformers import PretrainedConfig
 
 from mergekit_omp.advice import advice
 from mergekit_omp.architecture import hidden_size, vocabulary_size
-from mergekit_omp.parameters import Approximation
+from mergekit_omp.parameters import Approximation, OmpParameters
 from mergekit_omp.realign import lacking, pose_problem
 from mergekit_omp.recipe import check_recipe, settings_of
 from mergekit_omp.record import match_counts
 from mergekit_omp.samples import readable
 from mergekit_omp.solver import solve_omp
+from mergekit_omp.solver.budget import SHARE_OF_FREE, free_memory, gram_bytes
 from mergekit_omp.solver.device import gain_of_gram
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of, vocabulary_of
 from mergekit_omp.vocabulary.canonical import TokenKind
@@ -45,6 +46,7 @@ class Solve:
         dim: width of the donor.
         k: sparsity.
         scan_every: the least that a tensor asks for.
+        memory_budget: bytes that the solver may take, the least that a tensor asks for; None for its default.
         seconds: an estimate for all of its matrices on this machine; None where it was not asked for.
     """
 
@@ -56,6 +58,7 @@ class Solve:
     dim: int
     k: int
     scan_every: int
+    memory_budget: int | None = None
     seconds: float | None = None
 
 
@@ -208,7 +211,12 @@ def _solves(config: MergeConfiguration, output: OutputTokenizer) -> Iterator[Sol
                 dim=hidden_size(donor_config) or 0,
                 k=min(max(settings_of(config, "k")), len(problem.atom_ids)),
                 scan_every=min(settings_of(config, "scan_every")),
+                memory_budget=min(map(_bytes, filter(None, settings_of(config, "memory_budget"))), default=None),
             )
+
+
+def _bytes(memory_budget: int | str) -> int:
+    return OmpParameters(memory_budget=memory_budget).memory_budget
 
 
 def _tied(config: PretrainedConfig) -> bool:
@@ -232,9 +240,17 @@ def _timed(solve: Solve, device: str | None) -> Solve:
     alone, together = seconds(1), seconds(_PROBE_TARGETS)  # to set up takes as long for one as for many
     each = max(0.0, together - alone) / (_PROBE_TARGETS - 1)
     scale = solve.matrices * solve.atoms / atoms
-    if solve.scan_every == 1:  # a probe is too small for a Gram matrix
+    if _bytes_of_gram(solve, rows.device):  # for which a probe is too small
         scale /= gain_of_gram(rows.device, solve.targets, solve.atoms, solve.dim, solve.k)
     return Solve(**asdict(solve) | {"seconds": (alone + each * solve.targets) * scale})
+
+
+def _bytes_of_gram(solve: Solve, device: torch.device) -> int:
+    """What the solver takes for a Gram matrix; 0 where it does without one."""
+    budget = free_memory(device) * SHARE_OF_FREE if solve.memory_budget is None else solve.memory_budget
+    needed = gram_bytes(solve.atoms, solve.dim, torch.get_num_threads())
+    gain = gain_of_gram(device, solve.targets, solve.atoms, solve.dim, solve.k)
+    return needed if solve.scan_every == 1 and gain > 1 and needed < budget else 0
 
 
 def _peak_memory(
@@ -247,7 +263,8 @@ def _peak_memory(
         stored = _itemsize(donor.config(trust_remote_code=options.trust_remote_code))
         matrix = vocabulary_size(donor, options.trust_remote_code) * solve.dim * stored
         gathered = (solve.atoms + solve.targets) * solve.dim * stored
-        solver = solve.atoms * solve.dim * 6 + solve.targets * solve.k * 12
+        rounded = _bytes_of_gram(solve, torch.device(options.device or "cpu")) or solve.atoms * solve.dim * 6
+        solver = rounded + solve.targets * solve.k * 12
         needs.append(matrix + gathered + solver)
     vocabulary = max(
         (vocabulary_size(model, options.trust_remote_code) + len(output_vocabulary(output).tokens))

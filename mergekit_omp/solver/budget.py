@@ -4,13 +4,17 @@ import os
 
 import torch
 
+from mergekit_omp.solver.gram import BLOCK, TILE, padded
 from mergekit_omp.solver.screen import GROUP
 
-SHARE_OF_FREE = 0.5
+SHARE_OF_FREE = 0.6
 """What a solve takes of the memory that is free on a device, unless the caller sets a budget."""
 
 LARGEST_CHUNK = {"cpu": 256, "cuda": 2048}
 """Targets at a time: more gain nothing on a CPU, and fewer would leave a GPU idle."""
+
+GRAM_CHUNK = 128
+"""Targets at a time for each thread that solves by a Gram matrix: enough for the products of targets and atoms."""
 
 KEPT_BLOCK = 2**25
 """Bytes of the largest block that glibc keeps when it is freed. A larger one is fetched from the system again at each
@@ -56,3 +60,25 @@ def _bytes_per_target(atoms: int, dim: int, k: int) -> int:
     state = 4 * (2 * k * dim + 8 * dim)  # the pursuit, and the copy when finished targets are dropped
     scores = 60 * atoms  # where every atom may be the best one
     return state + scores + 8 * k
+
+
+def gram_bytes(atoms: int, dim: int, lanes: int) -> int:
+    """What a Gram matrix of N atoms holds, with its atoms, and while it is built."""
+    return padded(atoms) * (2 * atoms + 32) + 4 * dim * atoms + lanes * 4 * BLOCK * (BLOCK + 2 * dim)
+
+
+def _gram_lane_bytes(targets: int, atoms: int, dim: int, k: int) -> int:
+    """What a thread holds that solves so many targets at a time by a Gram matrix."""
+    return (
+        targets * (4 * (padded(atoms) + 2 * BLOCK) + 24 * dim + 32 * k)
+        + k * (8 * k + 4 * dim + 12 * TILE)
+        + 200 * dim
+        + 2**20
+    )
+
+
+def gram_chunk_size(budget: int, atoms: int, dim: int, k: int, lanes: int) -> int:
+    """Targets at a time for each thread; 0 where the matrix alone exceeds the bytes of the budget."""
+    room = (budget - gram_bytes(atoms, dim, lanes)) // lanes
+    none = _gram_lane_bytes(0, atoms, dim, k)
+    return max(0, min(GRAM_CHUNK, (room - none) // (_gram_lane_bytes(1, atoms, dim, k) - none)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.solver import gram, int8
-from mergekit_omp.solver.budget import SHARE_OF_FREE, chunk_size, free_memory
+from mergekit_omp.solver.budget import SHARE_OF_FREE, chunk_size, free_memory, gram_chunk_size
 from mergekit_omp.solver.codes import SparseCodes, concatenate
 from mergekit_omp.solver.lanes import in_lanes
 from mergekit_omp.solver.refit import refit
@@ -104,12 +104,11 @@ def _first_copies(atoms: Tensor) -> Tensor:
 
 def _way(atoms: Tensor, targets: int, k: int, scan_every: int, budget: int, lanes: int) -> tuple[Way, int]:
     """How to solve so many targets, and how many at a time: what is fastest of what fits into the budget."""
-    if scan_every == 1 and gain_of_gram(atoms.device, targets, *atoms.shape, k) > 1:
-        chunk = gram.fitting_chunk(budget, *atoms.shape, k, lanes)
-        if chunk:
-            from mergekit_omp.solver import speculation
+    chunk = gram_chunk_size(budget, *atoms.shape, k, lanes)
+    if chunk and scan_every == 1 and gain_of_gram(atoms.device, targets, *atoms.shape, k) > 1:
+        from mergekit_omp.solver import speculation
 
-            return partial(speculation.solve, gram=gram.Gram(atoms, lanes), k=k), chunk
+        return partial(speculation.solve, gram=gram.Gram(atoms, lanes), k=k), chunk
     screen = _screen(atoms)
 
     def solve(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,7 +119,10 @@ def _way(atoms: Tensor, targets: int, k: int, scan_every: int, budget: int, lane
 
 
 def gain_of_gram(device: torch.device, targets: int, atoms: int, dim: int, k: int) -> float:
-    """How many times as long as with a Gram matrix a solve takes with looks at all atoms; 1 where it is not used."""
+    """How many times as long as with a Gram matrix a solve takes with looks at all atoms; 1 where none is used.
+
+    Whether there is room for the matrix is another question.
+    """
     scan_cost = int8.COST if int8.is_supported() else 1.0
     if device.type != "cpu" or not gram.pays(targets, atoms, dim, k, scan_cost) or not gram.is_supported():
         return 1.0

@@ -6,6 +6,7 @@ Source: Rubinstein, Zibulevsky & Elad, "Efficient Implementation of the K-SVD Al
 Pursuit" (2008). Here the matrix only tells which atoms to look at: see :mod:`mergekit_omp.solver.speculation`.
 """
 
+import logging
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.solver.lanes import in_lanes
+
+LOG = logging.getLogger(__name__)
 
 TILE = 512
 """Atoms that are looked at together: their scores after several steps stay in a core's first cache."""
@@ -32,9 +35,6 @@ that a target takes."""
 
 WORTH = 2**39
 """Multiplications to save that a matrix is built for: some seconds, which compiling takes on first use."""
-
-CHUNK = 128
-"""Targets whose inner products with all atoms are held at a time by each thread."""
 
 
 class Gram:
@@ -88,28 +88,6 @@ def padded(atoms: int) -> int:
     return -(-atoms // TILE) * TILE
 
 
-def bytes_of_matrix(atoms: int, dim: int, lanes: int) -> int:
-    """What a :class:`Gram` of N atoms holds, with its atoms, and while it is built."""
-    return padded(atoms) * (2 * atoms + 32) + 4 * dim * atoms + lanes * 4 * BLOCK * (BLOCK + 2 * dim)
-
-
-def bytes_of_lane(targets: int, atoms: int, dim: int, k: int) -> int:
-    """What a thread holds that solves so many targets at a time by a :class:`Gram`."""
-    return (
-        targets * (4 * (padded(atoms) + 2 * BLOCK) + 24 * dim + 32 * k)
-        + k * (8 * k + 4 * dim + 12 * TILE)
-        + 200 * dim
-        + 2**20
-    )
-
-
-def fitting_chunk(budget: int, atoms: int, dim: int, k: int, lanes: int) -> int:
-    """Targets at a time for each thread; 0 where the matrix alone exceeds the bytes of the budget."""
-    room = (budget - bytes_of_matrix(atoms, dim, lanes)) // lanes
-    none = bytes_of_lane(0, atoms, dim, k)
-    return max(0, min(CHUNK, (room - none) // (bytes_of_lane(1, atoms, dim, k) - none)))
-
-
 def cost(targets: int, atoms: int, dim: int, k: int) -> float:
     """Time to build a matrix of N atoms and use it for B targets, in multiplications of a plain float32 product."""
     return BUILD_COST * atoms**2 * dim + targets * atoms * (dim + STEP_COST * k**2)
@@ -130,9 +108,13 @@ def pays(targets: int, atoms: int, dim: int, k: int, scan_cost: float) -> bool:
 
 @cache
 def is_supported() -> bool:
-    """Whether numba is there: it has no release for each Python, and is not needed for a right answer."""
+    """Whether numba is there, and may keep what it compiles: it is not needed for a right answer."""
     try:
         import mergekit_omp.solver.speculation  # noqa: F401
-    except ImportError:
+    except ImportError as error:  # there is no numba for each Python
+        LOG.warning("Solves take several times as long without numba: %s", error)
+        return False
+    except RuntimeError as error:  # neither the package's folder nor the user's cache can be written to
+        LOG.warning("Solves take several times as long: set NUMBA_CACHE_DIR to a folder for numba's cache. %s", error)
         return False
     return True
