@@ -51,14 +51,19 @@ def chunk_size(
     chunk = min(room // (lanes * _bytes_per_target(atoms, dim, k)), LARGEST_CHUNK.get(device.type, 512))
     if device.type == "cpu":
         chunk = min(chunk, KEPT_BLOCK // (score_bytes * (atoms + GROUP)))
+    return _even(chunk, targets, lanes)
+
+
+def _even(chunk: int, targets: int, lanes: int) -> int:
+    """A chunk of at most that size, and at least 1, with which no lane waits for the last chunk of another."""
     rounds = -(-targets // (lanes * max(1, chunk)))
-    return -(-targets // (lanes * rounds))  # no lane waits for the last chunk of another
+    return -(-targets // (lanes * rounds))
 
 
 def _bytes_per_target(atoms: int, dim: int, k: int) -> int:
     """The most that is alive at a time for one target, counted generously."""
     state = 4 * (2 * k * dim + 8 * dim)  # the pursuit, and the copy when finished targets are dropped
-    scores = 60 * atoms  # where every atom may be the best one
+    scores = 140 * atoms  # where every atom may be the best one
     return state + scores + 8 * k
 
 
@@ -77,8 +82,12 @@ def _gram_lane_bytes(targets: int, atoms: int, dim: int, k: int) -> int:
     )
 
 
-def gram_chunk_size(budget: int, atoms: int, dim: int, k: int, lanes: int) -> int:
-    """Targets at a time for each thread; 0 where the matrix alone exceeds the bytes of the budget."""
+def gram_chunk_size(budget: int, targets: int, atoms: int, dim: int, k: int, lanes: int) -> int:
+    """Targets at a time for each thread that solves by a Gram matrix; 0 where the budget has no room for it.
+
+    The arguments are those of :func:`chunk_size`.
+    """
     room = (budget - gram_bytes(atoms, dim, lanes)) // lanes
     none = _gram_lane_bytes(0, atoms, dim, k)
-    return max(0, min(GRAM_CHUNK, (room - none) // (_gram_lane_bytes(1, atoms, dim, k) - none)))
+    chunk = min(GRAM_CHUNK, (room - none) // (_gram_lane_bytes(1, atoms, dim, k) - none))
+    return _even(chunk, targets, lanes) if chunk > 0 else 0

@@ -104,7 +104,7 @@ def _first_copies(atoms: Tensor) -> Tensor:
 
 def _way(atoms: Tensor, targets: int, k: int, scan_every: int, budget: int, lanes: int) -> tuple[Way, int]:
     """How to solve so many targets, and how many at a time: what is fastest of what fits into the budget."""
-    chunk = gram_chunk_size(budget, *atoms.shape, k, lanes)
+    chunk = gram_chunk_size(budget, targets, *atoms.shape, k, lanes)
     if chunk and scan_every == 1 and gain_of_gram(atoms.device, targets, *atoms.shape, k) > 1:
         from mergekit_omp.solver import speculation
 

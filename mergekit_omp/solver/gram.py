@@ -42,8 +42,8 @@ class Gram:
 
     Attributes:
         atoms: float32 (N, d).
-        norms: float32 (P,), of the atoms, in units of the largest; 0 where there is no atom.
-        reach: float32 (P,), 1 / norms; :data:`NO_ATOM` where that is 0.
+        norms: float32 (P,), of the atoms, in units of the largest; 0 where there is no atom, or next to none.
+        reach: float32 (P,), 1 / norms; :data:`NO_ATOM` where they are 0.
         largest: the largest norm.
         cosines: int16 (N, P), in units of 1 / :data:`UNIT`.
     """
@@ -54,14 +54,15 @@ class Gram:
         self.atoms = atoms
         norms = atoms.norm(dim=1)
         self.largest = max(norms.max().item(), torch.finfo(torch.float32).tiny)
+        known = norms > self.largest / NO_ATOM
         width = padded(len(atoms))
         self.norms = torch.zeros(width)
-        self.norms[: len(atoms)] = norms / self.largest
+        self.norms[: len(atoms)] = (norms / self.largest) * known
         self.reach = (1 / self.norms).clamp(max=NO_ATOM)
         # numpy asks for large pages, of which the rows that are read together are on fewer.
         self.cosines = np.empty((len(atoms), width), np.int16)
         self.cosines[:, len(atoms) :] = 0
-        self._scale = (1 / norms).where(norms > 0, torch.zeros_like(norms))
+        self._scale = (1 / norms).where(known, torch.zeros_like(norms))
 
         def fill(corner: tuple[int, int]) -> None:
             row, column = corner
