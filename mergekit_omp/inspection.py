@@ -20,8 +20,8 @@ from mergekit_omp.recipe import check_recipe, settings_of
 from mergekit_omp.record import match_counts
 from mergekit_omp.samples import readable
 from mergekit_omp.solver import solve_omp
-from mergekit_omp.solver.budget import SHARE_OF_FREE, free_memory, gram_bytes
-from mergekit_omp.solver.device import gain_of_gram
+from mergekit_omp.solver.budget import budget_on, gram_bytes
+from mergekit_omp.solver.device import gain_of_gram, gram_chunk
 from mergekit_omp.vocabularies import OutputTokenizer, match_of, output_vocabulary, tokenizer_of, vocabulary_of
 from mergekit_omp.vocabulary.canonical import TokenKind
 from mergekit_omp.vocabulary.matching import MatchReason
@@ -247,10 +247,9 @@ def _timed(solve: Solve, device: str | None) -> Solve:
 
 def _bytes_of_gram(solve: Solve, device: torch.device) -> int:
     """What the solver takes for a Gram matrix; 0 where it does without one."""
-    budget = free_memory(device) * SHARE_OF_FREE if solve.memory_budget is None else solve.memory_budget
-    needed = gram_bytes(solve.atoms, solve.dim, torch.get_num_threads())
-    gain = gain_of_gram(device, solve.targets, solve.atoms, solve.dim, solve.k)
-    return needed if solve.scan_every == 1 and gain > 1 and needed < budget else 0
+    lanes, shape = torch.get_num_threads(), (solve.targets, solve.atoms, solve.dim, solve.k)
+    used = gram_chunk(device, budget_on(device, solve.memory_budget), *shape, solve.scan_every, lanes)
+    return gram_bytes(solve.atoms, solve.dim, lanes) if used else 0
 
 
 def _peak_memory(

@@ -32,6 +32,11 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def budget_on(device: torch.device, budget: int | None) -> int:
+    """Bytes that a solve may hold on a device: what the caller says, or a share of what is free now."""
+    return int(free_memory(device) * SHARE_OF_FREE) if budget is None else budget
+
+
 def chunk_size(
     device: torch.device, budget: int, targets: int, atoms: int, dim: int, k: int, lanes: int, score_bytes: int
 ) -> int:

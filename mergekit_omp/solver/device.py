@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.solver import gram, int8
-from mergekit_omp.solver.budget import SHARE_OF_FREE, chunk_size, free_memory, gram_chunk_size
+from mergekit_omp.solver.budget import budget_on, chunk_size, gram_chunk_size
 from mergekit_omp.solver.codes import SparseCodes, concatenate
 from mergekit_omp.solver.lanes import in_lanes
 from mergekit_omp.solver.refit import refit
@@ -36,7 +36,7 @@ def solve_on(
 ) -> SparseCodes:
     """Codes of the targets (B, d), on the CPU. ``sharing`` solves run on this device and share its budget."""
     lanes = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
-    budget = int((free_memory(device) * SHARE_OF_FREE if budget is None else budget) / sharing)
+    budget = budget_on(device, budget) // sharing
 
     atoms = atoms.to(device, torch.float32)
     first = _first_copies(atoms)
@@ -104,8 +104,8 @@ def _first_copies(atoms: Tensor) -> Tensor:
 
 def _way(atoms: Tensor, targets: int, k: int, scan_every: int, budget: int, lanes: int) -> tuple[Way, int]:
     """How to solve so many targets, and how many at a time: what is fastest of what fits into the budget."""
-    chunk = gram_chunk_size(budget, targets, *atoms.shape, k, lanes)
-    if chunk and scan_every == 1 and gain_of_gram(atoms.device, targets, *atoms.shape, k) > 1:
+    chunk = gram_chunk(atoms.device, budget, targets, *atoms.shape, k, scan_every, lanes)
+    if chunk:
         from mergekit_omp.solver import speculation
 
         return partial(speculation.solve, gram=gram.Gram(atoms, lanes), k=k), chunk
@@ -118,15 +118,25 @@ def _way(atoms: Tensor, targets: int, k: int, scan_every: int, budget: int, lane
     return solve, chunk_size(atoms.device, budget, targets, *atoms.shape, k, lanes, screen.score_bytes)
 
 
+def gram_chunk(
+    device: torch.device, budget: int, targets: int, atoms: int, dim: int, k: int, scan_every: int, lanes: int
+) -> int:
+    """Targets at a time for each lane of an exact solve by a Gram matrix; 0 where it does not pay, or has no room."""
+    if scan_every > 1 or gain_of_gram(device, targets, atoms, dim, k) <= 1:
+        return 0
+    return gram_chunk_size(budget, targets, atoms, dim, k, lanes)
+
+
 def gain_of_gram(device: torch.device, targets: int, atoms: int, dim: int, k: int) -> float:
-    """How many times as long as with a Gram matrix a solve takes with looks at all atoms; 1 where none is used.
+    """How many times as long as with a Gram matrix a solve takes with looks at all atoms; 1 where it does not pay.
 
     Whether there is room for the matrix is another question.
     """
-    scan_cost = int8.COST if int8.is_supported() else 1.0
-    if device.type != "cpu" or not gram.pays(targets, atoms, dim, k, scan_cost) or not gram.is_supported():
+    scans = (int8.COST if int8.is_supported() else 1.0) * targets * atoms * dim * k
+    cost = gram.cost(targets, atoms, dim, k)
+    if device.type != "cpu" or scans - cost <= gram.WORTH or not gram.is_supported():
         return 1.0
-    return scan_cost * targets * atoms * dim * k / gram.cost(targets, atoms, dim, k)
+    return scans / cost
 
 
 def _screen(atoms: Tensor) -> Screen:

@@ -94,19 +94,6 @@ def cost(targets: int, atoms: int, dim: int, k: int) -> float:
     return BUILD_COST * atoms**2 * dim + targets * atoms * (dim + STEP_COST * k**2)
 
 
-def pays(targets: int, atoms: int, dim: int, k: int, scan_cost: float) -> bool:
-    """Whether a matrix is built and used in less time than looking at all atoms in each step takes.
-
-    Args:
-        targets: B.
-        atoms: N.
-        dim: d.
-        k: the sparsity.
-        scan_cost: what a multiplication of such a look costs; 1 for one of a plain float32 product.
-    """
-    return scan_cost * targets * atoms * dim * k - cost(targets, atoms, dim, k) > WORTH
-
-
 @cache
 def is_supported() -> bool:
     """Whether numba is there, and may keep what it compiles: it is not needed for a right answer."""

@@ -115,16 +115,15 @@ def solve(
     units = targets.double() / norms.where(norms > 0, torch.ones_like(norms))[:, None]
     support = np.full((count, k), -1, np.int64)
     coefficients, residuals = np.zeros((count, k)), np.zeros(count)
-    _solve_all(
-        units.numpy(),
-        gram.inner(units.float()).numpy(),
-        Problem(gram.atoms.numpy(), gram.norms.numpy(), gram.reach.numpy(), gram.cosines, gram.largest),
-        *_workspace(dim, k, ahead),
-        listed,
-        support,
-        coefficients,
-        residuals,
-    )
+    problem = Problem(gram.atoms.numpy(), gram.norms.numpy(), gram.reach.numpy(), gram.cosines, gram.largest)
+    steps, solution, shortlist, tile = _workspace(dim, k, ahead)
+    inner = gram.inner(units.float()).numpy()
+    for row in norms.nonzero().flatten().tolist():
+        size, residuals[row] = _pursue(
+            units[row].numpy(), inner[row], problem, steps, solution, shortlist, tile, listed
+        )
+        support[row, :size] = solution.support[:size]
+        coefficients[row, :size] = solution.coefficients[:size]
     scaled = torch.from_numpy(coefficients) * norms[:, None]
     return torch.from_numpy(support), scaled.float(), torch.from_numpy(residuals).float()
 
@@ -157,29 +156,6 @@ def _workspace(dim: int, k: int, ahead: int) -> tuple[Steps, Solution, Shortlist
 
 
 @compiled
-def _solve_all(
-    targets: ndarray,
-    inner: ndarray,
-    problem: Problem,
-    steps: Steps,
-    solution: Solution,
-    shortlist: Shortlist,
-    tile: ndarray,
-    aim: int,
-    support: ndarray,
-    coefficients: ndarray,
-    residuals: ndarray,
-) -> None:
-    """Fill support, coefficients (B, k) and residuals (B,), for targets float64 (B, d) of norm 1, or 0."""
-    for row in range(len(targets)):
-        if _dot(targets[row], targets[row]) > 0:
-            size, left = _pursue(targets[row], inner[row], problem, steps, solution, shortlist, tile, aim)
-            support[row, :size] = solution.support[:size]
-            coefficients[row, :size] = solution.coefficients[:size]
-            residuals[row] = left
-
-
-@compiled
 def _pursue(
     target: ndarray,
     inner: ndarray,
@@ -201,7 +177,7 @@ def _pursue(
     steps.choices[0] = np.argmax(np.abs(inner) * problem.norms)
     steps.scores[0] = _score(problem, steps.choices[0], target)
     steps.errors[0] = _error(len(target), 0, 0.0)
-    first, size, count, left = 0, 0, 1, 1.0
+    first, size, count = 0, 0, 1
     ended = False  # the last of the steps' choices is in the solution, and no further one is needed
     ahead, threshold = 1, 0.6
     while True:
@@ -226,8 +202,7 @@ def _pursue(
                 ended = count == 0
                 break
             size += 1
-            _refit(target, solution, size, steps.residuals[count])
-            left = math.sqrt(_dot(steps.residuals[count], steps.residuals[count]))
+            left = _refit(target, solution, size, steps.residuals[count])
             if size == k or left <= ZERO:
                 ended = True
                 break
@@ -243,10 +218,7 @@ def _pursue(
             count += 1
         if count == 0:
             break
-    if size == 0:
-        return 0, 1.0
-    _refit(target, solution, size, steps.residuals[0])
-    return size, math.sqrt(_dot(steps.residuals[0], steps.residuals[0]))
+    return size, _refit(target, solution, size, steps.residuals[0])
 
 
 @compiled
@@ -465,8 +437,8 @@ def _extend(target: ndarray, atom: ndarray, solution: Solution, index: int, size
 
 
 @compiled
-def _refit(target: ndarray, solution: Solution, size: int, residual: ndarray) -> None:
-    """Least-squares coefficients on the first atoms of the solution, and the residual (d,) that is left."""
+def _refit(target: ndarray, solution: Solution, size: int, residual: ndarray) -> float:
+    """Least-squares coefficients on the first atoms of the solution, the residual (d,) that is left, and its norm."""
     coefficients = solution.coefficients
     coefficients[:size] = solution.solved[:size]
     for slot in range(size - 1, -1, -1):
@@ -480,6 +452,7 @@ def _refit(target: ndarray, solution: Solution, size: int, residual: ndarray) ->
     while slot < size:
         _add(residual, -coefficients[slot], solution.atoms[slot], len(residual))
         slot += 1
+    return math.sqrt(_dot(residual, residual))
 
 
 @compiled
