@@ -28,8 +28,8 @@ from mergekit_omp.solver.choice import TIE
 from mergekit_omp.solver.gram import TILE, UNIT, Gram
 from mergekit_omp.solver.pursuit import DEPENDENT, ZERO
 
-STEPS = 8
-"""The most steps that are verified at once. More of them are undone too often."""
+FEWEST, STEPS = 4, 8
+"""After a wrong step, so many are verified at once at least; and the most ever. More of them are undone too often."""
 
 LISTED = 200
 """About as many atoms as a shortlist has."""
@@ -40,6 +40,9 @@ ROUNDOFF = 2.0**-24
 
 ROWS = 4
 """Rows of the matrix that are added at a time."""
+
+GROUP = 32
+"""Atoms of which few enough groups have one for the shortlist, which vector instructions tell."""
 
 SQUARE = 32
 """Rows and columns that are transposed at a time, in a core's first cache."""
@@ -186,8 +189,10 @@ def _pursue(
             break
         # The choice of this step is right, and what was done after it is undone.
         right = min(wrong, count - 1)
-        size = first + right
-        ahead = right + 1 if wrong < count - 1 or ended else min(2 * ahead, len(steps.errors))
+        tried, size = size, first + right
+        listed = _list_again(inner, problem, solution, shortlist, listed, size, tried)
+        ahead = max(right + 1, FEWEST) if wrong < count - 1 or ended else 2 * ahead
+        ahead = min(ahead, len(steps.errors))
         if listed > 1.5 * aim:
             threshold = min(1.04 * threshold, 0.95)
         elif listed < 0.75 * aim:
@@ -357,18 +362,44 @@ def _list(
     start: int,
 ) -> int:
     """Append the atoms of a tile that score more than so much to the shortlist; its new length."""
-    before = listed
-    for column in range(TILE):
-        shortlist.atoms[listed] = column
-        listed += abs(sums[column]) * problem.norms[start + column] > least
+    before, least, norms = listed, np.float32(least), problem.norms[start : start + TILE]
+    for left in range(0, TILE, GROUP):
+        excess = np.float32(0)
+        for column in range(left, left + GROUP):
+            excess += max(abs(sums[column]) * norms[column] - least, np.float32(0))
+        if excess > 0:
+            for column in range(left, left + GROUP):
+                shortlist.atoms[listed] = column
+                listed += abs(sums[column]) * norms[column] > least
     for place in range(before, listed):
         column = shortlist.atoms[place]
         atom = start + column
         shortlist.atoms[place] = atom
         shortlist.inner[place] = inner[column]
-        shortlist.scores[place] = abs(sums[column]) * problem.norms[atom]
+        shortlist.scores[place] = abs(sums[column]) * norms[column]
         for slot in range(size):
             shortlist.cosines[slot, place] = problem.cosines[solution.support[slot], atom]
+    return listed
+
+
+@compiled
+def _list_again(
+    inner: ndarray,
+    problem: Problem,
+    solution: Solution,
+    shortlist: Shortlist,
+    listed: int,
+    size: int,
+    tried: int,
+) -> int:
+    """Append the atoms whose steps are undone, which scored nothing after them, to the shortlist; its new length."""
+    for undone in range(size, tried):
+        atom = solution.support[undone]
+        shortlist.atoms[listed] = atom
+        shortlist.inner[listed] = inner[atom]
+        for slot in range(size):
+            shortlist.cosines[slot, listed] = problem.cosines[solution.support[slot], atom]
+        listed += 1
     return listed
 
 
