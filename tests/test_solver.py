@@ -61,7 +61,7 @@ def supports(codes: SparseCodes) -> list[list[int]]:
 
 SCREENS = {
     "int8": Int8Screen,
-    "bfloat16": partial(FloatScreen, dtype=torch.bfloat16),
+    "float16": partial(FloatScreen, dtype=torch.float16),
     "float32": partial(FloatScreen, dtype=torch.float32),
 }
 
@@ -287,7 +287,7 @@ def test_chunks_devices_and_ways_give_the_same_codes(monkeypatch: pytest.MonkeyP
         (GRAM, 13, [CPU] * 3),
         (None, 1, [CPU]),
         (None, 7, [CPU]),
-        ("bfloat16", 61, [CPU] * 3),
+        ("float16", 61, [CPU] * 3),
         ("float32", 64, [CPU] * 2),
     ]:
         monkeypatch.undo()

@@ -18,6 +18,9 @@ from mergekit_omp.solver.screen import FloatScreen, Screen
 
 LOG = logging.getLogger(__name__)
 
+GPU_LANES = 2
+"""Threads that work on a GPU at a time: while one waits for it, or for memory, the other multiplies."""
+
 Way = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """Targets float32 (B, d) to support (B, k), coefficients (B, k) and relative residuals (B,)."""
 
@@ -35,7 +38,7 @@ def solve_on(
     progress: Callable[[int], None] | None,
 ) -> SparseCodes:
     """Codes of the targets (B, d), on the CPU. ``sharing`` solves run on this device and share its budget."""
-    lanes = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
+    lanes = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else GPU_LANES
     budget = budget_on(device, budget) // sharing
 
     atoms = atoms.to(device, torch.float32)
@@ -58,10 +61,12 @@ def solve_on(
             progress(len(chunk))
         return codes
 
-    return concatenate(_in_lanes(solve, targets, chunk, lanes))
+    return concatenate(_in_lanes(solve, targets, chunk, lanes, device))
 
 
-def _in_lanes(solve: Callable[[Tensor], SparseCodes], targets: Tensor, chunk: int, lanes: int) -> list[SparseCodes]:
+def _in_lanes(
+    solve: Callable[[Tensor], SparseCodes], targets: Tensor, chunk: int, lanes: int, device: torch.device
+) -> list[SparseCodes]:
     """Solve all chunks, several at a time with a thread each, and chunks of half the size after out-of-memory."""
     size, lock = [chunk], threading.Lock()
 
@@ -72,18 +77,18 @@ def _in_lanes(solve: Callable[[Tensor], SparseCodes], targets: Tensor, chunk: in
             try:
                 done.append(solve(part))
                 start += len(part)
+                continue
             except torch.cuda.OutOfMemoryError:
                 if len(part) == 1:
                     raise
                 with lock:
                     size[0] = max(1, min(size[0], len(part) // 2))
                 LOG.warning("Out of memory with %d targets at a time: going on with %d.", len(part), size[0])
-            if rows.device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # blocks of the larger size; the exception, which held them, is gone
         return done
 
     parts = targets.split(chunk) if lanes > 1 else [targets]
-    return [codes for part in in_lanes(solve_or_halve, parts, lanes) for codes in part]
+    return [codes for part in in_lanes(solve_or_halve, parts, lanes, device) for codes in part]
 
 
 def _first_copies(atoms: Tensor) -> Tensor:
@@ -143,5 +148,5 @@ def _screen(atoms: Tensor) -> Screen:
     """The one in whose numbers the atoms' device multiplies fastest."""
     if atoms.device.type == "cpu" and int8.is_supported():
         return int8.Int8Screen(atoms)
-    bfloat16 = atoms.device.type == "cuda" and torch.cuda.get_device_capability(atoms.device) >= (8, 0)
-    return FloatScreen(atoms, torch.bfloat16 if bfloat16 else torch.float32)
+    tensor_cores = atoms.device.type == "cuda" and torch.cuda.get_device_capability(atoms.device) >= (7, 0)
+    return FloatScreen(atoms, torch.float16 if tensor_cores else torch.float32)

@@ -63,7 +63,7 @@ class Int8Screen(Screen):
             rounded, self._steps[places] = _round(self._rotate(part), dither)
             codes[places, :dim] = rounded
             self._bias[places] = (rounded @ (0.5 - self._dither)) * self._steps[places]
-        self._set_slack(self._steps)
+        self._set_slack(self.norms, self._steps)
         self._zeros = torch.zeros(len(codes), dtype=torch.int64)
         self._packed = torch.ops.onednn.qlinear_prepack(codes, [64, codes.shape[1]])
 

@@ -3,6 +3,7 @@
 Letters in shapes: B targets, N atoms, G groups of atoms, d dimensions, Q pairs.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,10 @@ GROUP = 64
 """Atoms that are first looked at as one."""
 
 TINY = 1e-37
-"""Added to the squares of errors, so that none is rounded to zero."""
+"""Added to the squares of errors, so that none is rounded to zero; and a length that none is."""
+
+LENGTH = 128.0
+"""Of the rows that are rounded: in float16, scores of such rows are finite, and next to no coordinate is lost."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,9 @@ class Screen(ABC):
             atoms = self.order.flatten()[places]
             yield places, self.atoms[atoms] * (atoms >= 0)[:, None]
 
-    def _set_slack(self, loss: Tensor) -> None:
-        """Of the atoms' norms and of ``loss``, one for each place, in a unit that :meth:`look` chooses."""
-        slack = torch.stack([self.norms[self.order].amax(0), loss.view_as(self.order).amax(0)])
+    def _set_slack(self, norms: Tensor, loss: Tensor) -> None:
+        """Of the norms of atoms (N,), and of ``loss``, one for each place, in units that :meth:`look` chooses."""
+        slack = torch.stack([norms[self.order].amax(0), loss.view_as(self.order).amax(0)])
         self._slack = slack**self.power  # (2, G)
 
     def _seen(self, scores: Tensor, unit: Tensor, reach: list[Tensor]) -> Look:
@@ -126,21 +130,31 @@ class FloatScreen(Screen):
     """Atoms rounded to a floating dtype.
 
     A score ⟨r, a⟩ is estimated as ⟨r̂, â⟩. By Cauchy and Schwarz it is off by at most ‖r - r̂‖ ‖a‖ + ‖r̂‖ ‖a - â‖, and
-    all these norms are measured. Nothing is assumed of how the errors fall.
+    all these norms are measured. Nothing is assumed of how the errors fall. All rows are brought to lengths with which
+    neither they nor the scores leave the range of float16.
     """
 
     def __init__(self, atoms: Tensor, dtype: torch.dtype) -> None:
         super().__init__(atoms)
         self.score_bytes = dtype.itemsize
+        # A power of two, with which rows that were bfloat16 in the checkpoint are rounded by none of the dtypes.
+        longest = self.norms.max().clamp(TINY, 1 / TINY).item()
+        self._scale = 2.0 ** math.floor(math.log2(LENGTH / longest))
         self.low = atoms.new_empty(self.order.numel(), atoms.shape[1], dtype=dtype)
         loss = atoms.new_empty(len(self.low))
         for places, part in self._parts():
+            part.mul_(self._scale)
             self.low[places] = part
-            loss[places] = (part - self.low[places].float()).norm(dim=1)
-        self._set_slack(loss)
+            loss[places] = (part - self.low[places]).norm(dim=1)
+        self._set_slack(self.norms * self._scale, loss)
+        self._smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # what numbers near 0 are off by
 
     def look(self, residuals: Tensor) -> Look:
         """See :meth:`Screen.look`."""
-        low = residuals.to(self.low.dtype)
-        lost, norm = (residuals - low.float()).norm(dim=1), low.float().norm(dim=1)
-        return self._seen(low @ self.low.T, torch.ones_like(norm), [lost + self.summing * norm, norm])
+        unit = residuals.norm(dim=1).clamp(min=TINY) / LENGTH
+        scaled = residuals / unit[:, None]
+        low = scaled.to(self.low.dtype)
+        lost, norm = (scaled - low).norm(dim=1), low.float().norm(dim=1)
+        look = self._seen(low @ self.low.T, unit / self._scale, [lost + self.summing * norm, norm])
+        look.errors.add_(self._smallest)
+        return look
