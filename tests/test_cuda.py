@@ -37,7 +37,7 @@ def test_same_codes_as_on_the_cpu(size: float, normalize: bool) -> None:
     expected = solve_omp(targets, atoms, 20, normalize_atoms=normalize)
     codes = solve_omp(targets, atoms, 20, normalize_atoms=normalize, devices=[GPU])
     assert torch.equal(codes.indices, expected.indices)
-    torch.testing.assert_close(codes.coefficients, expected.coefficients, rtol=1e-5, atol=0)
+    torch.testing.assert_close(codes.coefficients, expected.coefficients, rtol=1e-4, atol=0)
     torch.testing.assert_close(codes.relative_residuals, expected.relative_residuals)
 
 

@@ -312,18 +312,28 @@ def test_threads_of_torch_are_left_as_they_were() -> None:
     assert torch.get_num_threads() == before
 
 
-def test_low_precision_settings_of_torch_do_not_reach_the_solver() -> None:
-    """«medium» computes float32 products in bfloat16 on CPUs that have it."""
-    targets, atoms = random_rows(40, 256, 32), random_rows(2000, 256, 33)
-    expected = solve_omp(targets, atoms, 16)
-    torch.set_float32_matmul_precision("medium")
-    try:
-        codes = solve_omp(targets, atoms, 16)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert torch.equal(codes.indices, expected.indices)
+@pytest.mark.parametrize(
+    "setting", ["torch.set_float32_matmul_precision('medium')", "torch.backends.cuda.matmul.allow_tf32 = True"]
+)
+def test_low_precision_settings_of_torch_do_not_reach_the_solver(setting: str) -> None:
+    """«medium» computes float32 products in bfloat16 on CPUs that have it.
 
+    A process of its own, and an earlier solve: torch tells no more what it is set to where the settings contradict.
+    """
+    script = f"""
+        import torch
+        from mergekit_omp.solver import solve_omp
+
+        draw = torch.Generator().manual_seed(0)
+        targets, atoms = torch.randn(40, 256, generator=draw), torch.randn(2000, 256, generator=draw)
+        expected = solve_omp(targets, atoms, 16)
+        {setting}
+        before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+        assert torch.equal(solve_omp(targets, atoms, 16).indices, expected.indices)
+        assert before == (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32)
+        assert before != ("highest", False)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
 
 def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A fault that is injected: chunks of more than five targets run out of memory."""

@@ -17,7 +17,8 @@ TIE = 1e-12
 SETTLED = 256
 """Pairs whose atoms are held in float64 at a time."""
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+for message in ("Sparse CSR tensor support is in beta state", "Sparse invariant checks are implicitly disabled"):
+    warnings.filterwarnings("ignore", message)
 
 
 def choose(pursuit: Pursuit, rows: Tensor, atoms: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,8 @@ def solve_omp(
             progress=progress,
         )
 
+    for gpu in [device for device in devices if device.type == "cuda"][:1]:
+        torch.linalg.cholesky(torch.eye(1, device=gpu))  # loads torch's library for it: threads must not race to do so
     with full_precision(), ThreadPoolExecutor(len(parts)) as pool:
         solved = list(pool.map(solve, devices, parts))
     return concatenate(solved)

@@ -1,7 +1,9 @@
 """What the margins of the solver assume of matrix products."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,15 +18,22 @@ def full_precision() -> Iterator[None]:
     Torch may be set to compute float32 products in TF32 or bfloat16, and on a GPU sums float16 products in float16 by
     default. Neither is covered by the solver's bounds.
     """
-    matmul = torch.backends.cuda.matmul
-    precision = torch.get_float32_matmul_precision()
-    before = {name: getattr(matmul, name) for name in REDUCED if hasattr(matmul, name)}
-    torch.set_float32_matmul_precision("highest")
-    for name in before:
-        setattr(matmul, name, False)
-    try:
+    with ExitStack() as changed:
+        for get, put, value in _settings():
+            changed.callback(put, get())
+            put(value)
         yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        for name, value in before.items():
-            setattr(matmul, name, value)
+
+
+def _settings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
+    """How to read and to write each setting, and what it has to be."""
+    matmul = torch.backends.cuda.matmul
+    for name in REDUCED:
+        if hasattr(matmul, name):
+            yield partial(getattr, matmul, name), partial(setattr, matmul, name), False
+    if hasattr(matmul, "fp32_precision"):
+        # Each backend's own. Torch refuses to tell one for all of them where a process has set them apart.
+        for backend in (matmul, torch.backends.mkldnn.matmul):
+            yield partial(getattr, backend, "fp32_precision"), partial(setattr, backend, "fp32_precision"), "ieee"
+    else:  # torch before 2.9
+        yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
