@@ -219,7 +219,7 @@ def test_zero_rows(way: str) -> None:
     assert (codes.indices != 17).all()
 
 
-def test_only_zero_atoms_give_empty_codes() -> None:
+def test_only_zero_atoms_give_empty_codes(way: str) -> None:
     codes = solve_omp(random_rows(3, 8, 7), torch.zeros(5, 8), 2)
     assert (codes.indices == -1).all()
     torch.testing.assert_close(codes.relative_residuals, torch.ones(3))
@@ -335,6 +335,7 @@ def test_low_precision_settings_of_torch_do_not_reach_the_solver(setting: str) -
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
 
+
 def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A fault that is injected: chunks of more than five targets run out of memory."""
     targets, atoms = random_rows(40, 32, 25), random_rows(200, 32, 26)
@@ -416,15 +417,21 @@ def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, o
     exact = (residuals.double() @ atoms.double().T).abs()
     look = SCREENS[screen](atoms).look(residuals.clone())
     errors = look.unit[:, None, None] * (look.rounding * look.magnitudes.double() + look.errors[:, None])
-    bounds = torch.stack([look.unit[:, None, None] * look.magnitudes.double(), errors]).flatten(2)
-    atom, place = look.order.flatten().sort()
-    assert torch.equal(atom[atom >= 0], torch.arange(count))
-    magnitudes, errors = bounds[:, :, place[atom >= 0]]
-    assert ((exact - magnitudes).abs() <= errors).all()
-    rows, found = look.candidates()
-    assert set(zip(range(9), exact.argmax(1).tolist(), strict=True)) <= set(
-        zip(rows.tolist(), found.tolist(), strict=True)
-    )
+    magnitudes = look.unit[:, None, None] * look.magnitudes.double()
+    assert sorted(look.order[look.order >= 0].tolist()) == list(range(count))
+    within = (exact[:, look.order] - magnitudes).abs() <= errors
+    assert within[:, look.order >= 0].all()
+    for most in (10**6, 150, 1):
+        pairs: list[tuple[int, int]] = []
+        for some, rows, found in look.candidates(most):
+            assert set(rows.tolist()) == set(range(some.stop - some.start)), "each residual has a candidate"
+            assert len(rows) <= most or some.stop - some.start == 1
+            pairs += zip((rows + some.start).tolist(), found.tolist(), strict=True)
+        assert len(set(pairs)) == len(pairs)
+        assert set(zip(range(9), exact.argmax(1).tolist(), strict=True)) <= set(pairs)
+        if most == 10**6:
+            expected = pairs
+        assert pairs == expected
 
 
 def test_screen_of_a_cpu_without_fast_integers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,14 @@ from mergekit_omp.solver.screen import GROUP
 SHARE_OF_FREE = 0.6
 """What a solve takes of the memory that is free on a device, unless the caller sets a budget."""
 
-LARGEST_CHUNK = {"cpu": 256, "cuda": 2048}
-"""Targets at a time: more gain nothing on a CPU, and fewer would leave a GPU idle."""
+LARGEST_CHUNK = {"cpu": 256, "cuda": 8192}
+"""Targets at a time: more gain nothing on a CPU, and fewer would leave a GPU waiting for its next commands."""
+
+PAIR_BYTES = 140
+"""What a pair of a target and an atom that may be its best one takes while the best is chosen."""
+
+LARGEST_PAIRS = 2**24
+"""Such pairs at a time: there are as many only where targets have nothing to do with the atoms."""
 
 GRAM_CHUNK = 128
 """Targets at a time for each thread that solves by a Gram matrix: enough for the products of targets and atoms."""
@@ -37,6 +43,12 @@ def budget_on(device: torch.device, budget: int | None) -> int:
     return int(free_memory(device) * SHARE_OF_FREE) if budget is None else budget
 
 
+def pairs_at_a_time(budget: int, atoms: int, lanes: int) -> int:
+    """Pairs of a target and an atom that each of some lanes may hold at a time: an eighth of the budget, or all atoms
+    for one target."""
+    return max(atoms, min(LARGEST_PAIRS, budget // (8 * lanes * PAIR_BYTES)))
+
+
 def chunk_size(
     device: torch.device, budget: int, targets: int, atoms: int, dim: int, k: int, lanes: int, score_bytes: int
 ) -> int:
@@ -53,9 +65,11 @@ def chunk_size(
         score_bytes: bytes of a score in the screen's dtype.
     """
     room = budget - atoms * (dim * 6 + 64)  # float32, and a rounded copy, which int8 holds twice while it is packed
-    chunk = min(room // (lanes * _bytes_per_target(atoms, dim, k)), LARGEST_CHUNK.get(device.type, 512))
+    room = room // lanes - PAIR_BYTES * pairs_at_a_time(budget, atoms, lanes)
+    places = atoms + GROUP[device.type]
+    chunk = min(room // _bytes_per_target(places, dim, k, score_bytes), LARGEST_CHUNK[device.type])
     if device.type == "cpu":
-        chunk = min(chunk, KEPT_BLOCK // (score_bytes * (atoms + GROUP)))
+        chunk = min(chunk, KEPT_BLOCK // (score_bytes * places))
     return _even(chunk, targets, lanes)
 
 
@@ -65,10 +79,10 @@ def _even(chunk: int, targets: int, lanes: int) -> int:
     return -(-targets // (lanes * rounds))
 
 
-def _bytes_per_target(atoms: int, dim: int, k: int) -> int:
-    """The most that is alive at a time for one target, counted generously."""
+def _bytes_per_target(places: int, dim: int, k: int, score_bytes: int) -> int:
+    """The most that is alive at a time for one target, counted generously, beside pairs."""
     state = 4 * (2 * k * dim + 8 * dim)  # the pursuit, and the copy when finished targets are dropped
-    scores = 140 * atoms  # where every atom may be the best one
+    scores = places * (score_bytes + 1)  # with what is held of each group
     return state + scores + 8 * k
 
 

@@ -7,15 +7,13 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mergekit_omp.solver.pursuit import Pursuit
-from mergekit_omp.solver.refit import least_squares
+from mergekit_omp.solver.refit import held, least_squares
 
 TIE = 1e-12
 """Scores in float64 that differ by less than this share of the larger are equal; the lowest index is taken."""
-
-SETTLED = 256
-"""Pairs whose atoms are held in float64 at a time."""
 
 for message in ("Sparse CSR tensor support is in beta state", "Sparse invariant checks are implicitly disabled"):
     warnings.filterwarnings("ignore", message)
@@ -38,8 +36,9 @@ def choose(pursuit: Pursuit, rows: Tensor, atoms: Tensor) -> tuple[Tensor, Tenso
     rivals = (scores + margin >= _highest(scores - margin, rows, len(best))[rows]).nonzero().flatten()
     rows, atoms = rows[rivals], atoms[rivals]
     choice = torch.empty_like(best, dtype=torch.int64).index_copy_(0, rows, atoms)
-    unsure = (rows.bincount(minlength=len(best))[rows] > 1).nonzero().flatten()
-    if len(unsure):
+    if len(rows) > len(choice):
+        same = rows[1:] == rows[:-1]
+        unsure = (pad(same, (1, 0)) | pad(same, (0, 1))).nonzero().flatten()
         _settle(pursuit, rows[unsure], atoms[unsure], choice)
     return choice, best
 
@@ -49,8 +48,9 @@ def _settle(pursuit: Pursuit, rows: Tensor, atoms: Tensor, choice: Tensor) -> No
     targets, at = rows.unique(return_inverse=True)
     _, residual = least_squares(pursuit.targets[targets], pursuit.atoms, pursuit.support[targets, : pursuit.size])
     scores = torch.empty(len(at), dtype=torch.float64, device=at.device)
-    for start in range(0, len(at), SETTLED):
-        part = slice(start, start + SETTLED)
+    step = max(1, held(residual.device) // residual.shape[1])
+    for start in range(0, len(at), step):
+        part = slice(start, start + step)
         scores[part] = (residual[at[part]] * pursuit.atoms[atoms[part]].double()).sum(1).abs()
     tied = scores >= _highest(scores, at, len(targets))[at] * (1 - TIE)
     lowest = torch.full_like(targets, len(pursuit.atoms))
@@ -59,8 +59,7 @@ def _settle(pursuit: Pursuit, rows: Tensor, atoms: Tensor, choice: Tensor) -> No
 
 def _score(vectors: Tensor, atoms: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """|⟨vector, atom⟩| (Q,) for pairs, in ascending order, of a row of vectors (B, d) and one of atoms (N, d)."""
-    starts = torch.zeros(len(vectors) + 1, dtype=torch.int64, device=rows.device)
-    torch.cumsum(rows.bincount(minlength=len(vectors)), dim=0, out=starts[1:])
+    starts = torch.searchsorted(rows, torch.arange(len(vectors) + 1, device=rows.device))
     size = (len(vectors), len(atoms))
     pairs = torch.sparse_csr_tensor(starts, columns, vectors.new_zeros(len(rows)), size=size, check_invariants=False)
     return torch.sparse.sampled_addmm(pairs, vectors, atoms.T, beta=0).values().abs_()

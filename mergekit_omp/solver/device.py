@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.solver import gram, int8
-from mergekit_omp.solver.budget import budget_on, chunk_size, gram_chunk_size
+from mergekit_omp.solver.budget import budget_on, chunk_size, gram_chunk_size, pairs_at_a_time
 from mergekit_omp.solver.codes import SparseCodes, concatenate
 from mergekit_omp.solver.lanes import in_lanes
 from mergekit_omp.solver.refit import refit
@@ -115,9 +115,10 @@ def _way(atoms: Tensor, targets: int, k: int, scan_every: int, budget: int, lane
 
         return partial(speculation.solve, gram=gram.Gram(atoms, lanes), k=k), chunk
     screen = _screen(atoms)
+    pairs = pairs_at_a_time(budget, len(atoms), lanes)
 
     def solve(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        support = find_supports(rows, screen, k, scan_every)
+        support = find_supports(rows, screen, k, scan_every, pairs)
         return support, *refit(rows, atoms, support)
 
     return solve, chunk_size(atoms.device, budget, targets, *atoms.shape, k, lanes, screen.score_bytes)

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mergekit_omp.solver.screen import Look, Screen
+from mergekit_omp.solver.screen import TINY, Look, Screen
 
 LEVELS = 126.5
 """Steps from zero to the largest number of a row; with the dither, codes stay within ±127."""
@@ -43,7 +43,6 @@ class Int8Screen(Screen):
     one.
     """
 
-    power = 2
     score_bytes = 2
 
     def __init__(self, atoms: Tensor) -> None:
@@ -63,7 +62,7 @@ class Int8Screen(Screen):
             rounded, self._steps[places] = _round(self._rotate(part), dither)
             codes[places, :dim] = rounded
             self._bias[places] = (rounded @ (0.5 - self._dither)) * self._steps[places]
-        self._set_slack(self.norms, self._steps)
+        self._squares = torch.stack(self._largest(self._steps)).square_()
         self._zeros = torch.zeros(len(codes), dtype=torch.int64)
         self._packed = torch.ops.onednn.qlinear_prepack(codes, [64, codes.shape[1]])
 
@@ -81,7 +80,10 @@ class Int8Screen(Screen):
         # In steps, the unit of the scores; not less than the norm of r̂.
         norm = residuals.norm(dim=1) / steps + math.sqrt(residuals.shape[1])
         deviations = CERTAINTY / math.sqrt(12)
-        return self._seen(scores, steps, [deviations + self.summing * norm, deviations * norm + missed.abs()])
+        # Of each residual, what times the norm of an atom, and what times its step, is a bound; their squares add up.
+        reach = torch.stack([deviations + self.summing * norm, deviations * norm + missed.abs()], dim=1)
+        errors = (reach.square_() @ self._squares).add_(TINY).sqrt_()
+        return Look(scores.abs_().unflatten(1, self.order.shape), errors, steps, self.order)
 
     def _rotate(self, rows: Tensor) -> Tensor:
         left, right = self._rotation

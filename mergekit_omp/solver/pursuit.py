@@ -44,8 +44,8 @@ class Pursuit:
         # Square of the rounding error in the residual, in units of ROUNDING.
         self._blur = self.norm**2
 
-    def view(self, rows: Tensor) -> "Pursuit":
-        """A copy with the targets of a mask only."""
+    def view(self, rows: Tensor | slice) -> "Pursuit":
+        """The state of some targets only: a copy for a mask, and the same memory for a slice."""
         part = copy(self)
         for field, value in vars(self).items():
             if isinstance(value, Tensor) and not field.startswith("atom"):
@@ -62,27 +62,30 @@ class Pursuit:
         Where it is orthogonal to the residual, or in the support's span already, nothing is left that helps: the
         target is done.
         """
-        rest, whole = self._outside(choice), self.atom_norms[choice]
-        length = rest.norm(dim=1)
+        whole = self.atom_norms[choice]
+        rest, length = self._outside(choice, whole)
         go = (score > ZERO * self.norm * whole) & (length > DEPENDENT * whole)
         share = go / length.clamp(min=torch.finfo(torch.float32).tiny)
-        direction = rest.mul_(share[:, None])  # zero where the target does not go on
-        weight = (direction * self.residual).sum(1)
+        # Zero where the target does not go on.
+        direction = torch.mul(rest, share[:, None], out=self.basis[:, self.size])
+        weight = torch.bmm(direction[:, None], self.residual[:, :, None]).flatten()
         self.support[:, self.size] = choice.where(go, self.support[:, self.size])
-        self.basis[:, self.size] = direction
         self.residual.addcmul_(weight[:, None], direction, value=-1)
         self._blur += (weight * whole * share) ** 2
         self.size += 1
         self.done = ~go | (self.size >= self.k) | (self.residual.norm(dim=1) <= ZERO * self.norm)
 
-    def _outside(self, choice: Tensor) -> Tensor:
-        """The part (B, d) of each target's atom ``choice`` (B,) that is outside the span of its basis."""
+    def _outside(self, choice: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """The part (B, d) of each target's atom ``choice`` (B,), of norm ``whole`` (B,), that is outside the span of
+        its basis, and the norm (B,) of that part."""
         rest, seen = self.atoms.index_select(0, choice), self.basis[:, : self.size]
         rest[:, None].baddbmm_(torch.bmm(rest[:, None], seen.transpose(1, 2)), seen, alpha=-1)
+        length = rest.norm(dim=1)
         # Gram-Schmidt loses digits where most of the atom cancels; a second pass there is enough (Kahan, Parlett).
-        cancelled = (rest.norm(dim=1) < CANCELLED * self.atom_norms[choice]).nonzero().flatten()
+        cancelled = (length < CANCELLED * whole).nonzero().flatten()
         if len(cancelled):
             seen = seen[cancelled]
             shadow = torch.bmm(seen, rest[cancelled, :, None])
-            rest[cancelled] -= torch.bmm(shadow.transpose(1, 2), seen).squeeze(1)
-        return rest
+            again = rest[cancelled] - torch.bmm(shadow.transpose(1, 2), seen).squeeze(1)
+            rest[cancelled], length[cancelled] = again, again.norm(dim=1)
+        return rest, length

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-HELD = (2**18, 2**26)
-"""Numbers of atoms held in float64 at a time: on a CPU what its cache holds, on a GPU enough to keep it busy."""
+
+def held(device: torch.device) -> int:
+    """Numbers of atoms held in float64 at a time: on a CPU what its cache holds, on a GPU enough to keep it busy."""
+    return 2**25 if device.type == "cuda" else 2**18
 
 
 def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
@@ -14,7 +16,7 @@ def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tens
     """
     coefficients = torch.empty_like(support, dtype=torch.float64)
     residuals = torch.empty_like(targets, dtype=torch.float64)
-    step = max(1, HELD[targets.device.type == "cuda"] // max(1, support.shape[1] * atoms.shape[1]))
+    step = max(1, held(targets.device) // max(1, support.shape[1] * atoms.shape[1]))
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
         coefficients[part], residuals[part] = _solve(targets[part].double(), atoms, support[part])

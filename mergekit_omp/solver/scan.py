@@ -12,7 +12,7 @@ from mergekit_omp.solver.screen import Screen
 from mergekit_omp.solver.shortlist import Shortlist
 
 
-def find_supports(targets: Tensor, screen: Screen, k: int, scan_every: int = 1) -> Tensor:
+def find_supports(targets: Tensor, screen: Screen, k: int, scan_every: int, pairs: int) -> Tensor:
     """The atoms that represent each target.
 
     Args:
@@ -20,6 +20,7 @@ def find_supports(targets: Tensor, screen: Screen, k: int, scan_every: int = 1) 
         screen: of all atoms.
         k: the sparsity.
         scan_every: 1 looks at all atoms at each step, and is exact; more, see :class:`Shortlist`.
+        pairs: of targets and atoms that may be the best ones, as many as may be held at a time.
 
     Returns:
         Support int64 (B, k) of each target, in the order of selection, -1 where the slot is unused.
@@ -40,4 +41,11 @@ def find_supports(targets: Tensor, screen: Screen, k: int, scan_every: int = 1) 
         if shortlist is not None:
             pursuit.extend(*shortlist.choose(pursuit))
         else:
-            pursuit.extend(*choose(pursuit, *screen.look(pursuit.residual).candidates()))
+            pursuit.extend(*_best(pursuit, screen, pairs))
+
+
+def _best(pursuit: Pursuit, screen: Screen, pairs: int) -> tuple[Tensor, Tensor]:
+    """The best of all atoms int64 (B,) for each target, and its score (B,)."""
+    candidates = screen.look(pursuit.residual).candidates(pairs)
+    choices, scores = zip(*(choose(pursuit.view(some), rows, atoms) for some, rows, atoms in candidates), strict=True)
+    return torch.cat(choices), torch.cat(scores)

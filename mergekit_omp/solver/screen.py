@@ -1,10 +1,11 @@
 """A cheap look at all atoms, with a bound on how wrong it can be.
 
-Letters in shapes: B targets, N atoms, G groups of atoms, d dimensions, Q pairs.
+Letters in shapes: B targets, N atoms, G groups of M atoms, d dimensions, Q pairs.
 """
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from mergekit_omp.solver.pursuit import ROUNDING
 
-GROUP = 64
+GROUP = {"cpu": 64, "cuda": 256}
 """Atoms that are first looked at as one."""
 
 TINY = 1e-37
-"""Added to the squares of errors, so that none is rounded to zero; and a length that none is."""
+"""Added to the squares of errors, so that none is rounded to zero."""
+
+SHORTEST = 1e-30
+"""Rows that are shorter are not made longer by more than a row of that length."""
 
 LENGTH = 128.0
 """Of the rows that are rounded: in float16, scores of such rows are finite, and next to no coordinate is lost."""
@@ -30,10 +34,10 @@ class Look:
         unitᵦ (rounding · magnitudeᵦₙ + errorᵦₙ)
 
     Attributes:
-        magnitudes: (B, GROUP, G), not negative, in a floating dtype; zero where there is no atom.
-        errors: float32 (B, G), the same for all atoms of a group.
+        magnitudes: (B, M, G), not negative, in a floating dtype.
+        errors: float32 (B, G), the same for all atoms of a group; or (1, G), the same for all residuals too.
         unit: float32 (B,). Scores of one residual are compared in its own.
-        order: int64 (GROUP, G), which atom stands where; -1 for none.
+        order: int64 (M, G), which atom stands where; -1 for none.
     """
 
     magnitudes: Tensor
@@ -46,30 +50,44 @@ class Look:
         """Half of the distance to the next magnitude, relative to it, and a little for the arithmetic here."""
         return 0.501 * torch.finfo(self.magnitudes.dtype).eps
 
-    def candidates(self) -> tuple[Tensor, Tensor]:
-        """All pairs of a residual (Q,) and an atom (Q,) that may have its highest score, residual by residual."""
+    def candidates(self, most: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For some residuals after the others, all pairs with an atom that may have the highest score.
+
+        Args:
+            most: the most pairs at a time, where one residual has not got more.
+
+        Yields:
+            Which of the residuals, all of them one after the other; and of each pair, in their order, the residual
+            (Q,), counted from the first of these, and the atom (Q,).
+        """
         peaks = self._peaks()
         needed = self.needed(peaks)
         rows, groups = (peaks >= needed).nonzero(as_tuple=True)
-        pair, member = (self.magnitudes[rows, :, groups] >= needed[rows, groups, None]).nonzero(as_tuple=True)
-        rows, atoms = rows[pair], self.order[member, groups[pair]]
-        real = atoms >= 0
-        return rows[real], atoms[real]
+        count, size = len(peaks), self.magnitudes.shape[1]
+        if len(rows) * size <= most:
+            spans = [(0, count, 0, len(rows))]
+        else:
+            spans = _spans(rows.bincount(minlength=count).cumsum(0).tolist(), most // size)
+        for start, stop, first, last in spans:
+            row, group = rows[first:last], groups[first:last]
+            high = self.magnitudes[row, :, group] >= needed[row, group, None]
+            pair, member = high.logical_and_((self.order[:, group] >= 0).T).nonzero(as_tuple=True)
+            yield slice(start, stop), row[pair] - start, self.order[member, group[pair]]
 
     def highest(self, count: int) -> tuple[Tensor, Tensor]:
         """The atoms of the highest scores, and what none of the others exceeds, as far as magnitudes tell.
 
         Args:
-            count: M, at most as many as there are places.
+            count: of atoms, at most as many as there are places.
 
         Returns:
-            The atoms int64 (B, M), -1 for none, and the score float32 (B,).
+            The atoms int64 (B, count), -1 for none, and the score float32 (B,).
         """
-        # They all stand in the groups of the M highest peaks.
-        groups = self._peaks().topk(min(count, self.order.shape[1]), dim=1).indices
+        # They all stand in the groups of as many of the highest peaks.
+        groups, size = self._peaks().topk(min(count, self.order.shape[1]), dim=1).indices, len(self.order)
         members = self.magnitudes[torch.arange(len(groups), device=groups.device)[:, None], :, groups]
         highest, places = members.flatten(1).topk(count, dim=1)
-        atoms = self.order[places % GROUP, groups.gather(1, places // GROUP)]
+        atoms = self.order[places % size, groups.gather(1, places // size)]
         return atoms, highest[:, -1].float() * self.unit
 
     def _peaks(self) -> Tensor:
@@ -84,11 +102,19 @@ class Look:
         return (level - self.errors).div_(1 + self.rounding)
 
 
+def _spans(ends: list[int], most: int) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a list of pairs, of which those of row i end at ``ends[i]``, between rows: the rows and the pairs of each
+    span, which has at most so many pairs, or one row."""
+    start = first = 0
+    while start < len(ends):
+        stop = max(start + 1, bisect_right(ends, first + most))
+        yield start, stop, first, ends[stop - 1]
+        start, first = stop, ends[stop - 1]
+
+
 class Screen(ABC):
     """Atoms (N, d), and a rounded copy of them that is faster to multiply with."""
 
-    power = 1
-    """Errors add up (1), or, where they are independent of each other, their squares do (2)."""
     score_bytes: int
     """What one score of a :class:`Look` takes."""
 
@@ -97,14 +123,15 @@ class Screen(ABC):
         self.norms = atoms.norm(dim=1)
         # Groups of about the same norm: their bounds are as tight as those of each atom.
         order = self.norms.argsort(stable=True)
-        empty = order.new_full((-len(order) % GROUP,), -1)
-        self.order = torch.cat([order, empty]).view(-1, GROUP).T.contiguous()
+        group = GROUP[atoms.device.type]
+        empty = order.new_full((-len(order) % group,), -1)
+        self.order = torch.cat([empty, order]).view(-1, group).T.contiguous()
         # What rounding takes from sums of d products in float32, relative to the norms.
         self.summing = (atoms.shape[1] + 16) * ROUNDING
 
     @abstractmethod
     def look(self, residuals: Tensor) -> Look:
-        """Bounds of the scores of float32 residuals (B, d) with all atoms."""
+        """Bounds of the scores of float32 residuals (B, d), none of which is zero, with all atoms."""
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Some places at a time, and the atoms (n, d) that stand there; zeros for none."""
@@ -113,32 +140,25 @@ class Screen(ABC):
             atoms = self.order.flatten()[places]
             yield places, self.atoms[atoms] * (atoms >= 0)[:, None]
 
-    def _set_slack(self, norms: Tensor, loss: Tensor) -> None:
-        """Of the norms of atoms (N,), and of ``loss``, one for each place, in units that :meth:`look` chooses."""
-        slack = torch.stack([norms[self.order].amax(0), loss.view_as(self.order).amax(0)])
-        self._slack = slack**self.power  # (2, G)
-
-    def _seen(self, scores: Tensor, unit: Tensor, reach: list[Tensor]) -> Look:
-        """Scores (B, N) in units (B,), off by (Σⱼ (reachᵦⱼ slackⱼₙ)ᵖ)^(1/p) beside the rounding to their dtype."""
-        errors = torch.stack(reach, dim=1).pow_(self.power) @ self._slack
-        if self.power == 2:
-            errors.add_(TINY).sqrt_()
-        return Look(scores.abs_().unflatten(1, self.order.shape), errors, unit, self.order)
+    def _largest(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest norm (G,) of the atoms of each group, and its largest ``loss``, of which each place has one."""
+        return self.norms[self.order].amax(0), loss.view_as(self.order).amax(0)
 
 
 class FloatScreen(Screen):
     """Atoms rounded to a floating dtype.
 
-    A score ⟨r, a⟩ is estimated as ⟨r̂, â⟩. By Cauchy and Schwarz it is off by at most ‖r - r̂‖ ‖a‖ + ‖r̂‖ ‖a - â‖, and
-    all these norms are measured. Nothing is assumed of how the errors fall. All rows are brought to lengths with which
-    neither they nor the scores leave the range of float16.
+    A score ⟨r, a⟩ is estimated as ⟨r̂, â⟩. By Cauchy and Schwarz it is off by at most ‖r - r̂‖ ‖a‖ + ‖r̂‖ ‖a - â‖.
+    Nothing is assumed of how the errors fall. All residuals are brought to the same length, and the atoms to lengths
+    near it, so that neither they nor the scores leave the range of float16, and the bounds are the same for all
+    residuals.
     """
 
     def __init__(self, atoms: Tensor, dtype: torch.dtype) -> None:
         super().__init__(atoms)
         self.score_bytes = dtype.itemsize
         # A power of two, with which rows that were bfloat16 in the checkpoint are rounded by none of the dtypes.
-        longest = self.norms.max().clamp(TINY, 1 / TINY).item()
+        longest = max(self.norms.max().item(), SHORTEST)
         self._scale = 2.0 ** math.floor(math.log2(LENGTH / longest))
         self.low = atoms.new_empty(self.order.numel(), atoms.shape[1], dtype=dtype)
         loss = atoms.new_empty(len(self.low))
@@ -146,15 +166,16 @@ class FloatScreen(Screen):
             part.mul_(self._scale)
             self.low[places] = part
             loss[places] = (part - self.low[places]).norm(dim=1)
-        self._set_slack(self.norms * self._scale, loss)
-        self._smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # what numbers near 0 are off by
+        norm, loss = self._largest(loss)
+        numbers = torch.finfo(dtype)
+        smallest = numbers.smallest_normal * numbers.eps  # what numbers near 0 are off by
+        length = 1.001 * LENGTH  # of rounded residuals, on the safe side
+        lost = length * (numbers.eps / 2 + self.summing) + math.sqrt(atoms.shape[1]) * smallest
+        self._errors = (lost * self._scale * norm + length * loss + smallest)[None]
 
     def look(self, residuals: Tensor) -> Look:
         """See :meth:`Screen.look`."""
-        unit = residuals.norm(dim=1).clamp(min=TINY) / LENGTH
-        scaled = residuals / unit[:, None]
-        low = scaled.to(self.low.dtype)
-        lost, norm = (scaled - low).norm(dim=1), low.float().norm(dim=1)
-        look = self._seen(low @ self.low.T, unit / self._scale, [lost + self.summing * norm, norm])
-        look.errors.add_(self._smallest)
-        return look
+        unit = residuals.norm(dim=1).clamp_(min=SHORTEST).div_(LENGTH)
+        low = torch.div(residuals, unit[:, None], out=torch.empty_like(residuals, dtype=self.low.dtype))
+        scores = (low @ self.low.T).abs_().unflatten(1, self.order.shape)
+        return Look(scores, self._errors, unit / self._scale, self.order)
