@@ -1,8 +1,9 @@
 """The solver side by side with other implementations of OMP, and how its time grows.
 
-``python -m benchmarks.solver`` writes benchmarks/solver.md, which takes hours; ``-k`` and ``--tables`` choose a part of
-it. With ``--growth benchmarks/growth.png`` it draws the curves instead. Needs the ``test`` extra and matplotlib; orthogonal-matching-pursuit-gpu is measured if installed.
-Every measurement is a process of its own, so that its peak memory is its own.
+``python -m benchmarks.solver`` writes benchmarks/solver.md, which takes hours; ``-k`` and ``--tables`` choose a part
+of it. With ``--growth benchmarks/growth.png`` it draws the curves instead. Needs the ``test`` extra and matplotlib;
+orthogonal-matching-pursuit-gpu is measured if installed. On a CPU every measurement is a process of its own, so that
+its peak memory is its own.
 """
 
 import argparse
@@ -34,7 +35,7 @@ PAIR = 10_000
 """Targets of ours, whose set-up is for all targets of a pair: as many as the smallest real pair has. A tenth of that
 at k = 256, which lasts long enough."""
 
-GEMM_ROWS = 192
+GEMM_ROWS = {"cpu": 192, "cuda": 4096}
 """Rows of the plain products: about as many as ours multiplies at a time."""
 
 CHECKED = 4
@@ -70,8 +71,6 @@ residuals that its lines tell. `batch_omp` is mergekit's (`mergekit.tokensurgeon
 targets that mergekit takes at a time (at k = 256 a quarter of that). `omp-gpu` is `orthogonal-matching-pursuit-gpu`
 {omp_gpu}; it takes atoms for normalised, so that its supports differ. `sklearn` is
 `sklearn.linear_model.orthogonal_mp_gram`.
-
-CUDA rows: unmeasured; there was no GPU at hand. The command adds them where there is one.
 """
 
 
@@ -152,7 +151,7 @@ def gemms(atoms: Tensor, targets: Tensor, k: int) -> Callable[[], Tensor]:
     from mergekit_omp.solver.device import _screen
     from mergekit_omp.solver.int8 import DIGITS, Int8Screen, _multiply
 
-    screen = _screen(atoms)
+    screen, rows_at_a_time = _screen(atoms), GEMM_ROWS[atoms.device.type]
     if isinstance(screen, Int8Screen):
         left = torch.randint(1, 256, (len(targets), atoms.shape[1] + len(DIGITS)), dtype=torch.uint8)
 
@@ -165,12 +164,12 @@ def gemms(atoms: Tensor, targets: Tensor, k: int) -> Callable[[], Tensor]:
             return rows @ screen.low.T
 
     def run() -> Tensor:
-        for rows in left.split(GEMM_ROWS):
+        for rows in left.split(rows_at_a_time):
             for _ in range(k):
                 multiply(rows)
         return torch.empty(0)
 
-    multiply(left[:GEMM_ROWS])
+    multiply(left[:rows_at_a_time])
     return run
 
 
@@ -193,11 +192,12 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], Callable[[], Tensor]]] = {
 }
 
 
-def measure(method: str, case: Case) -> Result:
-    """Run one method in this process."""
+def measure(method: str, case: Case, problem: tuple[Tensor, Tensor] | None = None) -> Result:
+    """Run one method in this process, on rows that are loaded if they are not given."""
     from mergekit_omp.solver.refit import refit
 
-    atoms, targets = (rows.to(case.device) for rows in load(case))
+    atoms, targets = problem or load(case)
+    targets = targets[: case.targets]
     on_gpu = case.device != "cpu"
     METHODS[method](atoms[:64], targets[:2], 2)()  # imports, and what a library sets up once
     run = METHODS[method](atoms, targets, case.k)
@@ -221,12 +221,12 @@ def measure(method: str, case: Case) -> Result:
     return result
 
 
-def float64_supports(case: Case, some: list[int]) -> list[set[int]]:
+def float64_supports(case: Case, some: list[int], problem: tuple[Tensor, Tensor] | None = None) -> list[set[int]]:
     """Supports of some targets by OMP in float64, the slow and obvious way."""
-    atoms, targets = (rows.double() for rows in load(case))
-    targets = targets[some]
+    atoms, targets = problem or load(case)
+    atoms, targets = atoms.double(), targets[some].double()
     supports: list[list[int]] = [[] for _ in some]
-    bases = [torch.zeros(0, case.dim, dtype=torch.float64) for _ in some]
+    bases = [targets[:0] for _ in some]
     residuals = targets.clone()
     for _ in range(case.k):
         for target, atom in enumerate((residuals @ atoms.T).abs().argmax(1).tolist()):
@@ -239,10 +239,10 @@ def float64_supports(case: Case, some: list[int]) -> list[set[int]]:
     return [set(support) for support in supports]
 
 
-def apart(method: str, case: Case) -> Result:
-    """Run one method in a process of its own."""
+def apart(method: str, case: Case, problem: tuple[Tensor, Tensor] | None = None) -> Result:
+    """Run one method in a process of its own; in this one on a GPU, where torch counts what is held."""
     print(f"{method}: {case}", file=sys.stderr, flush=True)
-    result = in_a_process(measure, method, case)
+    result = measure(method, case, problem) if problem else in_a_process(measure, method, case)
     print(f"  {result.seconds:.2f} s {result.error}", file=sys.stderr, flush=True)
     return result
 
@@ -274,25 +274,31 @@ def table(grid: list[Case], methods: Iterable[str]) -> Iterator[str]:
     )
     yield "|" + 13 * "---|"
     for case in grid:
-        few = BATCH if case.k < 256 else BATCH // 4
+        on_gpu = case.device != "cpu"
+        many, few = (PAIR, BATCH) if on_gpu or case.k < 256 else (PAIR // 10, BATCH // 4)
         counts = {
-            "ours": PAIR if case.k < 256 else PAIR // 10,
-            "k GEMMs": GEMM_ROWS * max(1, 64 // case.k),
+            "ours": many,
+            FASTER: many if on_gpu else few,
+            "k GEMMs": GEMM_ROWS[case.device] * max(1, 64 // case.k),
             "omp-gpu": 64,
             "sklearn": 4,
         }
+        problem = None
+        if on_gpu:
+            atoms, targets = load(replace(case, targets=many))
+            problem = atoms.to(case.device), targets.to(case.device)
         # k GEMMs take k times as long as one: at k = 256 they last for minutes, and tell nothing new.
         results = {
-            method: apart(method, replace(case, targets=counts.get(method, few)))
+            method: apart(method, replace(case, targets=counts.get(method, few)), problem)
             for method in methods
-            if not (method == "k GEMMs" and case.k == 256)
+            if not (method == "k GEMMs" and case.k == 256 and not on_gpu)
         }
-        checked = _check(replace(case, targets=few, device="cpu"), results["batch_omp"], results["ours"])
+        checked = _check(replace(case, targets=few), results["batch_omp"], results["ours"], problem)
         for method, result in results.items():
             yield _row(case, method, result, results["batch_omp"], checked.get(method, ""))
 
 
-def _check(case: Case, theirs: Result, mine: Result) -> dict[str, str]:
+def _check(case: Case, theirs: Result, mine: Result, problem: tuple[Tensor, Tensor] | None) -> dict[str, str]:
     """How many supports of each are those of float64: of the first targets on which the two differ, and the first."""
     if theirs.indices is None or mine.indices is None:
         return {}
@@ -301,7 +307,7 @@ def _check(case: Case, theirs: Result, mine: Result) -> dict[str, str]:
         (supports["batch_omp"].sort(1).values != supports["ours"].sort(1).values).any(1).nonzero().flatten().tolist()
     )
     some = list(dict.fromkeys([*differ[: CHECKED - 1], *range(CHECKED)]))[:CHECKED]
-    exact = in_a_process(float64_supports, case, some)
+    exact = float64_supports(case, some, problem) if problem else in_a_process(float64_supports, case, some)
     return {
         method: f"{sum(set(found[i].tolist()) == right for i, right in zip(some, exact, strict=True))} of {CHECKED}"
         for method, found in supports.items()
@@ -362,14 +368,14 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--growth", type=Path, help="draw the growth curves into this file, and no table")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cpu", help="of the growth curves")
     parser.add_argument("-k", type=int, nargs="+", default=[64, 8, 256], help="sparsities to measure")
     parser.add_argument(
         "--tables",
         nargs="+",
-        choices=["real", "few"],
-        default=["real", "few"],
-        help="with as many atoms as real pairs have, at each -k; with few, at k = 64",
+        choices=["real", "few", "gpu"],
+        default=["real", "few", *(["gpu"] if torch.cuda.is_available() else [])],
+        help="with as many atoms as real pairs have, at each -k; with few, at k = 64; as the first on a GPU",
     )
     options = parser.parse_args()
     if options.growth:
@@ -401,9 +407,9 @@ def main() -> None:
     if "few" in options.tables:
         small = [replace(case, atoms=FEW_ATOMS) for case in cases("cpu", [64])]
         parts.append((f"With {FEW_ATOMS:,} atoms:\n", small, list(METHODS)))
-    if options.device != "cpu":
-        title = f"On {options.device}, {torch.cuda.get_device_name()}:\n"
-        parts.append((title, cases(options.device, options.k), sides))
+    if "gpu" in options.tables:
+        title = f"On an {torch.cuda.get_device_name()}, torch {torch.__version__}; k GEMMs in float16:\n"
+        parts.append((title, cases("cuda", options.k), sides))
     with (HERE / "solver.md").open("w") as page:
         print(head, end="", file=page)
         for title, grid, methods in parts:

@@ -416,8 +416,8 @@ def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, o
     residuals[:3, (seed // 2) % dim] *= outlier
     exact = (residuals.double() @ atoms.double().T).abs()
     look = SCREENS[screen](atoms).look(residuals.clone())
-    errors = look.unit[:, None, None] * (look.rounding * look.magnitudes.double() + look.errors[:, None])
-    magnitudes = look.unit[:, None, None] * look.magnitudes.double()
+    errors = look.unit[:, None, None] * (look.rounding * look.scores.abs().double() + look.errors[:, None])
+    magnitudes = look.unit[:, None, None] * look.scores.abs().double()
     assert sorted(look.order[look.order >= 0].tolist()) == list(range(count))
     within = (exact[:, look.order] - magnitudes).abs() <= errors
     assert within[:, look.order >= 0].all()

@@ -5,6 +5,7 @@ import os
 import torch
 
 from mergekit_omp.solver.gram import BLOCK, TILE, padded
+from mergekit_omp.solver.refit import held
 from mergekit_omp.solver.screen import GROUP
 
 SHARE_OF_FREE = 0.6
@@ -65,7 +66,7 @@ def chunk_size(
         score_bytes: bytes of a score in the screen's dtype.
     """
     room = budget - atoms * (dim * 6 + 64)  # float32, and a rounded copy, which int8 holds twice while it is packed
-    room = room // lanes - PAIR_BYTES * pairs_at_a_time(budget, atoms, lanes)
+    room = room // lanes - PAIR_BYTES * pairs_at_a_time(budget, atoms, lanes) - 16 * held(device)
     places = atoms + GROUP[device.type]
     chunk = min(room // _bytes_per_target(places, dim, k, score_bytes), LARGEST_CHUNK[device.type])
     if device.type == "cpu":

@@ -48,7 +48,7 @@ def _settle(pursuit: Pursuit, rows: Tensor, atoms: Tensor, choice: Tensor) -> No
     targets, at = rows.unique(return_inverse=True)
     _, residual = least_squares(pursuit.targets[targets], pursuit.atoms, pursuit.support[targets, : pursuit.size])
     scores = torch.empty(len(at), dtype=torch.float64, device=at.device)
-    step = max(1, held(residual.device) // residual.shape[1])
+    step = max(1, held(residual.device) // (3 * residual.shape[1]))  # residuals, atoms and products
     for start in range(0, len(at), step):
         part = slice(start, start + step)
         scores[part] = (residual[at[part]] * pursuit.atoms[atoms[part]].double()).sum(1).abs()

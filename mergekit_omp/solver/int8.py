@@ -83,7 +83,7 @@ class Int8Screen(Screen):
         # Of each residual, what times the norm of an atom, and what times its step, is a bound; their squares add up.
         reach = torch.stack([deviations + self.summing * norm, deviations * norm + missed.abs()], dim=1)
         errors = (reach.square_() @ self._squares).add_(TINY).sqrt_()
-        return Look(scores.abs_().unflatten(1, self.order.shape), errors, steps, self.order)
+        return Look(scores.unflatten(1, self.order.shape), errors, steps, self.order)
 
     def _rotate(self, rows: Tensor) -> Tensor:
         left, right = self._rotation

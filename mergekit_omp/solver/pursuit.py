@@ -8,17 +8,13 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from mergekit_omp.solver.projection import take
+
 ROUNDING = torch.finfo(torch.float32).eps
 """Relative spacing of float32 numbers."""
 
 ZERO = 8 * ROUNDING
 """A residual or a score of this share of the target's norm is rounding."""
-
-DEPENDENT = 1e-5
-"""An atom of which only this share lies outside the support's span is in that span."""
-
-CANCELLED = 0.2
-"""Where less than this share of an atom is left after Gram-Schmidt, it is repeated."""
 
 
 class Pursuit:
@@ -63,29 +59,10 @@ class Pursuit:
         target is done.
         """
         whole = self.atom_norms[choice]
-        rest, length = self._outside(choice, whole)
-        go = (score > ZERO * self.norm * whole) & (length > DEPENDENT * whole)
-        share = go / length.clamp(min=torch.finfo(torch.float32).tiny)
-        # Zero where the target does not go on.
-        direction = torch.mul(rest, share[:, None], out=self.basis[:, self.size])
-        weight = torch.bmm(direction[:, None], self.residual[:, :, None]).flatten()
+        wanted = score > ZERO * self.norm * whole
+        length, weight = take(self.atoms, choice, whole, wanted, self.basis, self.size, self.residual)
+        go = length > 0
         self.support[:, self.size] = choice.where(go, self.support[:, self.size])
-        self.residual.addcmul_(weight[:, None], direction, value=-1)
-        self._blur += (weight * whole * share) ** 2
+        self._blur += (weight * whole / length).where(go, torch.zeros_like(length)) ** 2
         self.size += 1
         self.done = ~go | (self.size >= self.k) | (self.residual.norm(dim=1) <= ZERO * self.norm)
-
-    def _outside(self, choice: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
-        """The part (B, d) of each target's atom ``choice`` (B,), of norm ``whole`` (B,), that is outside the span of
-        its basis, and the norm (B,) of that part."""
-        rest, seen = self.atoms.index_select(0, choice), self.basis[:, : self.size]
-        rest[:, None].baddbmm_(torch.bmm(rest[:, None], seen.transpose(1, 2)), seen, alpha=-1)
-        length = rest.norm(dim=1)
-        # Gram-Schmidt loses digits where most of the atom cancels; a second pass there is enough (Kahan, Parlett).
-        cancelled = (length < CANCELLED * whole).nonzero().flatten()
-        if len(cancelled):
-            seen = seen[cancelled]
-            shadow = torch.bmm(seen, rest[cancelled, :, None])
-            again = rest[cancelled] - torch.bmm(shadow.transpose(1, 2), seen).squeeze(1)
-            rest[cancelled], length[cancelled] = again, again.norm(dim=1)
-        return rest, length

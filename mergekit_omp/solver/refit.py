@@ -5,8 +5,18 @@ from torch import Tensor
 
 
 def held(device: torch.device) -> int:
-    """Numbers of atoms held in float64 at a time: on a CPU what its cache holds, on a GPU enough to keep it busy."""
-    return 2**25 if device.type == "cuda" else 2**18
+    """Numbers of atoms held in float64 at a time: on a CPU what its cache holds, on a GPU enough for a few targets."""
+    return 2**22 if device.type == "cuda" else 2**18
+
+
+def _at_a_time(targets: Tensor, k: int) -> int:
+    """Targets (B, d) at a time. A GPU is kept busy by many, and has room for a quarter of those that it solves: their
+    pursuit took as much."""
+    count, dim = targets.shape
+    numbers = held(targets.device)
+    if targets.device.type == "cuda":
+        numbers = max(numbers, min(8 * numbers, count * k * dim // 4))
+    return max(1, numbers // max(1, k * dim))
 
 
 def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,7 +26,7 @@ def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tens
     """
     coefficients = torch.empty_like(support, dtype=torch.float64)
     residuals = torch.empty_like(targets, dtype=torch.float64)
-    step = max(1, held(targets.device) // max(1, support.shape[1] * atoms.shape[1]))
+    step = _at_a_time(targets, support.shape[1])
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
         coefficients[part], residuals[part] = _solve(targets[part].double(), atoms, support[part])
@@ -27,7 +37,9 @@ def _solve(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Ten
     """As :func:`least_squares`, at once. Normal equations square the condition number; one step of refinement with the
     residual itself gives the digits back."""
     used = support >= 0
-    chosen = atoms[support.clamp(min=0)].double().mul_(used[:, :, None])  # (B, k, d)
+    chosen = atoms[support.clamp(min=0)].double()  # (B, k, d)
+    if not used.all():
+        chosen.mul_(used[:, :, None])
     gram = torch.bmm(chosen, chosen.transpose(1, 2))
     gram.diagonal(dim1=1, dim2=2).add_((~used).double())
     factor = torch.linalg.cholesky(gram)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergekit_omp.solver.pursuit import ROUNDING
 
-GROUP = {"cpu": 64, "cuda": 256}
+GROUP = {"cpu": 64, "cuda": 128}
 """Atoms that are first looked at as one."""
 
 TINY = 1e-37
@@ -29,26 +29,26 @@ LENGTH = 128.0
 
 @dataclass(frozen=True)
 class Look:
-    """What a screen says of the scores |⟨rᵦ, aₙ⟩| of B residuals: they differ from unitᵦ magnitudeᵦₙ by no more than
+    """What a screen says of the scores |⟨rᵦ, aₙ⟩| of B residuals: they differ from unitᵦ |scoreᵦₙ| by no more than
 
-        unitᵦ (rounding · magnitudeᵦₙ + errorᵦₙ)
+        unitᵦ (rounding · |scoreᵦₙ| + errorᵦₙ)
 
     Attributes:
-        magnitudes: (B, M, G), not negative, in a floating dtype.
+        scores: (B, M, G) in a floating dtype. Signs are not kept where it is faster to drop them first.
         errors: float32 (B, G), the same for all atoms of a group; or (1, G), the same for all residuals too.
         unit: float32 (B,). Scores of one residual are compared in its own.
         order: int64 (M, G), which atom stands where; -1 for none.
     """
 
-    magnitudes: Tensor
+    scores: Tensor
     errors: Tensor
     unit: Tensor
     order: Tensor
 
     @property
     def rounding(self) -> float:
-        """Half of the distance to the next magnitude, relative to it, and a little for the arithmetic here."""
-        return 0.501 * torch.finfo(self.magnitudes.dtype).eps
+        """Half of the distance to the next score, relative to it, and a little for the arithmetic here."""
+        return 0.501 * torch.finfo(self.scores.dtype).eps
 
     def candidates(self, most: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """For some residuals after the others, all pairs with an atom that may have the highest score.
@@ -63,19 +63,19 @@ class Look:
         peaks = self._peaks()
         needed = self.needed(peaks)
         rows, groups = (peaks >= needed).nonzero(as_tuple=True)
-        count, size = len(peaks), self.magnitudes.shape[1]
+        count, size = len(peaks), self.scores.shape[1]
         if len(rows) * size <= most:
             spans = [(0, count, 0, len(rows))]
         else:
             spans = _spans(rows.bincount(minlength=count).cumsum(0).tolist(), most // size)
         for start, stop, first, last in spans:
             row, group = rows[first:last], groups[first:last]
-            high = self.magnitudes[row, :, group] >= needed[row, group, None]
+            high = self.scores[row, :, group].abs() >= needed[row, group, None]
             pair, member = high.logical_and_((self.order[:, group] >= 0).T).nonzero(as_tuple=True)
             yield slice(start, stop), row[pair] - start, self.order[member, group[pair]]
 
     def highest(self, count: int) -> tuple[Tensor, Tensor]:
-        """The atoms of the highest scores, and what none of the others exceeds, as far as magnitudes tell.
+        """The atoms of the highest scores, and what none of the others exceeds, as far as they tell.
 
         Args:
             count: of atoms, at most as many as there are places.
@@ -85,16 +85,18 @@ class Look:
         """
         # They all stand in the groups of as many of the highest peaks.
         groups, size = self._peaks().topk(min(count, self.order.shape[1]), dim=1).indices, len(self.order)
-        members = self.magnitudes[torch.arange(len(groups), device=groups.device)[:, None], :, groups]
-        highest, places = members.flatten(1).topk(count, dim=1)
+        members = self.scores[torch.arange(len(groups), device=groups.device)[:, None], :, groups]
+        highest, places = members.flatten(1).abs_().topk(count, dim=1)
         atoms = self.order[places % size, groups.gather(1, places // size)]
         return atoms, highest[:, -1].float() * self.unit
 
     def _peaks(self) -> Tensor:
         """The highest magnitude float32 (B, G) of each group."""
+        if self.scores.device.type == "cuda":
+            return torch.linalg.vector_norm(self.scores, torch.inf, dim=1).float()
         # Floating numbers that are not negative are in the order of their bits, and integers are compared faster.
-        bits = torch.int16 if self.magnitudes.element_size() == 2 else torch.int32
-        return self.magnitudes.view(bits).amax(1).view(self.magnitudes.dtype).float()
+        bits = torch.int16 if self.scores.element_size() == 2 else torch.int32
+        return self.scores.abs_().view(bits).amax(1).view(self.scores.dtype).float()
 
     def needed(self, peaks: Tensor) -> Tensor:
         """The magnitude (B, G) from which on an atom may have the highest score, given that of each group (B, G)."""
@@ -177,5 +179,5 @@ class FloatScreen(Screen):
         """See :meth:`Screen.look`."""
         unit = residuals.norm(dim=1).clamp_(min=SHORTEST).div_(LENGTH)
         low = torch.div(residuals, unit[:, None], out=torch.empty_like(residuals, dtype=self.low.dtype))
-        scores = (low @ self.low.T).abs_().unflatten(1, self.order.shape)
+        scores = (low @ self.low.T).unflatten(1, self.order.shape)
         return Look(scores, self._errors, unit / self._scale, self.order)

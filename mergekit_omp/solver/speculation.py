@@ -26,7 +26,8 @@ from torch import Tensor
 
 from mergekit_omp.solver.choice import TIE
 from mergekit_omp.solver.gram import TILE, UNIT, Gram
-from mergekit_omp.solver.pursuit import DEPENDENT, ZERO
+from mergekit_omp.solver.projection import DEPENDENT
+from mergekit_omp.solver.pursuit import ZERO
 
 FEWEST, STEPS = 4, 8
 """After a wrong step, so many are verified at once at least; and the most ever. More of them are undone too often."""
