@@ -12,6 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation import WINDOW_BYTES, builtin_texts, windows
 from mergekit_omp.initializers.numbers import LogitShift
+from mergekit_omp.placement import on_the_cpu
 from mergekit_omp.vocabularies import tokenizer_of
 
 LOG = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class FindLogitShift(Task[LogitShift]):
         """No task: transformers loads the model."""
         return {}
 
+    @on_the_cpu
     def execute(self, **_kwargs: object) -> LogitShift:
         """Read the first windows of the built-in texts that methods were tuned on."""
         LOG.info("Reading a text with %s, for numerals: digits", self.model)

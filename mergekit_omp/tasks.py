@@ -26,6 +26,7 @@ from mergekit_omp.initializers.new_tokens import NewTokens, RowMaker
 from mergekit_omp.initializers.numbers import LogitShift, find_numbers, with_numbers
 from mergekit_omp.overrides import override_row
 from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.placement import on_the_cpu
 from mergekit_omp.realign import Problem, Solution, TrainedRows, check_rows, lacking, pose_problem, realign
 from mergekit_omp.record import begin_record
 from mergekit_omp.states import FindLogitShift
@@ -54,6 +55,7 @@ class MatchVocabulary(Task[VocabularyMatch]):
         """No task: tokenizers are read while planning, and cached."""
         return {}
 
+    @on_the_cpu
     def execute(self, **_kwargs: Any) -> VocabularyMatch:
         """The match."""
         return match_of(self.output, self.model)
@@ -75,6 +77,7 @@ class PoseProblem(Task[Problem]):
         trained = {"base_trained": self.base_trained, "donor_trained": self.donor_trained}
         return {name: task for name, task in trained.items() if task is not None}
 
+    @on_the_cpu
     def execute(self, base_trained: torch.Tensor | None = None, donor_trained: torch.Tensor | None = None) -> Problem:
         """The targets and atoms; without the rows that are well trained, as far as they are known."""
         trained = None
@@ -112,6 +115,7 @@ class SolveCodes(Task[Solution]):
         """What log lines and errors call the donor's tensor."""
         return f"{self.donor_weight.tensor} of {self.donor_weight.model}"
 
+    @on_the_cpu
     def execute(self, problem: Problem, weight: torch.Tensor) -> Solution:
         """Solve, with a progress bar in tokens."""
         rows = weight.movedim(self.vocabulary_axis, 0).flatten(start_dim=1)
@@ -189,6 +193,7 @@ class PrepareRows(Task[NewRows]):
         """Some methods compute much."""
         return True
 
+    @on_the_cpu
     def execute(
         self,
         problem: Problem,
@@ -269,6 +274,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         """The label of the loaded tensors, so that they are read shard by shard."""
         return self.gather_tensors.group_label()
 
+    @on_the_cpu
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], **prepared: NewRows
     ) -> dict[ModelReference, torch.Tensor]:
@@ -340,6 +346,7 @@ class SummarizeTransplant(Task[None]):
             **{f"problem_{index}": pose for index, pose in enumerate(others)},
         }
 
+    @on_the_cpu
     def execute(self, **done: Solution | Problem) -> None:
         """Log one line a model, what its user should know, and one line for the solves; begin the record."""
         by_task = {self.arguments()[name]: each for name, each in done.items()}

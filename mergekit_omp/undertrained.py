@@ -8,6 +8,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokensurgeon.magikarp import well_trained_tokens
 
 from mergekit_omp.architecture import VocabularyRole, donor_weight
+from mergekit_omp.placement import on_the_cpu
 from mergekit_omp.vocabularies import vocabulary_of
 from mergekit_omp.vocabulary.canonical import TokenKind
 
@@ -30,6 +31,7 @@ class FindTrainedRows(Task[torch.Tensor]):
         """Both matrices."""
         return {"embedding": self.embedding, "head": self.head}
 
+    @on_the_cpu
     def execute(self, embedding: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Ask mergekit."""
         tokens = vocabulary_of(self.model, self.trust_remote_code).tokens.values()

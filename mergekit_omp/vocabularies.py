@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mergekit_omp.architecture import vocabulary_size
 from mergekit_omp.checkpoint import is_tokenizer_alone
 from mergekit_omp.errors import OmpError
+from mergekit_omp.placement import on_the_cpu
 from mergekit_omp.vocabulary.canonical import Vocabulary, read_vocabulary
 from mergekit_omp.vocabulary.duplicates import without_duplicates
 from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabulary
@@ -31,6 +32,7 @@ class OutputTokenizer(BuildTokenizer):
     overridden: tuple[str, ...] = ()  # tokens that the recipe names a source of rows for
     chat_template: str | None = None  # the recipe's; None where the tokenizer keeps its own
 
+    @on_the_cpu
     def execute(self, **_kwargs: object) -> TokenizerInfo:
         """The tokenizer alone; it is a new object, which mergekit may change."""
         return TokenizerInfo(tokenizer=build_output_tokenizer(self), permutations={}, original_vocabs={})

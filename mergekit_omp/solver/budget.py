@@ -11,8 +11,11 @@ from mergekit_omp.solver.screen import GROUP
 SHARE_OF_FREE = 0.6
 """What a solve takes of the memory that is free on a device, unless the caller sets a budget."""
 
-LARGEST_CHUNK = {"cpu": 256, "cuda": 8192}
+LARGEST_CHUNK = {"cpu": 256, "cuda": 20_480}
 """Targets at a time: more gain nothing on a CPU, and fewer would leave a GPU waiting for its next commands."""
+
+LARGEST_SCORES = 2**31 - 1
+"""Scores at a time: more could not be counted in 32 bits, for which a GPU has its fastest operations."""
 
 PAIR_BYTES = 140
 """What a pair of a target and an atom that may be its best one takes while the best is chosen."""
@@ -68,7 +71,8 @@ def chunk_size(
     room = budget - atoms * (dim * 6 + 64)  # float32, and a rounded copy, which int8 holds twice while it is packed
     room = room // lanes - PAIR_BYTES * pairs_at_a_time(budget, atoms, lanes) - 16 * held(device)
     places = atoms + GROUP[device.type]
-    chunk = min(room // _bytes_per_target(places, dim, k, score_bytes), LARGEST_CHUNK[device.type])
+    most = min(LARGEST_CHUNK[device.type], LARGEST_SCORES // places)
+    chunk = min(room // _bytes_per_target(places, dim, k, score_bytes), most)
     if device.type == "cpu":
         chunk = min(chunk, KEPT_BLOCK // (score_bytes * places))
     return _even(chunk, targets, lanes)

@@ -18,9 +18,6 @@ from mergekit_omp.solver.screen import FloatScreen, Screen
 
 LOG = logging.getLogger(__name__)
 
-GPU_LANES = 2
-"""Threads that work on a GPU at a time: while one waits for it, or for memory, the other multiplies."""
-
 Way = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 """Targets float32 (B, d) to support (B, k), coefficients (B, k) and relative residuals (B,)."""
 
@@ -38,7 +35,7 @@ def solve_on(
     progress: Callable[[int], None] | None,
 ) -> SparseCodes:
     """Codes of the targets (B, d), on the CPU. ``sharing`` solves run on this device and share its budget."""
-    lanes = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else GPU_LANES
+    lanes = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     budget = budget_on(device, budget) // sharing
 
     atoms = atoms.to(device, torch.float32)
@@ -61,12 +58,10 @@ def solve_on(
             progress(len(chunk))
         return codes
 
-    return concatenate(_in_lanes(solve, targets, chunk, lanes, device))
+    return concatenate(_in_lanes(solve, targets, chunk, lanes))
 
 
-def _in_lanes(
-    solve: Callable[[Tensor], SparseCodes], targets: Tensor, chunk: int, lanes: int, device: torch.device
-) -> list[SparseCodes]:
+def _in_lanes(solve: Callable[[Tensor], SparseCodes], targets: Tensor, chunk: int, lanes: int) -> list[SparseCodes]:
     """Solve all chunks, several at a time with a thread each, and chunks of half the size after out-of-memory."""
     size, lock = [chunk], threading.Lock()
 
@@ -88,7 +83,7 @@ def _in_lanes(
         return done
 
     parts = targets.split(chunk) if lanes > 1 else [targets]
-    return [codes for part in in_lanes(solve_or_halve, parts, lanes, device) for codes in part]
+    return [codes for part in in_lanes(solve_or_halve, parts, lanes) for codes in part]
 
 
 def _first_copies(atoms: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 def held(device: torch.device) -> int:
     """Numbers of atoms held in float64 at a time: on a CPU what its cache holds, on a GPU enough for a few targets."""
-    return 2**22 if device.type == "cuda" else 2**18
+    return 2**23 if device.type == "cuda" else 2**18
 
 
 def _at_a_time(targets: Tensor, k: int) -> int:
@@ -15,7 +15,7 @@ def _at_a_time(targets: Tensor, k: int) -> int:
     count, dim = targets.shape
     numbers = held(targets.device)
     if targets.device.type == "cuda":
-        numbers = max(numbers, min(8 * numbers, count * k * dim // 4))
+        numbers = max(numbers, min(4 * numbers, count * k * dim // 4))
     return max(1, numbers // max(1, k * dim))
 
 
@@ -26,22 +26,22 @@ def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tens
     """
     coefficients = torch.empty_like(support, dtype=torch.float64)
     residuals = torch.empty_like(targets, dtype=torch.float64)
-    step = _at_a_time(targets, support.shape[1])
+    step, all_used = _at_a_time(targets, support.shape[1]), bool((support >= 0).all())
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
-        coefficients[part], residuals[part] = _solve(targets[part].double(), atoms, support[part])
+        coefficients[part], residuals[part] = _solve(targets[part].double(), atoms, support[part], all_used)
     return coefficients, residuals
 
 
-def _solve(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
+def _solve(targets: Tensor, atoms: Tensor, support: Tensor, all_used: bool) -> tuple[Tensor, Tensor]:
     """As :func:`least_squares`, at once. Normal equations square the condition number; one step of refinement with the
     residual itself gives the digits back."""
     used = support >= 0
     chosen = atoms[support.clamp(min=0)].double()  # (B, k, d)
-    if not used.all():
+    if not all_used:
         chosen.mul_(used[:, :, None])
     gram = torch.bmm(chosen, chosen.transpose(1, 2))
-    gram.diagonal(dim1=1, dim2=2).add_((~used).double())
+    gram.diagonal(dim1=1, dim2=2).add_((~used).double())  # what is not used is an atom of its own
     factor = torch.linalg.cholesky(gram)
     residual, coefficients = targets, 0.0
     for _ in range(2):

@@ -1,0 +1,25 @@
+"""Where tensors are that a task makes itself."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
+
+
+def on_the_cpu(execute: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
+    """Make the CPU torch's default device while a task is executed, as it is without ``--multi-gpu``.
+
+    mergekit's executor for several GPUs makes one of them the default: indices of rows, random numbers with a seed and
+    models that are read would be there, beside others that are on the CPU.
+    """
+
+    @wraps(execute)
+    def placed(*arguments: Arguments.args, **named: Arguments.kwargs) -> Value:
+        with torch.device("cpu"):
+            return execute(*arguments, **named)
+
+    return placed
