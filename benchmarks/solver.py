@@ -55,24 +55,25 @@ SmolLM2 (d = 576) and Gemma-3-270M (d = 640) are real embedding rows, split at r
 rounded to bfloat16 as checkpoints are. There are as many atoms as real pairs have (SmolLM2 with Gemma's tokenizer
 39,237, Llama 3's tokenizer and Mistral NeMo about 70,000), or {atoms:,} in a table of its own, so that methods that
 hold a float32 Gram matrix of all atoms can take part. What is scaled down is the number of targets (a real pair has
-10,000 to 200,000); for each method it is in its column. Times are per target, and the set-up of each method (copies,
-Gram matrix, rounded atoms) is in them, but for the GEMMs.
+10,000 to 200,000; Llama 3's tokenizer and Mistral NeMo 60,000); for each method it is in its column. Times are per
+target, and the set-up of each method (copies, Gram matrix, rounded atoms) is in them, but for the GEMMs.
 
 - *ratio*: time per target of `batch_omp` over that of the row.
-- *peak*: resident memory above what the process held with the data loaded. Ours takes up to 60 % of what is free for a
-  Gram matrix; `memory_budget` bounds it, and with less all atoms are looked at in each step.
+- *peak*: memory above what was held with the data loaded, resident on a CPU, allocated on a GPU. Ours takes up to 60 %
+  of what is free for a Gram matrix, or on a GPU for many targets at a time; `memory_budget` bounds it. With less, all
+  atoms are looked at in each step, as on a GPU, and targets are taken in smaller chunks.
 - *same support*: share of the targets (those solved by both) whose set of atoms is `batch_omp`'s.
 - *as float64*: of {checked} targets, those on which the two differ first, how many supports are those of a plain
   float64 OMP. The last digits of float32 decide now and then between atoms; ours settles such choices in float64.
 - *residual*: mean ‖x - x̂‖ / ‖x‖ over the targets that `batch_omp` solved too (its own in its line).
-- `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan ({dtype} on this CPU): the limit of
-  any method that multiplies all atoms with the residual at each step. Ours is faster where it has a Gram matrix. Not
-  measured at k = 256, where it is four times that of k = 64.
+- `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan (float16 on a GPU, {dtype} on this
+  CPU): the limit of any method that multiplies all atoms with the residual at each step. Ours is faster where it has a
+  Gram matrix. Not measured on the CPU at k = 256, where it is four times that of k = 64.
 
 `ours, scan_every: 8` looks at all atoms less often, which is off by default: its supports are others, with the
 residuals that its lines tell. `batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`), with one batch, of the 512
-targets that mergekit takes at a time (at k = 256 a quarter of that). `omp-gpu` is `orthogonal-matching-pursuit-gpu`
-{omp_gpu}; it takes atoms for normalised, so that its supports differ. `sklearn` is
+targets that mergekit takes at a time (on the CPU at k = 256 a quarter of that). `omp-gpu` is
+`orthogonal-matching-pursuit-gpu` {omp_gpu}; it takes atoms for normalised, so that its supports differ. `sklearn` is
 `sklearn.linear_model.orthogonal_mp_gram`.
 """
 
@@ -417,7 +418,7 @@ def main() -> None:
         small = [replace(case, atoms=FEW_ATOMS) for case in cases("cpu", [64])]
         parts.append((f"With {FEW_ATOMS:,} atoms:\n", small, list(METHODS)))
     if "gpu" in options.tables:
-        title = f"On an {torch.cuda.get_device_name()}, torch {torch.__version__}; k GEMMs in float16:\n"
+        title = f"On one {torch.cuda.get_device_name()}, torch {torch.__version__}:\n"
         parts.append((title, cases("cuda", options.k), sides))
     with (HERE / "solver.md").open("w") as page:
         print(head, end="", file=page)
