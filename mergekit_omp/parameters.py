@@ -77,7 +77,8 @@ class OmpParameters(BaseModel, frozen=True):
     scan_every: Annotated[int, Field(ge=1, strict=True)] = Field(
         default=1,
         description="At most how many anchors are chosen from one look at all of them: 1 is exact OMP; 8 finds others "
-        "that leave as little, and is faster only where memory is short or tokens are few (README, How fast).",
+        "that leave as little, and is faster only on a GPU, or where memory is short or tokens are few (README, How "
+        "fast).",
     )
     reconstruction: Reconstruction = Field(
         default=Reconstruction.REGRESSION,

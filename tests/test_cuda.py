@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_solver import random_rows, reference_omp, supports
 
 from benchmarks.memory import peak, start_of_peak
-from mergekit_omp.solver import solve_omp
+from mergekit_omp.solver import projection, solve_omp
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -40,6 +40,17 @@ def test_same_codes_as_on_the_cpu(size: float, normalize: bool) -> None:
     assert torch.equal(codes.indices, expected.indices)
     torch.testing.assert_close(codes.coefficients, expected.coefficients, rtol=1e-4, atol=0)
     torch.testing.assert_close(codes.relative_residuals, expected.relative_residuals)
+
+
+def test_same_codes_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without Triton."""
+    assert projection.has_kernel(GPU)
+    atoms, targets = random_rows(5000, 256, 12, 1.0), random_rows(300, 256, 13, 1.0)
+    atoms[7] = atoms[3] + 1e-4 * atoms[9]
+    targets[0] = atoms[3] + 0.5 * atoms[7]
+    expected = solve_omp(targets, atoms, 20, devices=[GPU])
+    monkeypatch.setattr(projection, "has_kernel", lambda device: False)
+    assert torch.equal(solve_omp(targets, atoms, 20, devices=[GPU]).indices, expected.indices)
 
 
 def test_the_ways_of_the_process_to_save_digits_do_not_reach_the_solver() -> None:

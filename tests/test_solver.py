@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from sklearn.linear_model import orthogonal_mp
 
 import mergekit_omp.solver.device as device_module
 from mergekit_omp.errors import OmpError
-from mergekit_omp.solver import SparseCodes, gram, int8, solve_omp, speculation
+from mergekit_omp.solver import SparseCodes, gram, int8, projection, solve_omp, speculation
 from mergekit_omp.solver.budget import GRAM_CHUNK, KEPT_BLOCK, chunk_size, gram_bytes, gram_chunk_size
 from mergekit_omp.solver.gram import Gram
 from mergekit_omp.solver.int8 import Int8Screen
@@ -525,6 +526,22 @@ def test_without_numba_or_room_all_atoms_are_looked_at(monkeypatch: pytest.Monke
     assert gram_chunk_size(2**30, *shape, lanes=2) == 0
     monkeypatch.setattr(gram, "is_supported", lambda: False)
     assert device_module.gain_of_gram(CPU, *shape) == 1
+
+
+def test_a_kernel_that_does_not_compile_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fault that is injected: Triton is there, and finds no C compiler."""
+
+    def take(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler. (injected)")
+
+    name = "mergekit_omp.solver.projection_kernel"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(take=take))
+    monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "projection_kernel", sys.modules[name], raising=False)
+    assert not projection.has_kernel.__wrapped__(CPU)
+    assert "a fifth longer" in caplog.text
+    assert "C compiler" in caplog.text
 
 
 @settings(max_examples=15, deadline=None)

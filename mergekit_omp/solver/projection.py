@@ -3,10 +3,13 @@
 Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
 """
 
+import logging
 from functools import cache
 
 import torch
 from torch import Tensor
+
+LOG = logging.getLogger(__name__)
 
 DEPENDENT = 1e-5
 """An atom of which only this share lies outside the support's span is in that span."""
@@ -34,7 +37,7 @@ def take(
         Of each target, the length (B,) of what is outside the span, and the weight (B,) of the direction in what was
         the residual; both are 0 where the direction is.
     """
-    if residual.device.type == "cuda" and has_kernel():
+    if residual.device.type == "cuda" and has_kernel(residual.device):
         from mergekit_omp.solver import projection_kernel
 
         if residual.shape[1] <= projection_kernel.LARGEST:
@@ -58,10 +61,17 @@ def take(
 
 
 @cache
-def has_kernel() -> bool:
-    """Whether Triton is there, which comes with torch for CUDA on Linux."""
+def has_kernel(device: torch.device) -> bool:
+    """Whether Triton, which comes with torch for CUDA on Linux, compiles and runs the kernel for a GPU."""
     try:
-        import mergekit_omp.solver.projection_kernel  # noqa: F401
+        from mergekit_omp.solver import projection_kernel
     except ImportError:
+        return False
+    row, norm = torch.ones(1, 16, device=device), torch.full((1,), 4.0, device=device)
+    first, basis = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, 1, 16, device=device)
+    try:
+        projection_kernel.take(row, first, norm, norm > 0, basis, 0, row.clone())
+    except Exception as error:  # there is no C compiler, or a GPU that Triton does not know
+        LOG.warning("Solves take a fifth longer without Triton's kernels: %s", error)
         return False
     return True

@@ -45,7 +45,7 @@ def take(
 
 
 @triton.jit
-def _outside(atom, rows_at, size, dim, places, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # noqa: ANN001, ANN202
+def _outside(atom, rows_at, size, dim, places, WIDTH: tl.constexpr, ROWS: tl.constexpr):
     """What of an atom (d,) is outside the span of rows (size, d)."""
     rest = atom
     for first in range(0, size, ROWS):
@@ -58,21 +58,21 @@ def _outside(atom, rows_at, size, dim, places, WIDTH: tl.constexpr, ROWS: tl.con
 
 
 @triton.jit(do_not_specialize=["size"])
-def _take(  # noqa: ANN202
-    atoms,  # noqa: ANN001
-    choice,  # noqa: ANN001
-    whole,  # noqa: ANN001
-    wanted,  # noqa: ANN001
-    basis,  # noqa: ANN001
-    residual,  # noqa: ANN001
-    length,  # noqa: ANN001
-    weight,  # noqa: ANN001
-    size,  # noqa: ANN001
-    dim,  # noqa: ANN001
-    basis_step,  # noqa: ANN001
-    residual_step,  # noqa: ANN001
-    CANCELLED,  # noqa: ANN001
-    DEPENDENT,  # noqa: ANN001
+def _take(
+    atoms,
+    choice,
+    whole,
+    wanted,
+    basis,
+    residual,
+    length,
+    weight,
+    size,
+    dim,
+    basis_step,
+    residual_step,
+    CANCELLED,
+    DEPENDENT,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
