@@ -198,12 +198,15 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], Callable[[], Tensor]]] = {
 
 def measure(method: str, case: Case, problem: tuple[Tensor, Tensor] | None = None) -> Result:
     """Run one method in this process, on rows that are loaded if they are not given."""
+    from mergekit_omp.solver import gram, speculation
     from mergekit_omp.solver.refit import refit
 
     atoms, targets = problem or load(case)
     targets = targets[: case.targets]
     on_gpu = case.device != "cpu"
     METHODS[method](atoms[:64], targets[:2], 2)()  # imports, and what a library sets up once
+    if not on_gpu and gram.is_supported():
+        speculation.solve(targets[:2], gram.Gram(atoms[:64], lanes=1), 2)  # numba compiles once for an installation
     run = METHODS[method](atoms, targets, case.k)
     before = start_of_peak(on_gpu)
     start = time.perf_counter()

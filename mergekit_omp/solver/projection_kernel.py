@@ -3,6 +3,8 @@
 Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
 """
 
+import threading
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,9 @@ from mergekit_omp.solver.projection import CANCELLED, DEPENDENT
 LARGEST = 2**14
 """Dimensions up to which a row fits into the registers of a program."""
 
+COMPILING = threading.Lock()
+"""Each GPU has a thread; Triton does not promise that two of them may compile at once."""
+
 
 def take(
     atoms: Tensor, choice: Tensor, whole: Tensor, wanted: Tensor, basis: Tensor, size: int, residual: Tensor
@@ -21,7 +26,7 @@ def take(
     count, dim = residual.shape
     length, weight = torch.empty_like(whole), torch.empty_like(whole)
     width = max(16, triton.next_power_of_2(dim))
-    with torch.cuda.device_of(residual):
+    with COMPILING, torch.cuda.device_of(residual):
         _take[(count,)](
             atoms.contiguous(),
             choice.contiguous(),
