@@ -6,7 +6,7 @@ import torch
 
 from mergekit_omp.solver.gram import BLOCK, TILE, padded
 from mergekit_omp.solver.refit import held
-from mergekit_omp.solver.screen import GROUP
+from mergekit_omp.solver.screen import group_size
 
 SHARE_OF_FREE = 0.6
 """What a solve takes of the memory that is free on a device, unless the caller sets a budget."""
@@ -69,9 +69,10 @@ def chunk_size(
         score_bytes: bytes of a score in the screen's dtype.
     """
     room = budget - atoms * (dim * 6 + 64)  # float32, and a rounded copy, which int8 holds twice while it is packed
-    room = room // lanes - PAIR_BYTES * pairs_at_a_time(budget, atoms, lanes) - 16 * held(device)
-    places = atoms + GROUP[device.type]
-    most = min(LARGEST_CHUNK[device.type], LARGEST_SCORES // places)
+    room = room // lanes - PAIR_BYTES * pairs_at_a_time(budget, atoms, lanes)
+    room -= 16 * held(device)  # what is settled and refitted in float64
+    places = atoms + group_size(device)
+    most = min(LARGEST_CHUNK.get(device.type, 512), LARGEST_SCORES // places)
     chunk = min(room // _bytes_per_target(places, dim, k, score_bytes), most)
     if device.type == "cpu":
         chunk = min(chunk, KEPT_BLOCK // (score_bytes * places))

@@ -5,6 +5,7 @@ Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
 
 import logging
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -37,11 +38,9 @@ def take(
         Of each target, the length (B,) of what is outside the span, and the weight (B,) of the direction in what was
         the residual; both are 0 where the direction is.
     """
-    if residual.device.type == "cuda" and has_kernel(residual.device):
-        from mergekit_omp.solver import projection_kernel
-
-        if residual.shape[1] <= projection_kernel.LARGEST:
-            return projection_kernel.take(atoms, choice, whole, wanted, basis, size, residual)
+    kernel = find_kernel(residual.device) if residual.device.type == "cuda" else None
+    if kernel is not None and residual.shape[1] <= kernel.LARGEST:
+        return kernel.take(atoms, choice, whole, wanted, basis, size, residual)
     rest, seen = atoms.index_select(0, choice), basis[:, :size]
     rest[:, None].baddbmm_(torch.bmm(rest[:, None], seen.transpose(1, 2)), seen, alpha=-1)
     length = rest.norm(dim=1)
@@ -61,17 +60,17 @@ def take(
 
 
 @cache
-def has_kernel(device: torch.device) -> bool:
-    """Whether Triton, which comes with torch for CUDA on Linux, compiles and runs the kernel for a GPU."""
+def find_kernel(device: torch.device) -> ModuleType | None:
+    """The kernel, where Triton, which comes with torch for CUDA on Linux, compiles and runs it on a GPU."""
     try:
         from mergekit_omp.solver import projection_kernel
     except ImportError:
-        return False
+        return None
     row, norm = torch.ones(1, 16, device=device), torch.full((1,), 4.0, device=device)
     first, basis = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, 1, 16, device=device)
     try:
         projection_kernel.take(row, first, norm, norm > 0, basis, 0, row.clone())
     except Exception as error:  # there is no C compiler, or a GPU that Triton does not know
         LOG.warning("Solves take a fifth longer without Triton's kernels: %s", error)
-        return False
-    return True
+        return None
+    return projection_kernel

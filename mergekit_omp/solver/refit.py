@@ -26,7 +26,8 @@ def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tens
     """
     coefficients = torch.empty_like(support, dtype=torch.float64)
     residuals = torch.empty_like(targets, dtype=torch.float64)
-    step, all_used = _at_a_time(targets, support.shape[1]), bool((support >= 0).all())
+    step = _at_a_time(targets, support.shape[1])
+    all_used = bool((support >= 0).all())  # once, since a GPU has to be waited for
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
         coefficients[part], residuals[part] = _solve(targets[part].double(), atoms, support[part], all_used)

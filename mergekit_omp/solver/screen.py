@@ -14,8 +14,11 @@ from torch import Tensor
 
 from mergekit_omp.solver.pursuit import ROUNDING
 
-GROUP = {"cpu": 64, "cuda": 128}
-"""Atoms that are first looked at as one."""
+
+def group_size(device: torch.device) -> int:
+    """Atoms that are first looked at as one."""
+    return 128 if device.type == "cuda" else 64
+
 
 TINY = 1e-37
 """Added to the squares of errors, so that none is rounded to zero."""
@@ -125,7 +128,7 @@ class Screen(ABC):
         self.norms = atoms.norm(dim=1)
         # Groups of about the same norm: their bounds are as tight as those of each atom.
         order = self.norms.argsort(stable=True)
-        group = GROUP[atoms.device.type]
+        group = group_size(atoms.device)
         empty = order.new_full((-len(order) % group,), -1)
         self.order = torch.cat([empty, order]).view(-1, group).T.contiguous()
         # What rounding takes from sums of d products in float32, relative to the norms.
