@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,20 @@ def load(case: Case) -> tuple[Tensor, Tensor]:
     return chosen[: case.atoms].clone(), chosen[case.atoms :].clone()
 
 
+def problem(case: Case) -> tuple[Tensor, Tensor]:
+    """Atoms (N, d) and targets (B, d) on the device of a case; a GPU keeps those of the last shapes."""
+    if case.device == "cpu":
+        return load(case)
+    atoms, targets = _on_gpu(replace(case, k=0, targets=MANY if case.rows == "synthetic" else PAIR))
+    return atoms, targets[: case.targets]
+
+
+@lru_cache(maxsize=4)
+def _on_gpu(case: Case) -> tuple[Tensor, Tensor]:
+    atoms, targets = load(case)
+    return atoms.to(case.device), targets.to(case.device)
+
+
 def ours(atoms: Tensor, targets: Tensor, k: int, scan_every: int = 1) -> Tensor:
     """This package."""
     from mergekit_omp.solver import solve_omp
@@ -196,13 +210,12 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], Callable[[], Tensor]]] = {
 }
 
 
-def measure(method: str, case: Case, problem: tuple[Tensor, Tensor] | None = None) -> Result:
-    """Run one method in this process, on rows that are loaded if they are not given."""
+def measure(method: str, case: Case) -> Result:
+    """Run one method in this process."""
     from mergekit_omp.solver import gram, speculation
     from mergekit_omp.solver.refit import refit
 
-    atoms, targets = problem or load(case)
-    targets = targets[: case.targets]
+    atoms, targets = problem(case)
     on_gpu = case.device != "cpu"
     METHODS[method](atoms[:64], targets[:2], 2)()  # imports, and what a library sets up once
     if not on_gpu and gram.is_supported():
@@ -228,9 +241,9 @@ def measure(method: str, case: Case, problem: tuple[Tensor, Tensor] | None = Non
     return result
 
 
-def float64_supports(case: Case, some: list[int], problem: tuple[Tensor, Tensor] | None = None) -> list[set[int]]:
+def float64_supports(case: Case, some: list[int]) -> list[set[int]]:
     """Supports of some targets by OMP in float64, the slow and obvious way."""
-    atoms, targets = problem or load(case)
+    atoms, targets = problem(case)
     atoms, targets = atoms.double(), targets[some].double()
     supports: list[list[int]] = [[] for _ in some]
     bases = [targets[:0] for _ in some]
@@ -246,12 +259,18 @@ def float64_supports(case: Case, some: list[int], problem: tuple[Tensor, Tensor]
     return [set(support) for support in supports]
 
 
-def apart(method: str, case: Case, problem: tuple[Tensor, Tensor] | None = None) -> Result:
-    """Run one method in a process of its own; in this one on a GPU, where torch counts what is held."""
+def apart(method: str, case: Case) -> Result:
+    """Run one method, and tell how long it took."""
     print(f"{method}: {case}", file=sys.stderr, flush=True)
-    result = measure(method, case, problem) if problem else in_a_process(measure, method, case)
+    result = where(case)(measure, method, case)
     print(f"  {result.seconds:.2f} s {result.error}", file=sys.stderr, flush=True)
     return result
+
+
+def where(case: Case) -> Callable[..., Any]:
+    """How to call a function for a case: in a process of its own, and in this one on a GPU, where torch counts what is
+    held, and the rows stay there."""
+    return in_a_process if case.device == "cpu" else lambda function, *arguments: function(*arguments)
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -288,30 +307,22 @@ def table(grid: list[Case], methods: Iterable[str]) -> Iterator[str]:
         counts = {
             "ours": many,
             FASTER: many if on_gpu else few,
-            "k GEMMs": GEMM_ROWS["cuda" if on_gpu else "cpu"] * max(1, 64 // case.k),
+            "k GEMMs": GEMM_ROWS[case.device] * max(1, 64 // case.k),
             "omp-gpu": 64,
             "sklearn": 4,
         }
-        problem = _on_gpu(case.rows, case.dim, case.atoms, case.device) if on_gpu else None
         # k GEMMs take k times as long as one: at k = 256 they last for minutes, and tell nothing new.
         results = {
-            method: apart(method, replace(case, targets=counts.get(method, few)), problem)
+            method: apart(method, replace(case, targets=counts.get(method, few)))
             for method in methods
             if not (method == "k GEMMs" and case.k == 256 and not on_gpu)
         }
-        checked = _check(replace(case, targets=few), results["batch_omp"], results["ours"], problem)
+        checked = _check(replace(case, targets=few), results["batch_omp"], results["ours"])
         for method, result in results.items():
             yield _row(case, method, result, results["batch_omp"], checked.get(method, ""))
 
 
-@cache
-def _on_gpu(rows: str, dim: int, atoms: int, device: str) -> tuple[Tensor, Tensor]:
-    """Atoms and as many targets as any row of the table has."""
-    problem = load(Case(rows, dim, atoms, 0, MANY if rows == "synthetic" else PAIR))
-    return problem[0].to(device), problem[1].to(device)
-
-
-def _check(case: Case, theirs: Result, mine: Result, problem: tuple[Tensor, Tensor] | None) -> dict[str, str]:
+def _check(case: Case, theirs: Result, mine: Result) -> dict[str, str]:
     """How many supports of each are those of float64: of the first targets on which the two differ, and the first."""
     if theirs.indices is None or mine.indices is None:
         return {}
@@ -320,7 +331,7 @@ def _check(case: Case, theirs: Result, mine: Result, problem: tuple[Tensor, Tens
         (supports["batch_omp"].sort(1).values != supports["ours"].sort(1).values).any(1).nonzero().flatten().tolist()
     )
     some = list(dict.fromkeys([*differ[: CHECKED - 1], *range(CHECKED)]))[:CHECKED]
-    exact = float64_supports(case, some, problem) if problem else in_a_process(float64_supports, case, some)
+    exact = where(case)(float64_supports, case, some)
     return {
         method: f"{sum(set(found[i].tolist()) == right for i, right in zip(some, exact, strict=True))} of {CHECKED}"
         for method, found in supports.items()
