@@ -21,6 +21,9 @@ FROM_NOTHING = [
     "omp", "common_interpolation", "subword", "mean", "zero", "randn", "john_hewitt", "landmark_pca", "stb", "mp_rope",
 ]  # fmt: skip
 
+BY_LSTSQ = {"mp_rope", "stb"}
+"""LAPACK's least squares, whose last digits differ from run to run of the same recipe, wherever its tensors are."""
+
 
 def ours(kind: type = Task) -> set[type]:
     """Every task of this package."""
@@ -65,7 +68,9 @@ def test_the_default_device_does_not_matter(
             monkeypatch.setattr(task, "execute", elsewhere(task.execute))
     found = run(job, tmp_path / "found")
     assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], rows) for name, rows in expected.items())
+    tolerance = 1e-6 if parameters.get("approximation") in BY_LSTSQ else 0
+    for name, rows in expected.items():
+        torch.testing.assert_close(found[name], rows, rtol=0, atol=tolerance)
 
 
 def test_the_executor_for_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
