@@ -14,15 +14,15 @@ from pathlib import Path
 from mergekit.tokenizer.normalization import NormalizedToken, normalized_vocabulary
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.vocabulary.canonical import Token, TokenKind, Vocabulary, read_vocabulary
 from mergekit_omp.vocabulary.matching import TEXT_REASONS, match_vocabulary
 from mergekit_omp.vocabulary.numerals import numeral_scheme
+from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary, read_vocabulary
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
+import helpers.tokenizers_for_tests as real  # noqa: E402
 import real_weights  # noqa: E402
-import tokenizers_for_tests as real  # noqa: E402
 
 HEAD = """# Anchors of real pairs
 

@@ -16,12 +16,12 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 import mergekit_omp
-from mergekit_omp.evaluation import WINDOW_BYTES, builtin_texts, evaluate, windows
+from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, evaluate, windows
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "tests")]
 
 import real_weights  # noqa: E402
-import tokenizers_for_tests  # noqa: E402
+from helpers import tokenizers_for_tests  # noqa: E402
 
 WINDOWS = 2
 

@@ -33,16 +33,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.memory import peak, start_of_peak
-from mergekit_omp.evaluation import WINDOW_BYTES, builtin_texts, windows
+from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, windows
 from mergekit_omp.initializers.omp import split_tokens
 from mergekit_omp.initializers.regression import RowRegression, piece_rows
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.realign import Problem, pose_problem, realign
+from mergekit_omp.realign.rows import Problem, pose_problem, realign
 from mergekit_omp.solver import solve_omp
-from mergekit_omp.vocabulary.canonical import Vocabulary, read_vocabulary
 from mergekit_omp.vocabulary.duplicates import without_duplicates
 from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabulary
-from mergekit_omp.vocabulary.pieces import pieces
+from mergekit_omp.vocabulary.segmentation import pieces
+from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import real_weights

@@ -166,8 +166,8 @@ def omp_gpu(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
 
 def gemms(atoms: Tensor, targets: Tensor, k: int) -> Callable[[], Tensor]:
     """k plain products and nothing else: what they need is set up before."""
-    from mergekit_omp.solver.device import _screen
-    from mergekit_omp.solver.int8 import DIGITS, Int8Screen, _multiply
+    from mergekit_omp.solver.dispatch import _screen
+    from mergekit_omp.solver.scan.int8 import DIGITS, Int8Screen, _multiply
 
     screen, rows_at_a_time = _screen(atoms), GEMM_ROWS[atoms.device.type]
     if isinstance(screen, Int8Screen):
@@ -212,8 +212,9 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], Callable[[], Tensor]]] = {
 
 def measure(method: str, case: Case) -> Result:
     """Run one method in this process."""
-    from mergekit_omp.solver import gram, speculation
-    from mergekit_omp.solver.refit import refit
+    from mergekit_omp.solver.gram import matrix as gram
+    from mergekit_omp.solver.gram import search as speculation
+    from mergekit_omp.solver.least_squares import refit
 
     atoms, targets = problem(case)
     on_gpu = case.device != "cpu"
@@ -407,7 +408,7 @@ def main() -> None:
         return
     from importlib.metadata import PackageNotFoundError, version
 
-    from mergekit_omp.solver import int8
+    from mergekit_omp.solver.scan import int8
 
     try:
         omp_gpu_version = version("orthogonal-matching-pursuit-gpu")

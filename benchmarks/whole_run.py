@@ -62,7 +62,7 @@ def untied(folder: Path) -> Path:
     """A checkpoint of two layers, as wide as Qwen2.5-0.5B and with its vocabulary, whose embeddings are not tied."""
     import tokenizers_for_tests
     import torch
-    from checkpoints import make_model, save
+    from helpers.checkpoints import make_model, save
 
     tokenizer = tokenizers_for_tests.qwen()
     return save(folder, make_model(tokenizer, hidden=896, intermediate=1024, dtype=torch.bfloat16), tokenizer)

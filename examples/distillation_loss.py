@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from mergekit_omp.evaluation import WINDOW_BYTES, builtin_texts, windows
+from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, windows
 
 
 def distillation_loss(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor, n_tokens: int) -> Tensor:

@@ -20,7 +20,7 @@ import one_vocabulary
 import real_weights
 from transformers import AutoTokenizer
 
-from mergekit_omp.evaluation import builtin_texts, evaluate, format_scores, windows
+from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate, format_scores, windows
 
 _BATCH_BYTES = 2**16
 

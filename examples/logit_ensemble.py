@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
-from mergekit_omp.evaluation import builtin_texts, read_text, windows
+from mergekit_omp.evaluation.bits_per_byte import builtin_texts, read_text, windows
 
 
 def mix(scores: Tensor, other: Tensor, weight: float) -> Tensor:
@@ -52,7 +52,7 @@ class Ensemble(LogitsProcessor):
 
 
 class Reader:
-    """Both models together, as far as ``mergekit_omp.evaluation.read_text`` needs a model."""
+    """Both models together, as far as ``mergekit_omp.evaluation.bits_per_byte.read_text`` needs a model."""
 
     def __init__(self, model: PreTrainedModel, other: PreTrainedModel, weight: float = 0.5) -> None:
         self.model, self.other, self.weight = model, other, weight

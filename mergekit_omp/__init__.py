@@ -1,6 +1,6 @@
 """Training-free tokenizer transplantation by Orthogonal Matching Pursuit, as mergekit merge methods."""
 
-from mergekit_omp.autoload import register
+from mergekit_omp.plugin.autoload import register
 
 __version__ = "0.1.0"
 

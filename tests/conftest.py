@@ -1,13 +1,11 @@
 """Fixtures that more than one test file uses."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 
 os.environ["MERGEKIT_OMP_CACHE"] = "off"  # codes of an earlier run must not hide what the solver does now
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 
 @pytest.fixture(scope="session")

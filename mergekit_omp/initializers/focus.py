@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.new_tokens import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowMaker
 from mergekit_omp.initializers.vectors import (
     TokenizedCorpus,
     check_corpus,
@@ -30,7 +30,7 @@ from mergekit_omp.initializers.vectors import (
     vectors_of,
 )
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.vocabulary.canonical import Vocabulary
+from mergekit_omp.vocabulary.tokens import Vocabulary
 
 if TYPE_CHECKING:
     from gensim.models.keyedvectors import KeyedVectors

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import SparseCodes
-from mergekit_omp.vocabulary.pieces import spell
+from mergekit_omp.vocabulary.segmentation import spell
 
 RIDGE = 0.01
 """Regularisation, as a share of the mean diagonal of φᵀφ. 0.1 is worse; 0.001 predicts held-out anchors no better."""

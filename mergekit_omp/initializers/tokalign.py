@@ -24,10 +24,10 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.new_tokens import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowMaker
 from mergekit_omp.initializers.vectors import SEED, TokenizedCorpus, check_corpus, check_packages
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.vocabulary.canonical import TokenKind, Vocabulary
+from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
 
 LOG = logging.getLogger(__name__)
 

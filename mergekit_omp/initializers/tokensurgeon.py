@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.new_tokens import NewTokens, RowMaker
-from mergekit_omp.realign import NOISE_SEED
-from mergekit_omp.vocabulary.pieces import pieces
+from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.realign.rows import NOISE_SEED
+from mergekit_omp.vocabulary.segmentation import pieces
 
 LOG = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.vocabulary.canonical import TokenKind, Vocabulary
-from mergekit_omp.vocabulary.pieces import text_of
+from mergekit_omp.vocabulary.segmentation import text_of
+from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
 
 if TYPE_CHECKING:
     from gensim.models import Word2Vec

@@ -31,12 +31,12 @@ from torch.nn.functional import embedding_bag, normalize
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.new_tokens import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowMaker
 from mergekit_omp.initializers.vectors import check_packages, check_vectors, read_vectors
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.realign import NOISE_SEED
-from mergekit_omp.vocabulary.canonical import TokenKind, Vocabulary
-from mergekit_omp.vocabulary.pieces import text_encoder, text_of
+from mergekit_omp.realign.rows import NOISE_SEED
+from mergekit_omp.vocabulary.segmentation import text_encoder, text_of
+from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
 
 if TYPE_CHECKING:
     from gensim.models.keyedvectors import KeyedVectors

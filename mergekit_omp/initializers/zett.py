@@ -29,10 +29,10 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.new_tokens import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowMaker
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.vocabulary.canonical import Token, TokenKind, Vocabulary
-from mergekit_omp.vocabulary.scheme import as_text
+from mergekit_omp.vocabulary.byte_encoding import as_text
+from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
 
 LOG = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.vocabulary.canonical import ROLES, TokenKind, Vocabulary
 from mergekit_omp.vocabulary.matching import is_control
+from mergekit_omp.vocabulary.tokens import ROLES, TokenKind, Vocabulary
 
 LOG = logging.getLogger(__name__)
 

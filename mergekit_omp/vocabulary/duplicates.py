@@ -9,9 +9,9 @@ that is kept free for later use.
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.vocabulary.canonical import Vocabulary
 from mergekit_omp.vocabulary.matching import MatchReason, VocabularyMatch
-from mergekit_omp.vocabulary.pieces import text_encoder, text_of
+from mergekit_omp.vocabulary.segmentation import text_encoder, text_of
+from mergekit_omp.vocabulary.tokens import Vocabulary
 
 
 def without_duplicates(

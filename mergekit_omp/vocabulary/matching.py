@@ -6,8 +6,8 @@ from enum import IntEnum
 
 import torch
 
-from mergekit_omp.vocabulary.canonical import TRAINED_ROLES, UNTRAINED_ROLES, Token, TokenKind, Vocabulary
 from mergekit_omp.vocabulary.special import equivalents_of, is_html, meaning_of
+from mergekit_omp.vocabulary.tokens import TRAINED_ROLES, UNTRAINED_ROLES, Token, TokenKind, Vocabulary
 
 
 class MatchReason(IntEnum):

@@ -10,8 +10,8 @@ from enum import Enum
 
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.vocabulary.canonical import Vocabulary, read_vocabulary
-from mergekit_omp.vocabulary.pieces import text_encoder
+from mergekit_omp.vocabulary.segmentation import text_encoder
+from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 _CHUNK = 3
 _LONGEST_WHOLE = 4

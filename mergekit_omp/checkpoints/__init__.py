@@ -1,0 +1,1 @@
+"""Read models: configuration files, tensors with a vocabulary axis, tokenizers."""

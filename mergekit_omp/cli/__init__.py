@@ -1,0 +1,1 @@
+"""The command `mergekit-omp`: one file a subcommand."""

@@ -1,0 +1,362 @@
+"""How well a model reads a text: bits per byte, tokens per byte, and agreement with a base model.
+
+All three count in bytes of UTF-8, so that models with different tokenizers compare.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
+
+LOG = logging.getLogger(__name__)
+
+WINDOW_BYTES = 1536
+"""Bytes that a model reads at a time: some 400 tokens of English, so that a window fits every model's context."""
+
+_LOGITS_AT_A_TIME = 2**25
+_SUITES = ("tuning", "held_out")
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A model's score on one text.
+
+    Attributes:
+        text: the text's name; "overall" for all of them together.
+        n_bytes: bytes of UTF-8 in the text.
+        n_tokens: tokens that the model's tokenizer makes of it, without the one put before each window.
+        bits: -log2 of the probability that the model gives the text, window by window.
+        agreement: share of the positions where both models can go on that have the same greedy next bytes, in [0, 1];
+            None without a base model, or where a tokenizer does not give the text back byte for byte.
+        n_positions: how many positions ``agreement`` is the mean of.
+    """
+
+    text: str
+    n_bytes: int
+    n_tokens: int
+    bits: float
+    agreement: float | None = None
+    n_positions: int = 0
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Lower is better; 8 is knowing nothing."""
+        return self.bits / self.n_bytes
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Lower is a shorter text for the model."""
+        return self.n_tokens / self.n_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {
+            "text": self.text,
+            "bits_per_byte": self.bits_per_byte,
+            "tokens_per_byte": self.tokens_per_byte,
+            "agreement": self.agreement,
+            "bytes": self.n_bytes,
+            "tokens": self.n_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class ModelScore:
+    """A model's scores, a text each."""
+
+    model: str
+    texts: tuple[TextScore, ...]
+
+    @property
+    def overall(self) -> TextScore:
+        """All texts as one; agreement is over all positions."""
+        known = [score for score in self.texts if score.agreement is not None]
+        positions = sum(score.n_positions for score in known)
+        agreed = sum(score.agreement * score.n_positions for score in known)
+        return TextScore(
+            text="overall",
+            n_bytes=sum(score.n_bytes for score in self.texts),
+            n_tokens=sum(score.n_tokens for score in self.texts),
+            bits=sum(score.bits for score in self.texts),
+            agreement=agreed / positions if positions else None,
+            n_positions=positions,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What ``--json`` prints."""
+        return {
+            "model": self.model,
+            "texts": [score.as_dict() for score in self.texts],
+            "overall": self.overall.as_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model made of one text.
+
+    Attributes:
+        bits: -log2 of the text's probability.
+        n_tokens: tokens read.
+        next_bytes: byte offset of each token's start -> the bytes of the greedy token there. None if the tokens do not
+            spell the text byte for byte.
+    """
+
+    bits: float
+    n_tokens: int
+    next_bytes: Mapping[int, bytes] | None
+
+    def agreement(self, base: "Reading") -> tuple[float | None, int]:
+        """Share of the common token starts where both greedy tokens have the same bytes as far as the shorter goes."""
+        if self.next_bytes is None or base.next_bytes is None:
+            return None, 0
+        common = self.next_bytes.keys() & base.next_bytes.keys()
+        if not common:
+            return None, 0
+        agreed = sum(_same_start(self.next_bytes[offset], base.next_bytes[offset]) for offset in common)
+        return agreed / len(common), len(common)
+
+
+def builtin_texts(suite: str = "held_out") -> dict[str, str]:
+    """The texts that come with the package, by name: "held_out", which no choice was made on, or "tuning".
+
+    Raises:
+        OmpError: no such suite.
+    """
+    if suite not in _SUITES:
+        raise OmpError(f"The text suite is {suite!r}: choose {' or '.join(map(repr, _SUITES))}.")
+    folder = resources.files("mergekit_omp.evaluation") / "texts" / suite
+    files = sorted((item for item in folder.iterdir() if item.name.endswith(".txt")), key=lambda item: item.name)
+    return {item.name.removesuffix(".txt"): item.read_text(encoding="utf-8") for item in files}
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    texts: Mapping[str, str] | None = None,
+    *,
+    base: str | Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    window_bytes: int = WINDOW_BYTES,
+    progress: bool = True,
+    trust_remote_code: bool = False,
+) -> list[ModelScore]:
+    """Score models on texts, one model in memory at a time.
+
+    Args:
+        models: folders or hub ids of causal language models with their tokenizers.
+        texts: name -> text; the built-in held-out texts if None.
+        base: the model to compare greedy continuations with; the first of ``models`` if None.
+        device: where the models run.
+        dtype: what the models compute in; log-probabilities are float32 in any case.
+        window_bytes: length of the windows that texts are read in.
+        progress: show a progress bar, in bytes.
+        trust_remote_code: let a model bring its own code.
+
+    Raises:
+        OmpError: no model, a model that cannot be loaded, no text or an empty one.
+    """
+    texts = builtin_texts() if texts is None else texts
+    _check_request(models, texts)
+    base = base or models[0]
+    order = [str(base), *(str(model) for model in models if str(model) != str(base))]
+    readings: dict[str, dict[str, Reading]] = {}
+    total = len(order) * sum(len(text.encode()) for text in texts.values())
+    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        for name in order:
+            bar.set_description(Path(name).name)
+            model, tokenizer = _load(name, device, dtype, trust_remote_code)
+            readings[name] = {
+                title: read_text(model, tokenizer, text, window_bytes=window_bytes, progress=bar.update)
+                for title, text in texts.items()
+            }
+            del model
+    return [
+        score_readings(str(model), texts, readings[str(model)], readings[str(base)] if len(order) > 1 else None)
+        for model in models
+    ]
+
+
+def score_readings(
+    model: str, texts: Mapping[str, str], readings: Mapping[str, Reading], base: Mapping[str, Reading] | None = None
+) -> ModelScore:
+    """Turn a model's readings, and a base model's, into its scores."""
+    scores = []
+    for title, text in texts.items():
+        reading = readings[title]
+        agreement, positions = reading.agreement(base[title]) if base else (None, 0)
+        scores.append(TextScore(title, len(text.encode()), reading.n_tokens, reading.bits, agreement, positions))
+    return ModelScore(model, tuple(scores))
+
+
+@torch.inference_mode()
+def read_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window_bytes: int = WINDOW_BYTES,
+    progress: Any = None,
+) -> Reading:
+    """Let a model read a text in windows of the same bytes for every model.
+
+    Before each window stands the tokenizer's bos token (eos if it has none), whether its own template adds one or not,
+    as in lm-eval's rolling log-likelihood: every byte of the text is predicted, and every model starts alike.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        tokenizer: its tokenizer.
+        text: any text that is not empty.
+        window_bytes: a window ends at the last line end, else the last space, else the last character before this.
+        progress: called with the number of bytes read since the last call.
+
+    Raises:
+        OmpError: the tokenizer has neither bos nor eos, or emits an id that the model has no row for.
+    """
+    vocabulary = read_vocabulary(tokenizer)
+    start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start_id is None:
+        raise OmpError(
+            "The tokenizer has neither a bos nor an eos token, and nothing can stand before the first word."
+        )
+    bits, n_tokens, offset = 0.0, 0, 0
+    next_bytes: dict[int, bytes] | None = {}
+    for window in windows(text, window_bytes):
+        ids = tokenizer(window, add_special_tokens=False).input_ids
+        _check_ids(ids, model)
+        nats, greedy = _predict([start_id, *ids], model)
+        bits += nats / torch.log(torch.tensor(2.0)).item()
+        n_tokens += len(ids)
+        starts = _token_starts(ids, window, vocabulary)
+        if starts is None:
+            next_bytes = None
+        elif next_bytes is not None:
+            next_bytes |= {
+                offset + start: _bytes_of(token, vocabulary) for start, token in zip(starts, greedy, strict=True)
+            }
+        size = len(window.encode())
+        offset += size
+        if progress is not None:
+            progress(size)
+    return Reading(bits, n_tokens, next_bytes)
+
+
+def windows(text: str, window_bytes: int) -> list[str]:
+    """Cut a text into pieces of at most ``window_bytes`` bytes that join to it again."""
+    if window_bytes < 4:
+        raise OmpError(f"The window is {window_bytes} bytes, but one character can take 4: use 4 or more.")
+    pieces = []
+    rest = text.encode()
+    while len(rest) > window_bytes:
+        cut = rest.rfind(b"\n", 0, window_bytes) + 1 or rest.rfind(b" ", 1, window_bytes)
+        if cut <= 0:
+            cut = window_bytes
+            while rest[cut] & 0xC0 == 0x80:  # the middle of a character
+                cut -= 1
+        pieces.append(rest[:cut].decode())
+        rest = rest[cut:]
+    return [*pieces, rest.decode()] if rest else pieces
+
+
+def format_scores(scores: Sequence[ModelScore]) -> str:
+    """A table for a terminal: a line for each text, a group of columns for each model."""
+    names = _short_names([score.model for score in scores])
+    width = max(24, *(len(name) + 1 for name in names))
+    texts = [*(score.text for score in scores[0].texts), "overall"]
+    title = max(len(text) for text in texts) + 2
+    lines = [
+        " " * title + "".join(f"{name:>{width}}" for name in names),
+        " " * title + "".join(f"{'bits/B  tokens/B  agree':>{width}}" for _ in names),
+    ]
+    for row, text in enumerate(texts):
+        cells = [(*score.texts, score.overall)[row] for score in scores]
+        lines.append(f"{text:<{title}}" + "".join(f"{_cell(cell):>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _cell(score: TextScore) -> str:
+    agreement = "-" if score.agreement is None else f"{score.agreement:.1%}"
+    return f"{score.bits_per_byte:6.3f}  {score.tokens_per_byte:8.3f}  {agreement:>5}"
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(set(names)) else list(names)
+
+
+def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> None:
+    if not models:
+        raise OmpError("No model to evaluate: name at least one folder or hub id.")
+    if not texts:
+        raise OmpError("No text to evaluate on: name at least one file.")
+    for title, text in texts.items():
+        if not text:
+            raise OmpError(f"The text {title} is empty: name a file with something to read.")
+
+
+def _load(
+    name: str, device: str, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise OmpError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def _check_ids(ids: Sequence[int], model: PreTrainedModel) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if max(ids, default=0) >= rows:
+        raise OmpError(
+            f"The tokenizer emits id {max(ids)}, but the model has {rows} rows: they do not belong together."
+        )
+
+
+def _predict(ids: Sequence[int], model: PreTrainedModel) -> tuple[float, list[int]]:
+    """Return -ln p of ids[1:] and, for each of them, the most likely token in its place."""
+    tokens = torch.tensor([ids], device=model.device)
+    logits: Tensor = model(tokens, use_cache=False).logits[0, :-1]  # (T, V)
+    followers = tokens[0, 1:]
+    nats = 0.0
+    greedy: list[int] = []
+    step = max(1, _LOGITS_AT_A_TIME // logits.shape[1])
+    for start in range(0, len(logits), step):
+        part = logits[start : start + step].float()
+        chosen = part.gather(1, followers[start : start + step, None])[:, 0]
+        nats += (part.logsumexp(dim=1) - chosen).double().sum().item()
+        greedy += part.argmax(dim=1).tolist()
+    return nats, greedy
+
+
+def _token_starts(ids: Sequence[int], window: str, vocabulary: Vocabulary) -> list[int] | None:
+    """Byte offset of each token in the window; None if the tokens do not spell it."""
+    pieces = [_bytes_of(token, vocabulary) for token in ids]
+    spelt, wanted = b"".join(pieces), window.encode()
+    if spelt not in (wanted, b" " + wanted):  # SentencePiece may put a space before a text
+        return None
+    starts, offset = [], len(wanted) - len(spelt)
+    for piece in pieces:
+        starts.append(max(0, offset))
+        offset += len(piece)
+    return starts
+
+
+def _bytes_of(token: int, vocabulary: Vocabulary) -> bytes:
+    known = vocabulary.tokens.get(token)
+    return known.data if known else b""
+
+
+def _same_start(one: bytes, other: bytes) -> bool:
+    shorter = min(len(one), len(other))
+    return shorter > 0 and one[:shorter] == other[:shorter]

@@ -1,0 +1,1 @@
+"""How mergekit finds this package and calls it."""

@@ -1,0 +1,1 @@
+"""Give a matrix of a model the rows of the output vocabulary."""

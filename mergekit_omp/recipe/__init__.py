@@ -1,0 +1,1 @@
+"""From what the user wrote to a resolved recipe: every mistake gets a sentence."""

@@ -1,0 +1,120 @@
+"""A few new tokens to look at: the anchors that they were made of, and their nearest neighbours before and after."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.options import MergeOptions
+
+from mergekit_omp.checkpoints.architecture import VocabularyRole, open_donor
+from mergekit_omp.checkpoints.tokenizers import OutputTokenizer, match_of, output_vocabulary
+from mergekit_omp.realign.rows import Solution
+from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
+
+SAMPLES = 12
+NEIGHBOURS = 5
+ANCHORS_SHOWN = 6
+_ROWS_AT_A_TIME = 2**14
+_LONGEST = 24
+_VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+
+
+def choose_samples(solution: Solution, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    """Tokens from the best approximated to the worst, words where there are some, with their largest coefficients."""
+    codes, target_ids = solution.codes, solution.problem.target_ids.tolist()
+    words = [index for index, id_ in enumerate(target_ids) if _is_word(vocabulary, id_)]
+    pool = words if len(words) >= SAMPLES else list(range(len(target_ids)))
+    pool.sort(key=lambda index: (float(codes.relative_residuals[index]), index))
+    step = max(1, (len(pool) - 1) // max(1, SAMPLES - 1))
+    samples = []
+    for index in pool[::step][:SAMPLES]:
+        largest = codes.coefficients[index].abs().argsort(descending=True)[:ANCHORS_SHOWN].tolist()
+        anchors = [
+            {
+                "token": readable(vocabulary.tokens[int(solution.problem.atom_ids[codes.indices[index, slot]])]),
+                "coefficient": round(float(codes.coefficients[index, slot]), 4),
+            }
+            for slot in largest
+            if codes.indices[index, slot] >= 0
+        ]
+        samples.append(
+            {
+                "id": target_ids[index],
+                "token": readable(vocabulary.tokens[target_ids[index]]),
+                "residual": round(float(codes.relative_residuals[index]), 4),
+                "anchors": anchors,
+            }
+        )
+    return samples
+
+
+def with_neighbours(
+    record: Mapping[str, Any], folder: Path, output: OutputTokenizer, options: MergeOptions
+) -> list[dict[str, Any]]:
+    """The samples of the first solve for an input embedding, with their neighbours in the donor and in the output.
+
+    Nearest by cosine similarity; in the donor among the tokens that it has, in the output among all of its own.
+    """
+    tensor = next((t for t in record["tensors"] if t["side"] == VocabularyRole.INPUT and t["solves"]), None)
+    if tensor is None:
+        return []
+    solve = record["solves"][tensor["solves"][0]]
+    samples = solve["samples"]
+    vocabulary = output_vocabulary(output)
+    ids = torch.tensor([sample["id"] for sample in samples], dtype=torch.int64)
+    donor = next(model for model in output.donors() if str(model) == solve["donor"])
+    rows = match_of(output, donor).rows
+    known = (rows >= 0).nonzero().squeeze(1)
+    before = open_donor(donor, options).get_tensor(solve["tensor"]).movedim(solve["vocabulary_axis"], 0)
+    after = LazyTensorLoader.from_disk(str(folder)).get_tensor(tensor["name"])
+    present = torch.tensor(sorted(vocabulary.tokens), dtype=torch.int64)
+    in_donor = _nearest(before, rows[ids], rows[known], known)
+    in_output = _nearest(after, ids, present, present)
+    return [
+        sample
+        | {
+            "donor_neighbours": _named(in_donor[index], sample["id"], vocabulary),
+            "output_neighbours": _named(in_output[index], sample["id"], vocabulary),
+        }
+        for index, sample in enumerate(samples)
+    ]
+
+
+def readable(token: Token) -> str:
+    """A token as a reader sees it: its text with visible spaces and line ends; its bytes where they are no text."""
+    try:
+        text = token.data.decode()
+    except UnicodeDecodeError:
+        return f"<{token.data.hex(' ').upper()}>"
+    shown = "".join(_VISIBLE.get(character, character) for character in text)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
+
+
+def _is_word(vocabulary: Vocabulary, id_: int) -> bool:
+    token = vocabulary.tokens[id_]
+    text = token.data.decode(errors="replace").strip()
+    return token.kind is TokenKind.ORDINARY and len(text) >= 3 and text.isalpha()
+
+
+def _nearest(
+    matrix: torch.Tensor, query_rows: torch.Tensor, candidate_rows: torch.Tensor, candidate_ids: torch.Tensor
+) -> list[list[tuple[int, float]]]:
+    """For each query the output ids with the most similar rows, itself among them, and the cosines."""
+    queries = torch.nn.functional.normalize(matrix[query_rows].float())
+    parts = [
+        queries @ torch.nn.functional.normalize(matrix[candidate_rows[start : start + _ROWS_AT_A_TIME]].float()).T
+        for start in range(0, len(candidate_rows), _ROWS_AT_A_TIME)
+    ]
+    similarity = torch.cat(parts, dim=1)
+    best = similarity.topk(min(NEIGHBOURS + 1, len(candidate_rows)), dim=1)
+    return [
+        list(zip(candidate_ids[places].tolist(), values.tolist(), strict=True))
+        for places, values in zip(best.indices, best.values, strict=True)
+    ]
+
+
+def _named(found: list[tuple[int, float]], own_id: int, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    others = [(id_, cosine) for id_, cosine in found if id_ != own_id][:NEIGHBOURS]
+    return [{"token": readable(vocabulary.tokens[id_]), "cosine": round(cosine, 3)} for id_, cosine in others]

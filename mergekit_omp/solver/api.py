@@ -1,0 +1,104 @@
+"""Orthogonal Matching Pursuit (OMP) for many targets over one set of atoms.
+
+Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
+
+Source: Goddard & Fernandes Neto, "Training-Free Tokenizer Transplantation via Orthogonal Matching Pursuit"
+(arXiv:2506.06607), section 3; the pursuit itself is Pati, Rezaiifar & Krishnaprasad (1993).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.solver.codes import SparseCodes, concatenate
+from mergekit_omp.solver.dispatch import solve_on
+from mergekit_omp.solver.tolerances import full_precision
+
+LOG = logging.getLogger(__name__)
+
+
+def solve_omp(
+    targets: Tensor,
+    atoms: Tensor,
+    k: int,
+    *,
+    normalize_atoms: bool = False,
+    scan_every: int = 1,
+    memory_budget: int | None = None,
+    devices: Sequence[torch.device] | None = None,
+    progress: Callable[[int], None] | None = None,
+    name: str = "the donor's embedding",
+) -> SparseCodes:
+    """Write each target as a combination of at most k atoms.
+
+    Args:
+        targets: (B, d) of any floating dtype.
+        atoms: (N, d) of any floating dtype.
+        k: the sparsity, at least 1; more than N means N, with a warning.
+        normalize_atoms: select by the angle |⟨r, a⟩| / ‖a‖ instead of |⟨r, a⟩|.
+        scan_every: 1 looks at all atoms for each one that is chosen, which is exact. With more, up to so many are
+            chosen from a shortlist between two looks.
+        memory_budget: bytes that the solve may hold on a device at a time, beside its input.
+        devices: where to work; the targets are split over them. Default: the device of ``targets``.
+        progress: called with the number of targets finished since the last call.
+        name: what the rows are, for error messages.
+
+    Returns:
+        The codes, with min(k, N) slots.
+
+    Raises:
+        OmpError: k < 1, no atoms, or a NaN or infinity in the input.
+    """
+    if k < 1:
+        raise OmpError(f"k is {k}, but OMP needs at least one atom a token: write k: 1 or more.")
+    if len(atoms) == 0:
+        raise OmpError(f"There are no atoms to approximate {name} with: the two vocabularies share no token.")
+    targets, atoms = targets.detach(), atoms.detach()
+    _check_finite(targets, f"targets of {name}")
+    _check_finite(atoms, f"atoms of {name}")
+    if k > len(atoms):
+        LOG.warning("k is %d, but %s has only %d atoms: all of them are used.", k, name, len(atoms))
+        k = len(atoms)
+    devices = list(devices) if devices else [targets.device]
+    parts = [part for part in torch.arange(len(targets)).tensor_split(len(devices)) if len(part)]
+    if not parts:
+        return SparseCodes(torch.empty(0, k, dtype=torch.int64), torch.empty(0, k), torch.empty(0))
+
+    def solve(device: torch.device, part: Tensor) -> SparseCodes:
+        rows = targets[int(part[0]) : int(part[-1]) + 1]
+        sharing = devices.count(device)
+        return solve_on(
+            device,
+            rows,
+            atoms,
+            k,
+            normalize_atoms=normalize_atoms,
+            scan_every=scan_every,
+            budget=memory_budget,
+            sharing=sharing,
+            progress=progress,
+        )
+
+    for gpu in [device for device in devices if device.type == "cuda"][:1]:
+        torch.linalg.cholesky(torch.eye(1, device=gpu))  # loads torch's library for it: threads must not race to do so
+    with full_precision(), ThreadPoolExecutor(len(parts)) as pool:
+        solved = list(pool.map(solve, devices, parts))
+    return concatenate(solved)
+
+
+def not_finite(rows: Tensor) -> Tensor:
+    """Indices int64 of the rows (B, …) that hold NaN or infinity."""
+    rows = rows[:, None].flatten(1)
+    suspects = (~torch.isfinite(rows.sum(1, dtype=torch.float32))).nonzero().flatten()  # finite rows too, by overflow
+    return suspects[~torch.isfinite(rows[suspects]).all(dim=1)]
+
+
+def _check_finite(rows: Tensor, what: str) -> None:
+    bad = not_finite(rows)
+    if len(bad):
+        listed = ", ".join(str(int(row)) for row in bad[:5])
+        raise OmpError(f"The {what} hold NaN or infinity, first in rows {listed}: repair the checkpoint.")

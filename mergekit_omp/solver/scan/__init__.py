@@ -1,0 +1,1 @@
+"""OMP in which every step scans all atoms."""

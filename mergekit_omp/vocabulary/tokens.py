@@ -1,0 +1,152 @@
+"""The canonical form of a vocabulary: for every token the bytes that it stands for, so that vocabularies compare."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.vocabulary.byte_encoding import as_text, name_of, read_scheme
+from mergekit_omp.vocabulary.special import is_unused_text
+
+# In the order in which a token of several roles is known by them: models learn best what the end of a text is.
+TRAINED_ROLES = ("eos", "bos", "sep", "cls", "mask")
+UNTRAINED_ROLES = ("unk", "pad")
+ROLES = TRAINED_ROLES + UNTRAINED_ROLES
+
+
+class TokenKind(str, Enum):
+    """What a token is for."""
+
+    ORDINARY = "ordinary"  # text, also where it was added to the vocabulary afterwards
+    BYTE = "byte"  # a byte-fallback token such as <0x0A>
+    SPECIAL = "special"  # a control token, which no text stands for
+    UNUSED = "unused"  # kept free for later use, such as <unused12>; never trained
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token.
+
+    Attributes:
+        id: its row in the embedding matrix.
+        text: as in ``tokenizer.get_vocab()``.
+        data: the bytes that it stands for; the UTF-8 of its text if it is special or unused.
+        kind: what it is for.
+        added: whether it is in the list of added tokens, which are cut out of a text before anything else.
+    """
+
+    id: int
+    text: str
+    data: bytes
+    kind: TokenKind
+    added: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """A tokenizer's tokens by id, and which of them have a role. Equal and hashed by ``fingerprint``.
+
+    Attributes:
+        tokens: id -> token; ids may have gaps.
+        roles: "bos", "eos", "pad", "unk", "mask", "sep", "cls" -> id, where set.
+    """
+
+    tokens: Mapping[int, Token] = field(repr=False)
+    roles: Mapping[str, int]
+
+    @property
+    def size(self) -> int:
+        """The largest id + 1, which is the number of rows that an embedding needs."""
+        return max(self.tokens, default=-1) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The SHA-256 of everything that matters for matching, as hexadecimal digits."""
+        digest = hashlib.sha256(repr(sorted(self.roles.items())).encode())
+        for id_ in sorted(self.tokens):
+            token = self.tokens[id_]
+            digest.update(repr((id_, token.text, token.data, token.kind.value, token.added)).encode())
+        return digest.hexdigest()
+
+    def truncated(self, rows: int) -> "Vocabulary":
+        """The vocabulary without the tokens, and the roles, whose id is ``rows`` or more."""
+        return Vocabulary(
+            tokens={id_: token for id_, token in self.tokens.items() if id_ < rows},
+            roles={role: id_ for role, id_ in self.roles.items() if id_ < rows},
+        )
+
+    def free_rows(self, rows: int) -> list[int]:
+        """Of an embedding's first ``rows`` rows those that no text ever used: of unused tokens, and of none."""
+        return [i for i in range(rows) if i not in self.tokens or self.tokens[i].kind is TokenKind.UNUSED]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both have the same fingerprint."""
+        return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        """The hash of the fingerprint."""
+        return hash(self.fingerprint)
+
+
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+    """Read what every token of a tokenizer stands for.
+
+    Raises:
+        OmpError: the tokenizer's kind cannot be read, or it has no tokens.
+    """
+    scheme = read_scheme(tokenizer)
+    added = tokenizer.added_tokens_decoder
+    texts = _texts_by_id(tokenizer, added)
+    if not texts:
+        raise OmpError(f"The tokenizer {name_of(tokenizer)} has no tokens; name a tokenizer that has some.")
+    roles = _roles(tokenizer, {text: id_ for id_, text in texts.items()})
+    with_role = set(roles.values())
+    special = {id_ for id_, token in added.items() if token.special} | with_role | _control_pieces(tokenizer)
+
+    def read(id_: int, text: str) -> Token:
+        if id_ not in with_role and is_unused_text(text):
+            return Token(id_, text, _utf8(text), TokenKind.UNUSED, id_ in added)
+        if id_ in special:
+            return Token(id_, text, _utf8(text), TokenKind.SPECIAL, id_ in added)
+        if scheme.fallback_byte(text) is not None:
+            return Token(id_, text, scheme.ordinary_bytes(text), TokenKind.BYTE, id_ in added)
+        if id_ in added:
+            return Token(id_, text, scheme.added_bytes(text), TokenKind.ORDINARY, added=True)
+        return Token(id_, text, scheme.ordinary_bytes(text), TokenKind.ORDINARY)
+
+    return Vocabulary({id_: read(id_, texts[id_]) for id_ in sorted(texts)}, roles)
+
+
+def _texts_by_id(tokenizer: PreTrainedTokenizerBase, added: Mapping[int, AddedToken]) -> dict[int, str]:
+    """The string of every id; an added token's where it took over an id of the model's own vocabulary.
+
+    Tokenizers in tiktoken's style list bytes, which become strings of the byte-level alphabet.
+    """
+    texts = {id_: as_text(text) for text, id_ in tokenizer.get_vocab().items()}
+    texts.update((id_, token.content) for id_, token in added.items())
+    return texts
+
+
+def _roles(tokenizer: PreTrainedTokenizerBase, ids: Mapping[str, int]) -> dict[str, int]:
+    """The id of each role's token, for those that the tokenizer sets and its vocabulary has.
+
+    The token's string is looked up here, since ``bos_token_id`` is the unknown token's id for a missing string.
+    """
+    texts = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
+    return {role: ids[str(text)] for role, text in texts.items() if text is not None and str(text) in ids}
+
+
+def _control_pieces(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that a SentencePiece model itself declares as control or unknown pieces."""
+    pieces = getattr(tokenizer, "sp_model", None)
+    if pieces is None:
+        return set()
+    return {id_ for id_ in range(pieces.get_piece_size()) if pieces.is_control(id_) or pieces.is_unknown(id_)}
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode(errors="surrogatepass")

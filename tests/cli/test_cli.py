@@ -1,0 +1,372 @@
+"""``mergekit-omp``: what its commands say is so, and what they write is whole."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from helpers.checkpoints import (
+    ENGLISH,
+    PYTHON,
+    byte_level_tokenizer,
+    make_model,
+    save,
+    sentencepiece_tokenizer,
+    tensors_of,
+)
+from helpers.commands import merge_here, recipe
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from transformers import AutoTokenizer
+
+from mergekit_omp.cli.main import main
+from mergekit_omp.evaluation.bits_per_byte import builtin_texts
+from mergekit_omp.report import record as record_module
+
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base, and a donor that has a token which is HTML, one without a partner, and one that is no text."""
+    folder = tmp_path_factory.mktemp("pair")
+    base_tokenizer = sentencepiece_tokenizer(ENGLISH)
+    donor_tokenizer = byte_level_tokenizer(PYTHON, special=("<|lonely|>",))
+    donor_tokenizer.add_tokens(["<script>alert(1)</script>"])
+    return (
+        save(folder / "base", make_model(base_tokenizer, seed=1), base_tokenizer),
+        save(folder / "donor", make_model(donor_tokenizer, architecture="mistral", hidden=24), donor_tokenizer),
+    )
+
+
+@pytest.fixture(scope="module")
+def transplanted(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("transplanted") / "a <b>bold name"
+    result = merge_here(recipe(*pair), out, "--quiet")
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def answer(*arguments: str | Path) -> str:
+    """What a command that must succeed prints."""
+    result = call(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def sentence(*arguments: str | Path) -> str:
+    """What a command that must be refused says."""
+    result = call(*arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code in (1, 2)
+    return " ".join(result.stderr.split("Error: ", 1)[1].split())
+
+
+def test_inspect_foretells_what_the_record_tells(pair: tuple[Path, Path], transplanted: Path) -> None:
+    found = json.loads(answer("inspect", *pair, "-k", "5", "--json"))
+    record = json.loads((transplanted / "omp_record.json").read_text())
+    [foreseen], [done] = found["inputs"], [model for model in record["models"] if "input" in model["roles"]]
+    for key in ("kept", "lacking", "anchors", "match", "advice"):
+        assert foreseen[key] == done[key], key
+    assert found["tokens"] == record["tokens"]
+    [solve] = found["solves"]
+    assert solve["matrices"] == len(record["solves"]) == 2
+    assert (solve["targets"], solve["atoms"], solve["k"]) == tuple(
+        record["solves"][0][n] for n in ("targets", "atoms", "k")
+    )
+    assert found["estimate"]["solve_seconds"] > 0
+    size = sum(path.stat().st_size for path in transplanted.glob("*.safetensors"))
+    assert found["estimate"]["output_bytes"] == pytest.approx(size, rel=0.1)
+
+
+def test_inspect_needs_no_weights(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = json.loads(answer("inspect", *pair, "--json", "--no-time"))
+    for path in pair:
+        shutil.copytree(path, tmp_path / f"a {path.name}", ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr(LazyTensorLoader, "get_tensor", lambda *_, **__: pytest.fail("weights were read"))
+    found = answer("inspect", tmp_path / "a base", tmp_path / "a donor", "--json", "--no-time")
+    for path in pair:
+        found = found.replace(f"{tmp_path}/a {path.name}", str(path))
+    assert json.loads(found) == expected
+    assert expected["estimate"]["solve_seconds"] is None
+    assert {path.name for path in tmp_path.iterdir()} == {"a base", "a donor"}, "nothing is written"
+
+
+def test_inspect_text(pair: tuple[Path, Path]) -> None:
+    text = answer("inspect", *pair)
+    assert "<|endoftext|>: <eos>  (special role)" in text
+    assert "special tokens without a partner: <|lonely|>" in text
+    assert re.search(r"\d+ of \d+ tokens keep a row of this model, \d+ are lacking", text)
+    assert "for the input embedding and again for the LM head, about" in text
+    for line in ("time to solve", "peak memory", "disk"):
+        assert re.search(rf"{line} +[\d.]+ (s|GB|MB)", text), line
+
+
+def test_inspect_recipe_with_k_in_several_places(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The estimate is for the largest k, and a tied base needs one solve."""
+    tokenizer = AutoTokenizer.from_pretrained(pair[0])
+    tied = save(tmp_path / "tied", make_model(tokenizer, tied=True), tokenizer)
+    given = recipe(tied, pair[1], parameters={"k": [{"filter": "lm_head", "value": 7}, {"value": 3}]})
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(given))
+    [solve] = json.loads(answer("inspect", tmp_path / "recipe.yml", "--json", "--no-time"))["solves"]
+    assert (solve["k"], solve["matrices"]) == (7, 1)
+
+
+def test_inspect_same_vocabulary(pair: tuple[Path, Path]) -> None:
+    text = answer("inspect", pair[0], pair[0])
+    assert "none: nothing is lacking" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "merge_method: linear\nmodels: []",
+            "merge_method is 'linear'; there is something to inspect where it is omp",
+        ),
+        ("- a list", "merge_method is None; there is something to inspect where it is omp or omp_<method>."),
+        ("", "merge_method is None; there is something to inspect where it is omp or omp_<method>."),
+        ("a: [", "is no YAML: while parsing a flow node"),
+        ("merge_method: omp\nmodels: x", "models: 'x' is not possible here; write a list"),
+        (b"\xff\xfe", "cannot be read (it is no UTF-8 text); name a text file."),
+    ],
+)
+def test_inspect_bad_recipe(tmp_path: Path, text: str | bytes, expected: str) -> None:
+    (tmp_path / "recipe.yml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert expected in sentence("inspect", tmp_path / "recipe.yml")
+
+
+def test_inspect_bad_arguments(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    assert "cannot be read (No such file or directory); name a text file." in sentence("inspect", tmp_path / "none")
+    assert sentence("inspect", "a", "b", "c") == "Name one recipe, whose own k counts, or a base model and a donor."
+    assert "--device: nowhere cannot be used here" in sentence("inspect", *pair, "--device", "nowhere")
+    assert sentence("inspect", tmp_path / "a", pair[1]).startswith("models[0].model: ")
+
+
+def test_record_adds_up(transplanted: Path) -> None:
+    """Every count in the record is a partition of what it counts."""
+    record = json.loads((transplanted / "omp_record.json").read_text())
+    [model] = [model for model in record["models"] if "input" in model["roles"]]
+    assert sum(model["match"].values()) == record["tokens"]
+    assert record["tokens"] == len(AutoTokenizer.from_pretrained(transplanted).get_vocab())
+    for solve in record["solves"]:
+        assert sum(solve["residuals"]["counts"]) == solve["targets"] == model["lacking"]
+        assert len(solve["residuals"]["edges"]) == len(solve["residuals"]["counts"]) + 1
+        usage = solve["usage"]
+        assert usage["never"] + sum(each["anchors"] for each in usage["counts"]) == solve["atoms"]
+        assert 0 < solve["residuals"]["median"] <= solve["residuals"]["p95"] <= 1
+    assert {tensor["name"]: tensor["solves"] for tensor in record["tensors"]} == {EMBED: [0], HEAD: [1]}
+    assert [tensor["side"] for tensor in record["tensors"] if tensor["name"] == HEAD] == ["LM head"]
+
+
+def test_neighbours_in_the_record(pair: tuple[Path, Path], transplanted: Path) -> None:
+    """Against cosines of all pairs."""
+    record = json.loads((transplanted / "omp_record.json").read_text())
+    assert len(record["samples"]) == 12
+    for folder, key in ((pair[1], "donor_neighbours"), (transplanted, "output_neighbours")):
+        rows = torch.nn.functional.normalize(tensors_of(folder)[EMBED])
+        cosines = rows @ rows.T
+        cosines.fill_diagonal_(-2)
+        for sample in record["samples"]:
+            expected = cosines[sample["id"]].topk(5).values.tolist()
+            assert [each["cosine"] for each in sample[key]] == pytest.approx(expected, abs=1e-3)
+
+
+def test_tokens_per_byte_in_the_record(pair: tuple[Path, Path], transplanted: Path) -> None:
+    record = json.loads((transplanted / "omp_record.json").read_text())
+    text = builtin_texts()["prose"]
+    [prose] = [each for each in record["texts"] if each["name"] == "prose"]
+    for folder, key in ((pair[0], "before"), (pair[1], "after")):
+        tokens = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
+        assert prose[key] == pytest.approx(len(tokens) / len(text.encode()))
+
+
+def test_section_of_the_model_card(transplanted: Path) -> None:
+    card = (transplanted / "README.md").read_text()
+    assert card.count("### Tokenizer transplantation") == 1
+    assert re.search(r"of \d+ tokens \d+ kept their rows and \d+ were lacking", card)
+    assert "| prose | " in card
+
+
+class Page(HTMLParser):
+    """What a browser would load from elsewhere or run, and the text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attributes if name in ("src", "href", "xlink:href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_report_page_is_one_file(transplanted: Path, tmp_path: Path) -> None:
+    text = answer("report", transplanted, "--html", tmp_path / "page.html")
+    assert "relative residual: mean 0." in text
+    assert f"Page with pictures: {tmp_path}/page.html" in text
+    page = Page((tmp_path / "page.html").read_text())
+    assert all(reference.startswith("#") for reference in page.references), "nothing is loaded from elsewhere"
+    assert page.tags.count("svg") == 4
+    assert {"script", "img", "link", "b"} & set(page.tags) == {"b"}
+    assert "a <b>bold name" in page.text, "what names and tokens say is text and no markup"
+    for heading in ("Where the rows come from", "How well new tokens are approximated", "Some new tokens", "Details"):
+        assert heading in page.text
+
+
+def test_report_beside_the_model_and_as_json(transplanted: Path) -> None:
+    answer("report", transplanted)
+    assert (transplanted / "omp_report.html").exists()
+    (transplanted / "omp_report.html").unlink()
+    assert json.loads(answer("report", transplanted, "--json")) == json.loads(
+        (transplanted / "omp_record.json").read_text()
+    )
+    assert not (transplanted / "omp_report.html").exists()
+
+
+def test_report_escapes_tokens(transplanted: Path, tmp_path: Path) -> None:
+    evil = json.loads((transplanted / "omp_record.json").read_text())
+    evil["samples"][0]["token"] = "<script>alert(1)</script>"
+    evil["solves"][0]["usage"]["most_used"][0]["token"] = "<img src=x onerror=alert(1)>"
+    (tmp_path / "omp_record.json").write_text(json.dumps(evil))
+    answer("report", tmp_path)
+    page = Page((tmp_path / "omp_report.html").read_text())
+    assert not {"script", "img"} & set(page.tags)
+    assert "<script>alert(1)</script>" in page.text
+
+
+@pytest.mark.parametrize("source", ["union", "base"])
+def test_report_of_several_inputs(pair: tuple[Path, Path], tmp_path: Path, source: str) -> None:
+    base, _ = pair
+    tokenizer = byte_level_tokenizer(PYTHON)
+    other = save(tmp_path / "other", make_model(tokenizer, seed=4), tokenizer)
+    given = recipe(base, source, merge_method="omp_linear", parameters={"k": 5, "weight": 0.5})
+    given["models"].append({"model": str(other)})
+    out = tmp_path / "out"
+    assert merge_here(given, out, "--quiet").exit_code == 0
+    text = answer("report", out)
+    assert str(base) in text
+    assert str(other) in text
+    assert Page((out / "omp_report.html").read_text()).tags.count("svg") == 4
+
+
+def test_report_where_nothing_was_lacking(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert merge_here(recipe(pair[0], pair[0]), out, "--quiet").exit_code == 0
+    assert "relative residual" not in answer("report", out)
+    assert Page((out / "omp_report.html").read_text()).tags.count("svg") == 2
+
+
+def test_report_without_a_record(tmp_path: Path) -> None:
+    assert sentence("report", tmp_path) == (
+        f"{tmp_path}: there is no omp_record.json in it; name the output folder of a merge with merge_method: omp."
+    )
+    (tmp_path / "omp_record.json").write_text("{")
+    assert "omp_record.json is no JSON (Expecting property name" in sentence("report", tmp_path)
+    (tmp_path / "omp_record.json").write_text('{"format": 99}')
+    assert "omp_record.json is of another version of mergekit-omp" in sentence("report", tmp_path)
+    (tmp_path / "omp_record.json").write_text('{"format": 1}')
+    assert "omp_record.json is incomplete, as the log of that run tells" in sentence("report", tmp_path)
+
+
+def test_report_without_matplotlib(transplanted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergekit_omp.report.page.find_spec", lambda name: None)
+    assert sentence("report", transplanted) == (
+        "The page's pictures need matplotlib; run `pip install 'mergekit-omp[report]'`."
+    )
+    assert json.loads(answer("report", transplanted, "--json"))["format"] == 1
+
+
+def test_report_that_cannot_be_written(transplanted: Path, tmp_path: Path) -> None:
+    page = tmp_path / "missing" / "page.html"
+    assert sentence("report", transplanted, "--html", page) == (
+        f"{page} cannot be written (No such file or directory); name another with --html."
+    )
+
+
+@pytest.mark.parametrize("step", ["with_neighbours", "_describe_solve"])
+def test_a_record_that_fails_never_costs_the_model(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    step: str,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(record_module, step, fail)
+    result = merge_here(recipe(*pair), tmp_path / "out")
+    assert result.exit_code == 0
+    assert "the record of how it was made is incomplete" in caplog.text
+    assert EMBED in tensors_of(tmp_path / "out")
+
+
+def test_eval(pair: tuple[Path, Path], transplanted: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("The river and the hills.\n" * 3)
+    scores = json.loads(answer("eval", pair[0], transplanted, "--text", tmp_path / "short.txt", "--json"))
+    assert [score["model"] for score in scores] == [str(pair[0]), str(transplanted)]
+    assert all(score["overall"]["bytes"] == 75 for score in scores)
+    assert scores[0]["overall"]["agreement"] == 1
+    table = answer("eval", pair[0], "--text", tmp_path / "short.txt")
+    assert "bits/B" in table
+    assert "short" in table
+
+
+def test_eval_bad_arguments(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xff")
+    (tmp_path / "empty.txt").write_text("")
+    assert "binary.txt cannot be read (it is no UTF-8 text)" in sentence(
+        "eval", pair[0], "--text", tmp_path / "binary.txt"
+    )
+    assert "The text empty is empty" in sentence("eval", pair[0], "--text", tmp_path / "empty.txt")
+    assert "cannot be loaded as a causal language model" in sentence("eval", tmp_path)
+
+
+def test_doctor() -> None:
+    text = answer("doctor")
+    assert "PROBLEM" not in text
+    assert "omp_slerp" in text
+    assert "mergekit 0.1" in text
+    assert all(check["ok"] for check in json.loads(answer("doctor", "--json")))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("TORCH_DEVICE_BACKEND_AUTOLOAD", "0", "keeps torch from loading it; unset that, or call"),
+        ("MERGEKIT_OMP_CACHE_SIZE", "plenty", "'plenty' is no size"),
+    ],
+)
+def test_doctor_finds_problems(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str, value: str, expected: str
+) -> None:
+    monkeypatch.setenv("MERGEKIT_OMP_CACHE", str(tmp_path))
+    monkeypatch.setenv(variable, value)
+    result = call("doctor")
+    assert result.exit_code == 1
+    assert re.search(f"PROBLEM .*{expected}", result.stdout)
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["report"], ["eval"], ["doctor"]])
+def test_help(command: list[str]) -> None:
+    """Each command explains itself, and every option has a text."""
+    text = answer(*command, "--help")
+    assert "Usage: " in text
+    for line in re.findall(r"^  (-\S.*)$", text, flags=re.MULTILINE):
+        assert re.search(r"\S {2,}\S", line) or line.strip().endswith(("PATH", "[float32|bfloat16|float16]")), line

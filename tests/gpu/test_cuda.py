@@ -1,0 +1,137 @@
+"""What needs a CUDA GPU: the same answers there, within the memory budget. Skipped where there is none."""
+
+import gc
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.checkpoints import byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
+from helpers.commands import merge_here, recipe
+from safetensors.torch import load_file
+from test_solver import random_rows, reference_omp, supports
+
+from benchmarks.memory import peak, start_of_peak
+from mergekit_omp.solver import solve_omp
+from mergekit_omp.solver.scan import projection
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("common", [0.0, 2.0], ids=["isotropic", "common-direction"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_supports_are_those_of_a_float64_reference(common: float, dtype: torch.dtype) -> None:
+    atoms, targets = random_rows(3000, 96, 0, common).to(dtype), random_rows(40, 96, 1, common).to(dtype)
+    expected = [reference_omp(x, atoms.double().numpy(), 24) for x in targets.double().numpy()]
+    assert supports(solve_omp(targets.to(GPU), atoms.to(GPU), 24)) == expected
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_same_codes_as_on_the_cpu(size: float, normalize: bool) -> None:
+    """Also where the rows are too short or too long for float16, and one coordinate is far larger than the others."""
+    atoms, targets = size * random_rows(5000, 256, 2, 1.0), random_rows(3000, 256, 3, 1.0) / size
+    atoms[:, 7] *= 30
+    targets[5] = 0
+    expected = solve_omp(targets, atoms, 20, normalize_atoms=normalize)
+    codes = solve_omp(targets, atoms, 20, normalize_atoms=normalize, devices=[GPU])
+    assert torch.equal(codes.indices, expected.indices)
+    torch.testing.assert_close(codes.coefficients, expected.coefficients, rtol=1e-4, atol=0)
+    torch.testing.assert_close(codes.relative_residuals, expected.relative_residuals)
+
+
+def test_same_codes_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without Triton."""
+    assert projection.find_kernel(GPU) is not None
+    atoms, targets = random_rows(5000, 256, 12, 1.0), random_rows(300, 256, 13, 1.0)
+    atoms[7] = atoms[3] + 1e-4 * atoms[9]
+    targets[0] = atoms[3] + 0.5 * atoms[7]
+    expected = solve_omp(targets, atoms, 20, devices=[GPU])
+    monkeypatch.setattr(projection, "find_kernel", lambda device: None)
+    assert torch.equal(solve_omp(targets, atoms, 20, devices=[GPU]).indices, expected.indices)
+
+
+def test_the_ways_of_the_process_to_save_digits_do_not_reach_the_solver() -> None:
+    atoms, targets = random_rows(20_000, 2048, 4, 1.0), random_rows(200, 2048, 5, 1.0)
+    expected = solve_omp(targets, atoms, 16, devices=[GPU])
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_fp16_accumulation = True
+    try:
+        codes = solve_omp(targets, atoms, 16, devices=[GPU])
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cuda.matmul.allow_fp16_accumulation
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_fp16_accumulation = False
+    assert torch.equal(codes.indices, expected.indices)
+
+
+def test_a_gpu_and_a_cpu_share_the_targets() -> None:
+    atoms, targets = random_rows(2000, 64, 6, 1.0), random_rows(61, 64, 7, 1.0)
+    expected = solve_omp(targets, atoms, 16)
+    for devices in ([GPU, CPU], [GPU, GPU]):
+        assert torch.equal(solve_omp(targets, atoms, 16, devices=devices).indices, expected.indices)
+
+
+def test_scan_every_is_as_good_as_on_the_cpu() -> None:
+    atoms, targets = random_rows(5000, 256, 8, 1.0), random_rows(100, 256, 9, 1.0)
+    expected = solve_omp(targets, atoms, 32, scan_every=8).relative_residuals.mean()
+    found = solve_omp(targets, atoms, 32, scan_every=8, devices=[GPU]).relative_residuals.mean()
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize(("atoms", "dim", "k"), [(50_000, 576, 64), (20_000, 4096, 64), (20_000, 1024, 256)])
+@pytest.mark.parametrize("rows", ["random", "orthogonal"])
+@pytest.mark.parametrize("budget", [2**31, 2**33])
+def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, rows: str, budget: int) -> None:
+    """Targets that are orthogonal to all atoms are the worst case: every atom may be the best one."""
+    draw = torch.Generator(GPU).manual_seed(0)
+    atoms, targets = torch.randn(atoms + 1500, dim, generator=draw, device=GPU).split([atoms, 1500])
+    if rows == "orthogonal":
+        atoms[:, dim // 2 :], targets[:, : dim // 2] = 0, 1e-6
+    solve_omp(targets[:8], atoms[:500], 4)
+    before = start_of_peak(on_gpu=True)
+    solve_omp(targets, atoms, k, memory_budget=budget)
+    assert 0 < peak(on_gpu=True) - before <= 1.1 * budget
+
+
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """Two GiB for this process, as on a GPU that others use too."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(2**31 / torch.cuda.get_device_properties(GPU).total_memory)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_out_of_memory_halves_the_chunk(little_memory: None, caplog: pytest.LogCaptureFixture) -> None:
+    """A budget that the GPU does not have."""
+    atoms, targets = random_rows(20_000, 512, 10, 1.0), random_rows(5000, 512, 11, 1.0)
+    codes = solve_omp(targets, atoms, 256, devices=[GPU], memory_budget=2**36)
+    assert "Out of memory" in caplog.text
+    some = slice(0, 5000, 500)
+    assert torch.equal(codes.indices[some], solve_omp(targets[some], atoms, 256).indices)
+
+
+@pytest.mark.parametrize("options", [["--cuda"], ["--device", "cuda"], ["--cuda", "--read-to-gpu"], ["--multi-gpu"]])
+def test_a_recipe_writes_the_same_model_as_on_the_cpu(
+    options: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine, donors = byte_level_tokenizer(), sentencepiece_tokenizer()
+    base = save(tmp_path / "base", make_model(mine), mine)
+    donor = save(tmp_path / "donor", make_model(donors, hidden=48, seed=1), donors)
+    written = []
+    with caplog.at_level(logging.INFO):
+        for name, more in [("cpu", []), ("gpu", options)]:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            result = merge_here(recipe(base, donor), tmp_path / name, *more)
+            assert result.exit_code == 0, result.output
+            assert (torch.cuda.max_memory_allocated() > before) == (name == "gpu")
+            written.append(load_file(tmp_path / name / "model.safetensors"))
+    assert written[0].keys() == written[1].keys()
+    for tensor, rows in written[0].items():
+        torch.testing.assert_close(written[1][tensor], rows, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,47 @@
+"""What a method of approximation is given, made from two tokenizers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.initializers.base import NewTokens
+from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.realign.rows import pose_problem
+from mergekit_omp.vocabulary.matching import match_vocabulary
+from mergekit_omp.vocabulary.tokens import read_vocabulary
+
+
+def new_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    output_tokenizer: PreTrainedTokenizerBase,
+    parameters: dict[str, Any],
+    approximate: Sequence[str] = (),
+    **more: Any,
+) -> NewTokens:
+    """The tokens of ``output_tokenizer`` that ``tokenizer`` lacks, and those of ``approximate``."""
+    output, model = read_vocabulary(output_tokenizer), read_vocabulary(tokenizer)
+    match = match_vocabulary(output, model)
+    ids = output_tokenizer.get_vocab()
+    match = match.without(torch.tensor([ids[text] for text in approximate], dtype=torch.int64))
+    problem = pose_problem(match, match_vocabulary(output, output))
+    return NewTokens(
+        problem=problem,
+        anchor_rows=match.rows[problem.atom_ids],
+        output=output,
+        output_tokenizer=output_tokenizer,
+        model=model,
+        tokenizer=tokenizer,
+        parameters=OmpParameters(**parameters),
+        **more,
+    )
+
+
+def refusal_by(check: Callable[[OmpParameters, str], None], **given: object) -> str:
+    """What a method's check says of parameters that it must refuse."""
+    with pytest.raises(OmpError) as raised:
+        check(OmpParameters(**{name: str(value) for name, value in given.items()}), "parameters")
+    return raised.value.message

@@ -1,0 +1,250 @@
+"""The scripts in examples/ that use a transplanted model, on small models."""
+
+import re
+from pathlib import Path
+
+import assisted_generation
+import distillation_loss
+import domain_vocabulary
+import logit_ensemble
+import one_vocabulary
+import pytest
+import torch
+from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
+from helpers.commands import merge_here, recipe
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mergekit_omp.evaluation.bits_per_byte import read_text
+
+TEXT = "The river and the hills, the dog and the fox, and 12 numbers."
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two models of different tokenizers, and the second with the first one's."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizers = {"a": byte_level_tokenizer(ENGLISH), "b": sentencepiece_tokenizer(PYTHON)}
+    made = {
+        name: save(folder / name, make_model(tokenizer, seed=seed, hidden=32 + 16 * seed), tokenizer)
+        for seed, (name, tokenizer) in enumerate(tokenizers.items())
+    }
+    result = merge_here(recipe(made["b"], made["a"]), folder / "b-like-a")
+    assert result.exit_code == 0, result.output
+    return made | {"b-like-a": folder / "b-like-a"}
+
+
+def near_copy(model: PreTrainedModel, scale: float) -> PreTrainedModel:
+    """A draft that agrees with its target now and then."""
+    draft = type(model)(model.config)
+    draft.load_state_dict(model.state_dict())
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in draft.parameters():
+            weight += scale * weight.std() * torch.randn(weight.shape, generator=generator)
+    return draft.eval()
+
+
+def greedy(model: PreTrainedModel, ids: list[int], n_tokens: int) -> list[int]:
+    """What a model adds to ids, one whole reading a token; stops after eos."""
+    made: list[int] = []
+    while len(made) < n_tokens and model.config.eos_token_id not in made:
+        with torch.no_grad():
+            made.append(int(model(torch.tensor([ids + made])).logits[0, -1].argmax()))
+    return made
+
+
+def by_hand(
+    target: PreTrainedModel, draft: PreTrainedModel, ids: list[int], n_tokens: int, n_draft: int
+) -> tuple[list[int], int, int]:
+    """Assisted generation as it is described: the new ids, tokens proposed and tokens kept."""
+    made: list[int] = []
+    proposed = accepted = 0
+    wanted = greedy(target, ids, n_tokens)
+    while len(made) < len(wanted):
+        proposal = greedy(draft, ids + made, min(n_draft, n_tokens - len(made) - 1))
+        rest = wanted[len(made) :]
+        kept = next((i for i, token in enumerate(proposal) if [token] != rest[i : i + 1]), len(proposal))
+        made = wanted[: len(made) + kept + 1]
+        proposed += len(proposal)
+        accepted += kept
+    return made, proposed, accepted
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.02, 0.1, 1.0])
+def test_accepted_tokens_are_counted_as_by_hand(folders: dict[str, Path], scale: float) -> None:
+    target, tokenizer = one_vocabulary.load(str(folders["a"]))
+    draft = near_copy(target, scale)
+    assisted_generation.prepare(draft, target, draft_tokens=3)
+    counts = []
+    for text in (TEXT, "def", "Every piece"):
+        prompt = one_vocabulary.with_start(tokenizer, text)
+        run = assisted_generation.generate(target, prompt, 17, draft)
+        new, *expected = by_hand(target, draft, prompt[0].tolist(), 17, 3)
+        assert run.ids.tolist() == prompt[0].tolist() + new
+        assert [run.proposed, run.accepted] == expected
+        counts.append(expected)
+        alone = assisted_generation.generate(target, prompt, 17)
+        assert torch.equal(alone.ids, run.ids)
+        assert (alone.proposed, alone.accepted) == (0, 0)
+    proposed, accepted = map(sum, zip(*counts, strict=True))
+    assert (accepted == proposed) if scale == 0 else (accepted < proposed)
+
+
+def test_an_accepted_end_of_text_counts(folders: dict[str, Path]) -> None:
+    """The target's text ends inside a proposal: all of it was accepted, and nothing follows."""
+    target, tokenizer = one_vocabulary.load(str(folders["a"]))
+    prompt = one_vocabulary.with_start(tokenizer, TEXT)
+    written = greedy(target, prompt[0].tolist(), 8)
+    end = next(i for i, token in enumerate(written) if token not in written[:i] and i >= 2)
+    for model in (target, draft := near_copy(target, 0.0)):
+        model.config.eos_token_id = model.generation_config.eos_token_id = written[end]
+    assisted_generation.prepare(draft, target, draft_tokens=end + 1)
+    run = assisted_generation.generate(target, prompt, 20, draft)
+    assert run.ids[prompt.shape[1] :].tolist() == written[: end + 1]
+    assert (run.proposed, run.accepted) == (end + 1, end + 1)
+
+
+def test_a_target_with_more_rows_than_tokens(folders: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders["a"])
+    target = make_model(tokenizer, rows=len(tokenizer) + 44, seed=5).eval()
+    draft, _ = one_vocabulary.load(str(folders["b-like-a"]))
+    assisted_generation.prepare(draft, target, draft_tokens=3)
+    prompt = one_vocabulary.with_start(tokenizer, TEXT)
+    assisted = assisted_generation.generate(target, prompt, 12, draft)
+    assert torch.equal(assisted.ids, assisted_generation.generate(target, prompt, 12).ids)
+    assert assisted.proposed > 0
+
+
+def test_assisted_generation(folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The script, with its own transplant through mergekit's command."""
+    models = ["--target", str(folders["a"]), "--draft", str(folders["b"]), "--out", str(tmp_path / "out")]
+    assisted_generation.main([*models, "-k", "5", "--tokens", "10"])
+    told = capfd.readouterr().out
+    assert "equal texts 4 of 4" in told
+    assert told.count("the target's own text: yes") == 4
+    vocabulary = AutoTokenizer.from_pretrained(folders["a"]).get_vocab()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == vocabulary
+
+
+def test_loss_is_the_divergence(folders: dict[str, Path]) -> None:
+    student, tokenizer = one_vocabulary.load(str(folders["a"]))
+    teacher, _ = one_vocabulary.load(str(folders["b-like-a"]))
+    ids = one_vocabulary.with_start(tokenizer, TEXT)
+    size = len(tokenizer)
+    loss = distillation_loss.distillation_loss(teacher, student, ids, size)
+    with torch.no_grad():
+        wanted, given = (model(ids).logits[0, :, :size].double().softmax(dim=1) for model in (teacher, student))
+    by_hand = sum(float((p * (p / q).log()).sum()) for p, q in zip(wanted, given, strict=True)) / ids.shape[1]
+    assert loss.item() == pytest.approx(by_hand, rel=1e-4)
+    assert distillation_loss.distillation_loss(student, student, ids, size).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_step_down_the_gradient_lowers_the_loss(folders: dict[str, Path]) -> None:
+    student, tokenizer = one_vocabulary.load(str(folders["a"]))
+    teacher, _ = one_vocabulary.load(str(folders["b-like-a"]))
+    ids = one_vocabulary.with_start(tokenizer, TEXT)
+    before = distillation_loss.distillation_loss(teacher, student, ids, len(tokenizer))
+    before.backward()
+    assert all(weight.grad is None for weight in teacher.parameters())
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight -= 0.01 * weight.grad
+        assert distillation_loss.distillation_loss(teacher, student, ids, len(tokenizer)) < before
+
+
+def test_padding_does_not_count(folders: dict[str, Path]) -> None:
+    """Two models with unequally many rows: both are judged by the tokens."""
+    (one, tokenizer), (padded, _) = (one_vocabulary.load(str(folders["a"])) for _ in range(2))
+    padded.resize_token_embeddings(len(tokenizer) + 60, mean_resizing=False)
+    ids = one_vocabulary.with_start(tokenizer, TEXT)
+    assert distillation_loss.distillation_loss(padded, one, ids, len(tokenizer)).item() == pytest.approx(0, abs=1e-6)
+    mixed = logit_ensemble.mix(one(ids).logits, padded(ids).logits, 0.5)
+    assert torch.allclose(mixed, one(ids).logits.log_softmax(dim=-1), atol=1e-5)
+
+
+def test_distillation_loss(folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    models = ["--student", str(folders["a"]), "--teacher", str(folders["b"]), "--out", str(tmp_path / "out")]
+    distillation_loss.main([*models, "--transplanted", str(folders["b-like-a"])])
+    told = capfd.readouterr().out
+    teachers = [row.split() for row in re.findall(r"^(?:transplanted teacher|zeros for new rows) +(.*)$", told, re.M)]
+    assert [len(losses) for losses in teachers] == [4, 4]
+    assert all(float(loss) > 0 for losses in teachers for loss in losses)
+    assert teachers[0] != teachers[1]
+    assert told.count("21 of 21 tensors") == 2
+
+
+def test_an_ensemble_of_a_model_with_itself_is_the_model(folders: dict[str, Path]) -> None:
+    model, tokenizer = one_vocabulary.load(str(folders["a"]))
+    alone, both = (
+        read_text(reader, tokenizer, TEXT).bits for reader in (model, logit_ensemble.Reader(model, model, 0.3))
+    )
+    assert both == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_ensemble_is_the_normalised_product(folders: dict[str, Path], weight: float) -> None:
+    """p ∝ p_a^(1 - w) p_b^w, in what is read and in what is written."""
+    (model, tokenizer), (other, _) = (one_vocabulary.load(str(folders[name])) for name in ("a", "b-like-a"))
+    ids = one_vocabulary.with_start(tokenizer, TEXT)
+
+    def product(tokens: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            one, two = (each(tokens).logits[0, :, : len(tokenizer)].double().softmax(1) for each in (model, other))
+        powers = one ** (1 - weight) * two**weight
+        return powers / powers.sum(dim=1, keepdim=True)
+
+    bits = -product(ids)[:-1].gather(1, ids[0, 1:, None]).log2().sum().item()
+    reader = logit_ensemble.Reader(model, other, weight)
+    assert read_text(reader, tokenizer, TEXT).bits == pytest.approx(bits, rel=1e-4)
+
+    expected = ids
+    for _ in range(8):
+        expected = torch.cat([expected, product(expected)[-1].argmax().view(1, 1)], dim=1)
+    written = model.generate(
+        ids,
+        logits_processor=[logit_ensemble.Ensemble(other, weight)],
+        do_sample=False,
+        max_new_tokens=8,
+        eos_token_id=-1,
+    )
+    assert torch.equal(written, expected)
+
+
+def test_logit_ensemble(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """With all the weight on one of the two, the last column is that one's."""
+    models = ["--model", str(folders["a"]), "--transplanted", str(folders["b-like-a"]), "--bytes", "300"]
+    for weight, same in (("0", 0), ("1", 1)):
+        logit_ensemble.main([*models, "--weight", weight, "--tokens", "4"])
+        rows = re.findall(r"^[a-z]+ +([\d.]+) +([\d.]+) +([\d.]+)$", capfd.readouterr().out, re.MULTILINE)
+        assert len(rows) == 4
+        assert [row[2] for row in rows] == [row[same] for row in rows]
+        assert [row[0] for row in rows] != [row[1] for row in rows]
+
+
+def test_domain_vocabulary(folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Fewer tokens for the same text, and a model that loads and has a row for each."""
+    text, out = tmp_path / "domain.txt", tmp_path / "out"
+    text.write_text("".join(PYTHON) * 4)
+    domain_vocabulary.main(["--model", str(folders["a"]), "--text", str(text), "--size", "400", "--out", str(out)])
+    seen, held_out = domain_vocabulary.split(text.read_text())
+    assert seen + held_out == text.read_text()
+    assert not list((tmp_path / "out-tokenizer").glob("*.safetensors"))
+
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (folders["a"], out)]
+    counts = [len(each(held_out).input_ids) for each in tokenizers]
+    assert counts[1] < counts[0]
+    shown = re.search(r"^held out +[\d.]+ +([\d.]+) +[\d.]+% +[\d.]+ +([\d.]+) ", capfd.readouterr().out, re.MULTILINE)
+    n_bytes = len(held_out.encode())
+    assert [float(each) for each in shown.groups()] == pytest.approx([each / n_bytes for each in counts], abs=6e-4)
+
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.get_input_embeddings().weight.shape[0] >= len(tokenizers[1])
+    assert torch.isfinite(model(**tokenizers[1](held_out, return_tensors="pt")).logits).all()
+    assert tokenizers[1].get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "out-tokenizer").get_vocab()
+
+
+def test_a_tokenizer_that_cannot_learn_every_text_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="needs byte-level BPE"):
+        domain_vocabulary.train_tokenizer(str(folders["b"]), "".join(PYTHON), 300, tmp_path / "tokenizer")
+    with pytest.raises(SystemExit, match="too few lines"):
+        domain_vocabulary.split("one line")

@@ -1,0 +1,351 @@
+"""A run's output appears whole or not at all, whatever happens; and nothing runs that was not asked for."""
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
+from helpers.commands import merge_here, recipe, refusal
+from mergekit.io.tensor_writer import TensorWriter
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mergekit_omp.solver import cache
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base large enough that its shards take a moment to write, and a donor."""
+    folder = tmp_path_factory.mktemp("pair")
+    base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    return (
+        save(folder / "base", make_model(base_tokenizer, hidden=256, layers=4), base_tokenizer),
+        save(folder / "donor", make_model(donor_tokenizer, architecture="mistral", hidden=64), donor_tokenizer),
+    )
+
+
+STDERR = "stderr."
+PRELOADED = [
+    "mergekit.scripts.run_yaml",
+    "mergekit_omp.recipe.checks",
+    "mergekit_omp.output.config",
+    "transformers.models.auto",
+]
+OPTIONS = ("--quiet", "--out-shard-size", "200K")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The digest of every file in a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def model_files(folder: Path) -> dict[str, str]:
+    """The digests of a model's files, without the account of how long the run took."""
+    return {name: digest for name, digest in contents(folder).items() if name.split(".")[0] not in VARYING}
+
+
+VARYING = {"README", "omp_record"}
+
+
+@pytest.fixture(scope="module")
+def expected(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The files of an undisturbed run."""
+    out = tmp_path_factory.mktemp("expected") / "out"
+    result = merge_here(recipe(*pair), out, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert len(list(out.glob("*.safetensors"))) > 3
+    return model_files(out)
+
+
+def child(given: dict[str, Any], out: Path, cache_folder: Path, largest_file: int | None) -> None:
+    """What a process of its own does: one run, with a cache that keeps every solve."""
+    os.environ[cache.FOLDER_VARIABLE] = str(cache_folder)
+    cache.WORTH_KEEPING = 0
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    result = merge_here(given, out, *OPTIONS)
+    (out.parent / f"{STDERR}{os.getpid()}").write_text(result.stderr)
+    sys.exit(result.exit_code)
+
+
+def start(given: dict[str, Any], out: Path, largest_file: int | None = None) -> BaseProcess:
+    """Start a run in a process that was forked from one which has everything imported, and has not computed yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=child, args=(given, out, out.parent / "codes", largest_file))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess) -> int:
+    process.join(timeout=120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def assert_whole_or_marked(out: Path, expected: dict[str, str]) -> None:
+    """The output is absent or complete, and what is unfinished says so and is no model by itself."""
+    if out.exists():
+        assert model_files(out) == expected
+    unfinished = out.with_name("out.unfinished")
+    others = {path.name for path in out.parent.iterdir()} - {"out", "out.unfinished", "codes"}
+    assert all(name.startswith(STDERR) for name in others)
+    if unfinished.exists():
+        assert {path.name for path in unfinished.iterdir()} <= {"out", "lock"}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str]) -> None:
+    """SIGKILL: absent, marked unfinished, or complete; inputs untouched; and a re-run succeeds."""
+    before = [contents(folder) for folder in pair]
+    for name in ("first", "second"):  # only the second finds a process to fork from
+        begun = time.monotonic()
+        (tmp_path / name).mkdir()
+        assert finish(start(recipe(*pair), tmp_path / name / "out")) == 0
+        duration = time.monotonic() - begun
+    moments = random.Random(0)
+    seen = set()
+    for attempt in range(KILLS):
+        out = tmp_path / str(attempt) / "out"
+        out.parent.mkdir()
+        process = start(recipe(*pair), out)
+        time.sleep(moments.uniform(0, 1) * duration)
+        process.kill()
+        finish(process)
+        assert_whole_or_marked(out, expected)
+        seen.add((out.exists(), out.with_name("out.unfinished").exists()))
+        if not out.exists():
+            assert finish(start(recipe(*pair), out)) == 0
+        assert model_files(out) == expected
+        assert not out.with_name("out.unfinished").exists()
+        assert [contents(folder) for folder in pair] == before
+    print(f"states seen (output, unfinished): {sorted(seen)}")
+
+
+def test_interrupted(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str]) -> None:
+    """Ctrl-C while the output is being written leaves nothing behind."""
+    out = tmp_path / "out"
+    process = start(recipe(*pair), out)
+    while process.is_alive() and not (tmp_path / "out.unfinished" / "out").exists():
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGINT)
+    finish(process)
+    assert not (tmp_path / "out.unfinished").exists()
+    assert_whole_or_marked(out, expected)
+
+
+def test_several_runs_into_one_folder(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str]) -> None:
+    """One of them writes it, the others are refused; what is there is whole."""
+    processes = [start(recipe(*pair), tmp_path / "out") for _ in range(4)]
+    codes = [finish(process) for process in processes]
+    assert codes.count(0) == 1
+    assert set(codes) == {0, 1}
+    assert model_files(tmp_path / "out") == expected
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+def test_files_that_may_not_grow(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """The operating system refuses to write more: a sentence, and nothing is left."""
+    assert finish(start(recipe(*pair), tmp_path / "out", largest_file=50_000)) == 1
+    [stderr] = tmp_path.glob(f"{STDERR}*")
+    error = " ".join(stderr.read_text().split())
+    assert f"Error: {tmp_path}/out cannot be written: a file would be larger than is allowed" in error
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space or name a folder on another disk. Nothing was left there."),
+        (errno.EDQUOT, "the disk quota is used up; free some space or name a folder on another disk. "
+         "Nothing was left there."),
+        (errno.EROFS, "the file system is read-only; name another folder. Nothing was left there."),
+    ],
+)  # fmt: skip
+def test_disk_full_while_a_shard_is_written(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
+) -> None:
+    write, calls = TensorWriter._save_st, []
+
+    def third_fails(self: TensorWriter, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(number, os.strerror(number))
+        write(self, *args)
+
+    monkeypatch.setattr(TensorWriter, "_save_st", third_fails)
+    assert refusal(recipe(*pair), tmp_path / "out", *OPTIONS) == f"{tmp_path}/out cannot be written: {sentence}"
+    assert len(calls) == 3
+
+
+def test_out_of_memory(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("mergekit_omp.tasks.tasks.realign", no_memory)
+    assert refusal(recipe(*pair), tmp_path / "out", *OPTIONS) == (
+        "The memory is used up; run on a machine with more, or see `mergekit-omp inspect` for what a recipe needs."
+    )
+
+
+def test_a_bug_keeps_its_traceback(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is known to be nobody's bug becomes a sentence; the output is cleaned up all the same."""
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("index out of range")
+
+    monkeypatch.setattr("mergekit_omp.tasks.tasks.realign", broken)
+    result = merge_here(recipe(*pair), tmp_path / "out", *OPTIONS)
+    assert isinstance(result.exception, RuntimeError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_with_something_in_it(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    out = tmp_path / "out"
+    for present in ("model.safetensors", ".git"):
+        out.mkdir()
+        (out / present).write_text("precious")
+        assert refusal(recipe(*pair), out, *OPTIONS) == (
+            f"{out} is not empty (it has {present}), and nothing is replaced unasked; name a new folder or empty that "
+            "one."
+        )
+        assert contents(out) == {present: hashlib.sha256(b"precious").hexdigest()}
+        shutil.rmtree(out)
+
+
+def test_output_that_cannot_be_made(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    (tmp_path / "file").write_text("")
+    assert (
+        refusal(recipe(*pair), tmp_path / "file") == f"{tmp_path}/file is a file; name a folder that is new or empty."
+    )
+    assert refusal(recipe(*pair), tmp_path / "file" / "out") == (
+        f"{tmp_path}/file/out: the output folder cannot be made (Not a directory); name another one."
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that even root can't write to")
+def test_read_only_parent(pair: tuple[Path, Path]) -> None:
+    result = merge_here(recipe(*pair), Path("/proc/out"), "--quiet")
+    assert result.exit_code == 1
+    assert "Error: /proc/out: the output folder cannot be made" in result.stderr
+
+
+def test_mount_point(pair: tuple[Path, Path]) -> None:
+    assert "Error: / is a mount point" in merge_here(recipe(*pair), Path("/"), "--quiet").stderr
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "link to an empty folder", "new folder in a new folder"])
+def test_where_a_model_may_go(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str], kind: str) -> None:
+    out = tmp_path / "out"
+    if kind == "empty folder":
+        out.mkdir()
+    elif kind == "link to an empty folder":
+        (tmp_path / "elsewhere").mkdir()
+        out.symlink_to(tmp_path / "elsewhere")
+    else:
+        out = tmp_path / "new" / "out"
+    assert merge_here(recipe(*pair), out, *OPTIONS).exit_code == 0
+    assert model_files(out) == expected
+
+
+def test_leavings_of_a_killed_run_are_replaced(
+    tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str]
+) -> None:
+    leavings = tmp_path / "out.unfinished" / "out"
+    leavings.mkdir(parents=True)
+    (leavings / "model-9.safetensors").write_text("half a shard")
+    assert merge_here(recipe(*pair), tmp_path / "out", *OPTIONS).exit_code == 0
+    assert model_files(tmp_path / "out") == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_no_network_where_files_are_local(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was used")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    result = merge_here(recipe(*pair), tmp_path / "out", *OPTIONS)
+    assert result.exit_code == 0, result.exception
+
+
+class Exploit:
+    """A pickle that runs code when it is read carelessly."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("which", ["base", "donor"])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_pickle_with_code_in_it(tmp_path: Path, pair: tuple[Path, Path], which: str, sharded: bool) -> None:
+    """Weights in pickles are read by torch's restricted loader alone."""
+    models = dict(zip(("base", "donor"), pair, strict=True))
+    bad = tmp_path / "bad"
+    shutil.copytree(models[which], bad)
+    names = list(load_file(bad / "model.safetensors"))
+    (bad / "model.safetensors").unlink()
+    path = bad / ("pytorch_model-00001-of-00001.bin" if sharded else "pytorch_model.bin")
+    path.write_bytes(pickle.dumps({"model.embed_tokens.weight": Exploit(tmp_path / "owned")}))
+    if sharded:
+        (bad / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, path.name)}))
+    key = "models[0].model" if which == "base" else "tokenizer.source"
+    sentence = refusal(recipe(**models | {which: bad}), tmp_path / "out", *OPTIONS)
+    assert sentence == f"{key}: {path} cannot be read (it is no plain pickle of tensors); download the model again."
+    assert not (tmp_path / "owned").exists()
+
+
+def test_code_that_comes_with_a_donor_is_not_run_nor_copied(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """``trust_remote_code`` is mergekit's flag; without it a repository's code is data, and so is its template."""
+    base, donor = pair
+    bad = tmp_path / "bad"
+    shutil.copytree(donor, bad)
+    code = f"import os\nos.mkdir({str(tmp_path / 'owned')!r})\n"
+    for module in ("tokenization_evil", "configuration_evil", "modeling_evil"):
+        (bad / f"{module}.py").write_text(code)
+    settings = json.loads((bad / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"]}
+    (bad / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((bad / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
+    (bad / "config.json").write_text(json.dumps(config))
+    template = "{% for m in messages %}{{ ''.__class__.__mro__ }}{{ m.content }}{% endfor %}{{ '../../etc' }}"
+    (bad / "chat_template.jinja").write_text(template)
+    out = tmp_path / "out"
+    result = merge_here(recipe(base, bad), out, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "owned").exists()
+    assert not list(out.glob("*evil*"))
+    assert "evil" not in (out / "config.json").read_text() + (out / "tokenizer_config.json").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=True)
+    AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert tokenizer.chat_template == template
+    assert not (tmp_path / "owned").exists()

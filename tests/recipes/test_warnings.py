@@ -1,0 +1,69 @@
+"""What the summary tells a user about a pair of tokenizers."""
+
+from pathlib import Path
+
+import pytest
+from helpers.checkpoints import PYTHON, byte_level_tokenizer, make_model, save
+from helpers.tokenizers_for_tests import llama3
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from mergekit_omp.report.warnings import advice
+from mergekit_omp.tasks.plan import output_tokenizer
+
+
+def advice_for(base: Path, donor: Path, tokens: dict | None = None, **more: str) -> list[str]:
+    tokenizer = {"source": str(donor), "tokens": tokens}
+    config = MergeConfiguration(merge_method="omp", models=[{"model": str(base)}], tokenizer=tokenizer, **more)
+    return advice(output_tokenizer(config, MergeOptions()), ModelReference.parse(str(base)))
+
+
+def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return tokenizer
+
+
+@pytest.mark.parametrize("output_has", [True, False])
+def test_a_missing_bos_is_told(tmp_path: Path, output_has: bool) -> None:
+    base = with_bos(byte_level_tokenizer(size=300))
+    donor = byte_level_tokenizer(PYTHON, size=300, eos="</s>")
+    donor = with_bos(donor) if output_has else donor
+    paths = [save(tmp_path / name, make_model(t), t) for name, t in (("base", base), ("donor", donor))]
+    expected = [
+        f"{paths[0]}: it was trained with '<|endoftext|>' at the start of every text, and its own tokenizer adds it; "
+        "the output tokenizer does not, so begin prompts with '</s>' yourself."
+    ]
+    assert [s for s in advice_for(*paths) if "begin prompts" in s] == ([] if output_has else expected)
+
+
+def test_other_numerals_are_told(tmp_path: Path, smollm2_dir: Path) -> None:
+    """Llama 3 writes chunks of three digits, SmolLM2 learnt single ones."""
+    folder = tmp_path / "llama3"
+    llama3().save_pretrained(folder)
+    [told] = [s for s in advice_for(smollm2_dir, folder) if "numbers" in s]
+    assert "chunks of up to three digits from the left" in told
+    assert "single digits" in told
+    assert advice_for(smollm2_dir, smollm2_dir) == []
+
+
+def test_tokens_of_the_chat_template_without_a_row_of_their_own_are_told(tmp_path: Path) -> None:
+    """By name, for the template that ships: not those that the model has, nor those that the recipe gives a row."""
+    base = byte_level_tokenizer(size=300, special=("<|im_start|>",))
+    donor = byte_level_tokenizer(PYTHON, size=300, special=("<|im_start|>", "<|tool|>", "<|role|>", "<|extra_0|>"))
+    donor.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|tool|><|role|>{% endfor %}"
+    paths = [save(tmp_path / name, make_model(t), t) for name, t in (("base", base), ("donor", donor))]
+
+    def told(**more: object) -> list[str]:
+        return [s.split(", whose")[0] for s in advice_for(*paths, **more) if "chat template" in s]
+
+    assert told() == [f"{paths[0]}: the chat template writes '<|tool|>', '<|role|>'"]
+    assert told(tokens={"<|tool|>": {"source": {"kind": "zero"}}}) == [
+        f"{paths[0]}: the chat template writes '<|role|>'"
+    ]
+    other = "{% for m in messages %}<|im_start|>{{ m.content }}<|extra_0|>{% endfor %}"
+    assert told(chat_template=other) == [f"{paths[0]}: the chat template writes '<|extra_0|>'"]
+    assert told(chat_template="{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}") == []
