@@ -3,10 +3,10 @@
 After t steps the scores of all atoms are ⟨a, x⟩ - Σⱼ cⱼ ⟨a, aⱼ⟩, over the t atoms of the support. With the inner
 products of a :class:`~mergekit_omp.solver.gram.matrix.Gram` that takes t multiplications a score, but t rows of the
 matrix have to be read for it, which takes longer. So a target speculates: it takes several steps with atoms of a
-shortlist, those that scored highest when it last looked at all, and then reads the rows once to verify all these steps.
-The look's scores are off by no more than a bound; every atom that may beat the one that was taken is scored again in
-float64. Where one does, the steps from there on are undone, and it is taken instead. What is found is what a look in
-each step finds.
+shortlist, those that scored highest when it last looked at all, and then reads the rows once to verify all these
+steps. The look's scores are off by no more than a bound; every atom that may beat the one that was taken is scored
+again in float64. Where one does, the steps from there on are undone, and it is taken instead. What is found is what a
+look in each step finds.
 
 Everything that decides is float64: least squares by the Cholesky factor of the support's own inner products,
 residuals, and the scores of atoms that compete.
