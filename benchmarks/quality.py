@@ -37,7 +37,8 @@ from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, w
 from mergekit_omp.initializers.omp import split_tokens
 from mergekit_omp.initializers.regression import RowRegression, piece_rows
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.realign.rows import Problem, pose_problem, realign
+from mergekit_omp.realign.problem import Problem, pose_problem
+from mergekit_omp.realign.rows import realign
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.vocabulary.duplicates import without_duplicates
 from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabulary

@@ -1,11 +1,81 @@
-"""The one exception that a user's mistake raises."""
+"""The exception that a user's mistake raises, and sentences for failures of a run that are nobody's bug.
+
+Nothing heavy is imported here: every module of the package imports this one.
+"""
+
+import errno
+import logging
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
+LOG = logging.getLogger(__name__)
+
 
 class OmpError(click.ClickException, ValueError):
-    """A mistake in a recipe or a model, told in one sentence.
+    """Raised for an invalid recipe or model; the message is shown to the user.
 
     mergekit's commands are click commands, so raising this anywhere below one of them prints ``Error: <sentence>`` and
     exits with status 1, without a traceback. In a notebook it is an ordinary ``ValueError``.
     """
+
+
+_FULL = "free some space or name a folder on another disk"
+_CANNOT_WRITE = {
+    errno.ENOSPC: f"the disk is full; {_FULL}",
+    errno.EDQUOT: f"the disk quota is used up; {_FULL}",
+    errno.EFBIG: "a file would be larger than is allowed; set a smaller --out-shard-size",
+    errno.EROFS: "the file system is read-only; name another folder",
+    errno.EACCES: "permission is denied; name another folder",
+}
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, reports one
+
+
+@contextmanager
+def explained(out_path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn known failures of the block into an OmpError, and let anything else, a bug, through with its traceback."""
+    try:
+        yield
+    except OmpError:
+        raise
+    except Exception as error:
+        sentence = _sentence(error, out_path)
+        if sentence is None:
+            raise
+        LOG.debug("%s", sentence, exc_info=error)
+        raise OmpError(sentence) from error
+
+
+def _sentence(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
+    problem = _CANNOT_WRITE.get(_errno(error) or 0)
+    if problem:
+        return f"{out_path} cannot be written: {problem}. Nothing was left there."
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
+        return (
+            "The memory is used up; run on a machine with more, or see `mergekit-omp inspect` for what a recipe needs."
+        )
+    if type(error) in (RuntimeError, ValueError) and _raised_by_mergekit(error):
+        return f"mergekit refuses the recipe: {error}."
+    return None
+
+
+def _errno(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    found = _OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found.group(1)) if found else None
+
+
+def _raised_by_mergekit(error: Exception) -> bool:
+    """Whether the exception comes from a ``raise`` of mergekit itself: those messages are meant for users."""
+    *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    return module == "mergekit" or module.startswith("mergekit.")

@@ -1,9 +1,22 @@
-"""The recipe parameters that ``omp`` and every ``omp_<method>`` add to the inner method's own."""
+"""The names of the merge methods, and the recipe parameters that they add to the inner method's own."""
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ByteSize, Field, FiniteFloat, StrictBool
+
+from mergekit_omp.errors import OmpError
+
+if TYPE_CHECKING:
+    from mergekit.merge_methods import MergeMethodSpec
+
+TRANSPLANT = "omp"
+PREFIX = "omp_"
+
+
+def is_ours(method_name: object) -> bool:
+    """Whether a recipe's ``merge_method`` belongs to this package."""
+    return isinstance(method_name, str) and (method_name == TRANSPLANT or method_name.startswith(PREFIX))
 
 
 class Reconstruction(str, Enum):
@@ -138,3 +151,13 @@ class OmpParameters(BaseModel, frozen=True):
     def from_bound(cls, bound: dict[str, Any]) -> "OmpParameters":
         """Our part of the parameters that mergekit has bound to one input of one tensor."""
         return cls(**{name: bound[name] for name in cls.model_fields})
+
+
+def check_names_are_free(name: str, inner: "MergeMethodSpec") -> None:
+    """Raise an OmpError where a parameter of the inner method of ``name`` has the name of one of ours."""
+    clash = sorted({parameter.name for parameter in inner.parameters} & set(OmpParameters.model_fields))
+    if clash:
+        raise OmpError(
+            f"merge_method: {name} is not available, since {inner.name} has parameters of its own named "
+            f"{', '.join(clash)}, which mean other things here; use {inner.name} on transplanted models."
+        )

@@ -1,24 +1,18 @@
 """Which of a model's tensors have a vocabulary axis: input embeddings, and what belongs to the LM head."""
 
-import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from pathlib import Path
 
-import huggingface_hub
 from mergekit.architecture import ConfiguredModelArchitecture, ModelArchitecture, WeightInfo, arch_info_for_config
-from mergekit.architecture.auto import get_transformers_info
-from mergekit.architecture.auto import infer_architecture_info as infer
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference, get_config_value
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from mergekit_omp.compat import can_convert_checkpoint_keys, get_transformers_info
+from mergekit_omp.compat import infer_architecture_info as infer
 from mergekit_omp.errors import OmpError
 
 LOG = logging.getLogger(__name__)
@@ -137,15 +131,14 @@ def _are_stored(names: Iterable[tuple[str, ...]], model: ModelReference, options
     return True
 
 
-def vocabulary_size(model: ModelReference, trust_remote_code: bool) -> int:
-    """Rows of a model's embedding matrix, from its config alone."""
-    config = model.config(trust_remote_code=trust_remote_code)
+def vocabulary_size(config: PretrainedConfig) -> int | None:
+    """Rows of the embedding matrix that a config describes, None where it does not say."""
     info = arch_info_for_config(config)
     for key in (info and info.vocab_size_config_key, "vocab_size", "text_config.vocab_size"):
         size = key and _config_value_or_none(config, key)
         if size:
             return size
-    raise OmpError(f"{model}: its config.json has no vocab_size, so the rows of its embedding are unknown; add it.")
+    return None
 
 
 def hidden_size(config: PretrainedConfig) -> int | None:
@@ -167,68 +160,3 @@ def _config_value_or_none(config: PretrainedConfig, key: str) -> int | None:
         return get_config_value(config, key)
     except RuntimeError:  # mergekit's answer to a key that is not there
         return None
-
-
-def donor_weight(donor: ModelReference, role: VocabularyRole, options: MergeOptions) -> tuple[LoadTensor, int]:
-    """The task that loads a donor's matrix for one role, and the matrix's vocabulary axis.
-
-    A donor with tied embeddings has one matrix for both roles, so that both roles give the same task and mergekit's
-    graph solves for it once.
-
-    Raises:
-        OmpError: where the donor has no weights, or none with a vocabulary axis.
-    """
-    try:
-        stored = open_donor(donor, options).index.tensor_paths
-    except (RuntimeError, OSError) as error:
-        raise OmpError(
-            f"tokenizer.source: {donor} has a tokenizer but no weights that mergekit can read ({error}); "
-            "OMP needs the embeddings of the tokens that are new, so name a model that has both, or an approximation "
-            "that needs none, such as subword."
-        ) from error
-    by_role: dict[VocabularyRole, tuple[LoadTensor, int]] = {}
-    architecture = architecture_of(donor, options)
-    for weight in architecture.all_weights():
-        name = _stored_name(weight, stored)
-        if weight.vocabulary_axis is None or name is None or name.endswith(".bias"):
-            continue
-        task = LoadTensor(model=donor, tensor=name, device=options.device if options.read_to_gpu else None)
-        by_role.setdefault(vocabulary_role(weight.name), (task, weight.vocabulary_axis))
-    if not by_role:
-        raise OmpError(
-            f"tokenizer.source: no tensor of {donor} has a vocabulary axis that mergekit knows; "
-            "name a donor of an architecture that mergekit supports."
-        )
-    tied = getattr(architecture.config, "tie_word_embeddings", False)
-    if VocabularyRole.INPUT in by_role and (tied or role not in by_role):
-        return by_role[VocabularyRole.INPUT]
-    return by_role.get(role) or next(iter(by_role.values()))
-
-
-def open_donor(donor: ModelReference, options: MergeOptions) -> LazyTensorLoader:
-    """The loader of a donor's checkpoint, downloading from the Hub only the shards with a vocabulary axis.
-
-    mergekit fetches whole repositories; a draft model's donor may have hundreds of gigabytes, of which one or two
-    shards are needed.
-    """
-    cache = LoaderCache()
-    known = arch_info_for_config(donor.config(trust_remote_code=options.trust_remote_code))
-    if donor in cache.loaders or donor.lora or known is None or os.path.exists(donor.model.path):
-        return cache.get(donor)
-    hub = {"revision": donor.model.revision, "cache_dir": options.transformers_cache}
-    try:
-        index = huggingface_hub.hf_hub_download(donor.model.path, "model.safetensors.index.json", **hub)
-    except huggingface_hub.errors.EntryNotFoundError:
-        return cache.get(donor)  # one file, or pickles
-    shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    weights = known.all_weights(donor.config(trust_remote_code=options.trust_remote_code))
-    names = {_stored_name(weight, shard_of) for weight in weights if weight.vocabulary_axis is not None}
-    shards = sorted({shard_of[name] for name in names if name is not None})
-    folder = huggingface_hub.snapshot_download(donor.model.path, allow_patterns=["*.json", *shards], **hub)
-    cache.loaders[donor] = LazyTensorLoader.from_disk(folder, lazy_unpickle=options.lazy_unpickle)
-    return cache.loaders[donor]
-
-
-def _stored_name(weight: WeightInfo, stored: dict[str, str]) -> str | None:
-    """The name under which a checkpoint holds a weight itself (not the one that it is tied to)."""
-    return next((name for name in (weight.name, *(weight.aliases or ())) if name in stored), None)

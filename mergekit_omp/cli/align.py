@@ -5,10 +5,10 @@ from mergekit.options import MergeOptions
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers import tokalign
+from mergekit_omp.initializers.base import NewTokens
 from mergekit_omp.parameters import Approximation, OmpParameters
-from mergekit_omp.realign.rows import pose_problem
-from mergekit_omp.recipe.checks import check_recipe, settings_of
-from mergekit_omp.tasks.tasks import MatchVocabulary, new_tokens
+from mergekit_omp.recipe.blocks import settings_of
+from mergekit_omp.recipe.resolve import resolve
 
 
 def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[str, str]:
@@ -21,13 +21,13 @@ def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[s
     Raises:
         OmpError: for whatever would stop the recipe before it starts, several models, or no corpus.
     """
-    output = check_recipe(config, options)
-    if len(output.referenced_models) != 1:
-        names = ", ".join(map(str, output.referenced_models))
+    transplant = resolve(config, options)
+    if len(transplant.inputs) != 1:
+        names = ", ".join(map(str, transplant.inputs))
         raise OmpError(f"models: a map is for one model, and the recipe names {names}; keep the one that it is for.")
     corpora = [corpus for corpus in settings_of(config, "corpus") if corpus is not None]
     parameters = OmpParameters(approximation=Approximation.TOKALIGN, corpus=corpora[0] if corpora else None)
     tokalign.check(parameters, "parameters")
-    base = MatchVocabulary(output=output, model=output.referenced_models[0])
-    donor = MatchVocabulary(output=output, model=output.donors()[0])
-    return tokalign.token_map(new_tokens(base, pose_problem(base.execute(), donor.execute()), parameters))
+    base = transplant.base.alignment
+    problem = transplant.problems[base][0].problem
+    return tokalign.token_map(NewTokens.of(base, problem, transplant.vocabulary, transplant.tokenizer, parameters))

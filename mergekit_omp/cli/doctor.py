@@ -47,8 +47,8 @@ def _methods() -> Iterator[Check]:
         import mergekit.merge
         from mergekit import merge_methods
 
-        from mergekit_omp.names import is_ours
-        from mergekit_omp.plugin.patches import require_supported
+        from mergekit_omp.compat import require_supported
+        from mergekit_omp.parameters import is_ours
 
         require_supported()
     except (OmpError, ImportError) as error:

@@ -55,12 +55,13 @@ def inspect(
     _quiet()
     from mergekit.options import MergeOptions
 
-    from mergekit_omp.report.forecast import describe, inspect_recipe
+    from mergekit_omp.recipe.resolve import resolve
+    from mergekit_omp.report.forecast import describe, forecast
 
     config = _load_recipe(what, k)
     _check_device(device)
     options = MergeOptions(device=device, trust_remote_code=trust_remote_code)
-    found = inspect_recipe(config, options, measure=measure)
+    found = forecast(resolve(config, options), measure=measure)
     click.echo(_as_json(found) if as_json else describe(found))
 
 
@@ -77,9 +78,9 @@ def report(out: str, page_path: str | None, as_json: bool) -> None:
     written: how well new tokens are approximated, by which anchors, and what is near them now. It is one file that
     needs nothing else, so it can be sent around.
     """
-    from mergekit_omp.report.record import read_complete_record
+    from mergekit_omp.report.record import read_record
 
-    record = read_complete_record(out)
+    record = read_record(out)
     if as_json:
         click.echo(_as_json(record))
         return
@@ -111,10 +112,10 @@ def tokens(out: str, texts: tuple[str, ...], most: int, as_json: bool) -> None:
     from transformers import AutoTokenizer
 
     from mergekit_omp.evaluation.bits_per_byte import builtin_texts
-    from mergekit_omp.report.record import read_complete_record
+    from mergekit_omp.report.record import read_record
     from mergekit_omp.report.token_impact import format_impacts, rank_tokens
 
-    record = read_complete_record(out)
+    record = read_record(out)
     read = [Path(path).read_text(encoding="utf-8") for path in texts] or list(builtin_texts().values())
     ranked, total = rank_tokens(record, AutoTokenizer.from_pretrained(out), read)
     if as_json:
@@ -224,8 +225,8 @@ def compare(
     """
     _quiet()
     from mergekit_omp.evaluation.bits_per_byte import builtin_texts, windows
+    from mergekit_omp.recipe.blocks import models_in_order
     from mergekit_omp.report import comparison
-    from mergekit_omp.tasks.plan import models_in_order
 
     chosen = comparison.parse_approximations(approximations)
     if plot:
@@ -299,7 +300,7 @@ def _load_recipe(what: tuple[str, ...], k: int | None) -> Any:
 
     from mergekit_omp import register
     from mergekit_omp.errors import OmpError
-    from mergekit_omp.names import is_ours
+    from mergekit_omp.parameters import is_ours
 
     register()
     if len(what) == 2:

@@ -1,14 +1,16 @@
-"""What a method has to go by, and what it gives."""
+"""Inputs and output of an initializer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.realign.rows import Problem
+from mergekit_omp.realign.problem import Problem
 from mergekit_omp.solver import SparseCodes
+from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
 RowMaker = Callable[[Tensor, bool], Tensor]
@@ -48,6 +50,28 @@ class NewTokens:
     own: tuple[Tensor, Tensor] | None = None
     configs: tuple[PretrainedConfig, PretrainedConfig] | None = None
     trust_remote_code: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        base: Alignment,
+        problem: Problem,
+        output: Vocabulary,
+        output_tokenizer: PreTrainedTokenizerBase,
+        parameters: OmpParameters,
+        **more: Any,
+    ) -> "NewTokens":
+        """Describe the targets of a problem of the model with the vocabulary ``base``; ``more`` needs weights."""
+        return cls(
+            problem=problem,
+            anchor_rows=base.match.rows[problem.atom_ids],
+            output=output,
+            output_tokenizer=output_tokenizer,
+            model=base.vocabulary,
+            tokenizer=base.tokenizer,
+            parameters=parameters,
+            **more,
+        )
 
     def mean_row(self, weight: Tensor) -> Tensor:
         """The mean of the anchors' rows of a tensor [R, ...], float32: for tokens that a method has no answer for."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from mergekit_omp.initializers.base import NewTokens, RowMaker
 from mergekit_omp.initializers.regression import RowRegression, pieces_of_anchors
 from mergekit_omp.parameters import Reconstruction
-from mergekit_omp.realign.rows import Problem
+from mergekit_omp.realign.problem import Problem
 from mergekit_omp.vocabulary.segmentation import ids_by_bytes
 from mergekit_omp.vocabulary.segmentation import pieces as split_by_tokenizer
 from mergekit_omp.vocabulary.tokens import Vocabulary

@@ -17,16 +17,19 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.scripts.tokensurgeon import (
-    ApproximationMethod,
-    TokenSurgeonOptions,
-    compute_new_embeddings,
-    john_hewitt_init,
-)
-from mergekit.tokensurgeon import SubwordMethod, WeightingScheme, batch_mp_rope, compute_token_basis
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from mergekit_omp.compat import (
+    ApproximationMethod,
+    SubwordMethod,
+    TokenSurgeonOptions,
+    WeightingScheme,
+    batch_mp_rope,
+    compute_new_embeddings,
+    compute_token_basis,
+    john_hewitt_init,
+)
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens, RowMaker
 from mergekit_omp.realign.rows import NOISE_SEED

@@ -12,15 +12,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
 from transformers import GenerationConfig, PretrainedConfig
 
-from mergekit_omp.checkpoints.architecture import vocabulary_size
-from mergekit_omp.checkpoints.tokenizers import OutputTokenizer, match_of, output_vocabulary, vocabulary_of
 from mergekit_omp.errors import OmpError
 from mergekit_omp.output.tokenizer import ensure_read_as_written
-from mergekit_omp.tasks.tasks import output_rows
+from mergekit_omp.recipe.transplant import Transplant
 from mergekit_omp.vocabulary.tokens import ROLES
 
 LOG = logging.getLogger(__name__)
@@ -103,26 +99,25 @@ def without_ids_of_base(settings: PretrainedConfig) -> PretrainedConfig:
     return settings
 
 
-def finish_output(folder: Path, config: MergeConfiguration, output: OutputTokenizer, options: MergeOptions) -> None:
+def finish_output(folder: Path, transplant: Transplant) -> None:
     """Make config.json and generation_config.json of a merged model agree with its tokenizer.
 
     mergekit writes the base model's ids, one row for each token where ids may have gaps, and no
     generation_config.json.
     """
-    multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
-    ids = TokenIds(output)
+    ids = TokenIds(transplant)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     ids.translate(settings)
     ids.set_roles(settings)
-    _set_vocab_size(settings, output, output_rows(output_vocabulary(output), multiple))
+    _set_vocab_size(settings, transplant)
     _write_json(folder / "config.json", settings)
 
-    generation = _generation_settings(output.base())
+    generation = _generation_settings(transplant.base.reference)
     ids.translate(generation)
     ids.set_roles(generation)
-    generation["eos_token_id"] = _stop_ids(output, generation["eos_token_id"])
+    generation["eos_token_id"] = _stop_ids(transplant, generation["eos_token_id"])
     _write_json(folder / "generation_config.json", generation)
-    if not options.trust_remote_code:
+    if not transplant.trust_remote_code:
         _forget_code(folder / "tokenizer_config.json")
     ensure_read_as_written(folder)
 
@@ -137,12 +132,12 @@ def _forget_code(path: Path) -> None:
 class TokenIds:
     """The ids of the output vocabulary that a base model's configuration should name."""
 
-    def __init__(self, output: OutputTokenizer) -> None:
-        self.roles = output_vocabulary(output).roles
-        of_base = vocabulary_of(output.base(), output.trust_remote_code).roles
+    def __init__(self, transplant: Transplant) -> None:
+        self.roles = transplant.vocabulary.roles
+        of_base = transplant.base.vocabulary.roles
         by_role = {id_: self.roles[role] for role, id_ in of_base.items() if role in self.roles}
         # A token that the recipe has approximated is the same token nevertheless.
-        rows = match_of(output.model_copy(update={"approximated": ()}), output.base()).rows.tolist()
+        rows = transplant.base.alignment.own_match.rows.tolist()
         self.by_base_id = by_role | {row: id_ for id_, row in reversed(list(enumerate(rows))) if row >= 0}
 
     def set_roles(self, settings: dict[str, Any]) -> None:
@@ -184,33 +179,32 @@ def _generation_settings(model: ModelReference) -> dict[str, Any]:
     return loaded.to_diff_dict()
 
 
-def _stop_ids(output: OutputTokenizer, eos: int | None) -> int | list[int] | None:
+def _stop_ids(transplant: Transplant, eos: int | None) -> int | list[int] | None:
     """Where generation stops: as the donor's own generation_config.json says, else at the tokenizer's eos.
 
     And at every token with the row of one of those: equal rows have equal logits, so that the model says either. So a
     base whose bos and eos are one token says the output's bos where it means its eos.
     """
-    source = output.tokenizer_source
+    source = transplant.source
     stated = _generation_settings(source).get("eos_token_id") if isinstance(source, ModelReference) else None
     ids = stated if isinstance(stated, list) else [stated]
-    ids = [id_ for id_ in ids if id_ in output_vocabulary(output).tokens] or ([] if eos is None else [eos])
-    rows = match_of(output, output.base()).rows
+    ids = [id_ for id_ in ids if id_ in transplant.vocabulary.tokens] or ([] if eos is None else [eos])
+    rows = transplant.base.match.rows
     same = [int(id_) for stop in ids if rows[stop] >= 0 for id_ in (rows == rows[stop]).nonzero()]
     ids = list(dict.fromkeys([*ids, *same]))
     return (ids if len(ids) > 1 else ids[0]) if ids else None
 
 
-def _set_vocab_size(settings: dict[str, Any], output: OutputTokenizer, size: int) -> None:
+def _set_vocab_size(settings: dict[str, Any], transplant: Transplant) -> None:
     """Set the number of rows where mergekit looks for it, and wherever else a part of the model states the base's."""
-    base, trust = output.base(), output.trust_remote_code
-    info = arch_info_for_config(base.config(trust_remote_code=trust))
+    info = arch_info_for_config(transplant.base.config)
     *parents, last = ((info and info.vocab_size_config_key) or "vocab_size").split(".")
     part = settings
     for parent in parents:
         part = part[parent]
     if last in part:
-        part[last] = size
-    _replace_vocab_size(settings, vocabulary_size(base, trust), size)
+        part[last] = transplant.rows
+    _replace_vocab_size(settings, transplant.base.rows, transplant.rows)
 
 
 def _replace_vocab_size(settings: dict[str, Any], old: int, new: int) -> None:

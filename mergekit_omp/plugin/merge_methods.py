@@ -19,8 +19,7 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.names import PREFIX, TRANSPLANT
-from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.parameters import PREFIX, TRANSPLANT, OmpParameters, check_names_are_free
 
 PAPER = "https://arxiv.org/abs/2506.06607"
 
@@ -35,12 +34,7 @@ class RealignedMerge(MergeMethod):
     """
 
     def __init__(self, name: str, inner: MergeMethod) -> None:
-        clash = sorted({p.name for p in inner.spec.parameters} & set(OmpParameters.model_fields))
-        if clash:
-            raise OmpError(
-                f"merge_method: {name} is not available, since {inner.spec.name} has parameters of its own named "
-                f"{', '.join(clash)}, which mean other things here; use {inner.spec.name} on transplanted models."
-            )
+        check_names_are_free(name, inner.spec)
         self.inner = inner
         self.supports_batching = inner.supports_batching
         self.spec = replace(

@@ -1,4 +1,4 @@
-"""The seam into mergekit, and the only file that knows its internals.
+"""The functions of mergekit that are wrapped, and what is put around them.
 
 Four things of mergekit 0.1.5 are connected to: the recipe's data model, the registry of merge methods, the planner,
 and ``run_merge``. Recipes whose ``merge_method`` is not ours go through the wrapped functions unchanged.
@@ -9,21 +9,25 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from contextvars import ContextVar
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from mergekit_omp.errors import OmpError
-from mergekit_omp.names import is_ours
+from mergekit_omp.parameters import is_ours
 from mergekit_omp.plugin.import_hooks import when_imported
+
+if TYPE_CHECKING:
+    from mergekit_omp.report.record import Record
 
 LOG = logging.getLogger("mergekit_omp")
 
-SUPPORTED = ">=0.1.5,<0.2"
 _CONNECTED = "_mergekit_omp_connected"
 
 Wrapped = Callable[..., Any]
+
+_current_record: ContextVar["Record | None"] = ContextVar("_current_record", default=None)
 
 
 def connect_config(config: ModuleType) -> None:
@@ -68,24 +72,6 @@ def _wrap_once(module: ModuleType, wrappers: dict[str, Wrapped]) -> None:
         wrapt.wrap_function_wrapper(module, name, wrapper)
 
 
-def require_supported() -> None:
-    """Raise an OmpError unless everything that this file uses is where it expects it."""
-    from mergekit import merge_methods
-    from mergekit import plan as plan_module
-
-    planner = getattr(plan_module, "MergePlanner", None)
-    if hasattr(merge_methods, "registered_methods") and all(
-        hasattr(planner, name) for name in ("_plan", "plan_to_disk", "plan_tensor", "normalize_config")
-    ):
-        return
-    from importlib.metadata import version
-
-    raise OmpError(
-        f"merge_method: omp works with mergekit{SUPPORTED}, but mergekit {version('mergekit')} is installed; "
-        f"run `pip install 'mergekit{SUPPORTED}'`."
-    )
-
-
 def _is_for_us(config: Any) -> bool:
     """Whether a configuration, of whatever version of mergekit, asks for a method of ours."""
     return is_ours(getattr(config, "merge_method", None))
@@ -114,16 +100,15 @@ def _init_planner(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> 
 def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
     if not _is_for_us(getattr(planner, "config", None)):
         return wrapped(*args, **kwargs)
-    from mergekit.tokenizer import PermutedVocabulary
-
-    from mergekit_omp.recipe.checks import check_recipe
+    from mergekit_omp.compat import PermutedVocabulary
     from mergekit_omp.tasks.plan import plan_realignment
+    from mergekit_omp.tasks.tasks import OutputTokenizer
 
-    output = check_recipe(planner.config, planner.options)
+    record = planner._omp_record = _record_of(planner)
     result = wrapped(*args, **kwargs)
-    planner._tokenizer_task = output
+    planner._tokenizer_task = OutputTokenizer(transplant=record.transplant)
     planner._tensors = [
-        (weight, task.model_copy(update={"gather_tensors": plan_realignment(task, output, planner.options)}))
+        (weight, task.model_copy(update={"gather_tensors": plan_realignment(task, record.transplant)}))
         if isinstance(task.gather_tensors, PermutedVocabulary)
         else (weight, task)
         for weight, task in planner._tensors
@@ -131,16 +116,26 @@ def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
     return result
 
 
+def _record_of(planner: Any) -> "Record":
+    """The record of the run that the planner plans for; a new one where it was made outside of ``run_merge``."""
+    record = _current_record.get()
+    if record is None:
+        from mergekit_omp.recipe.resolve import resolve
+        from mergekit_omp.report.record import Record
+
+        record = Record(resolve(planner.config, planner.options))
+    return record
+
+
 def _plan_to_disk(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
     tasks = wrapped(*args, **kwargs)
     if not _is_for_us(getattr(planner, "config", None)):
         return tasks
-    from mergekit_omp.tasks.tasks import RealignVocabulary, SummarizeTransplant
+    from mergekit_omp.tasks.tasks import RealignVocabulary, RecordTransplant
 
     realigned = [task.gather_tensors for _, task in planner._tensors]
     realigned = tuple(task for task in realigned if isinstance(task, RealignVocabulary))
-    out_path = inspect.signature(wrapped).bind(*args, **kwargs).arguments["out_path"]
-    return [*tasks, SummarizeTransplant(realigned=realigned, out_path=out_path)]
+    return [*tasks, RecordTransplant(realigned=realigned, record=planner._omp_record)]
 
 
 def connect_later_methods() -> None:
@@ -173,42 +168,46 @@ def _model_out_config(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dic
     return without_ids_of_base(settings)
 
 
-def chat_template_of(config: Any) -> str | None:
-    """The text of the chat template that a recipe asks for; None where the tokenizer keeps its own."""
-    if not config.chat_template:
-        return None
-    from mergekit.merge import _set_chat_template
-
-    holder = SimpleNamespace(chat_template=None)
-    _set_chat_template(holder, config)
-    return holder.chat_template
-
-
 def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     if not _is_for_us(call.arguments.get("merge_config")):
         return wrapped(*args, **kwargs)
+    from mergekit_omp.compat import require_supported
+
     require_supported()
     config, options = call.arguments["merge_config"], call.arguments["options"]
-    from mergekit_omp.checkpoints import tokenizers as vocabularies
-    from mergekit_omp.failures import told
+    from mergekit_omp.errors import explained
     from mergekit_omp.output.config import finish_output, staged
-    from mergekit_omp.recipe.checks import check_inputs, check_recipe
-    from mergekit_omp.report.record import complete_record
+    from mergekit_omp.recipe.model_checks import check_checkpoints
+    from mergekit_omp.recipe.resolve import resolve
+    from mergekit_omp.report.record import Record
+    from mergekit_omp.report.summary import log_summary
 
     started = time.perf_counter()
     connect_later_methods()
-    vocabularies.forget()
     with _log_level(logging.ERROR if options.quiet else logging.INFO):
-        output = check_recipe(config, options)
-        check_inputs(config, output, options)
+        transplant = resolve(config, options)
+        check_checkpoints(transplant)
+        record = Record(transplant)
         out_path = call.arguments["out_path"]
-        with told(out_path), staged(out_path) as folder:
+        with explained(out_path), staged(out_path) as folder:
             call.arguments["out_path"] = str(folder)
-            result = wrapped(*call.args, **call.kwargs)
-            finish_output(folder, config, output, options)
-            complete_record(folder, config, output, options, time.perf_counter() - started)
+            with _recording(record):
+                result = wrapped(*call.args, **call.kwargs)
+            finish_output(folder, transplant)
+            record.write(folder, time.perf_counter() - started)
+        log_summary(record)
     return result
+
+
+@contextmanager
+def _recording(record: "Record") -> Iterator[None]:
+    """Have the planner of this run take its resolved recipe and its record from here."""
+    token = _current_record.set(record)
+    try:
+        yield
+    finally:
+        _current_record.reset(token)
 
 
 @contextmanager

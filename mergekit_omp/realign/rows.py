@@ -1,102 +1,16 @@
 """Build a model's rows for the output vocabulary: kept anchors, applied codes, overrides, fallback and padding."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.solver import SparseCodes, not_finite
+from mergekit_omp.realign.problem import Problem
+from mergekit_omp.solver import not_finite
 from mergekit_omp.vocabulary.matching import MatchReason, VocabularyMatch
 
 NOISE_SEED = 0
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is to be solved for one donor: its tokens that a model lacks, in terms of those that both have.
-
-    Shapes: B targets, N atoms, U under-trained; all int64.
-    """
-
-    target_ids: torch.Tensor  # [B] output ids
-    target_rows: torch.Tensor  # [B] rows of the donor
-    atom_ids: torch.Tensor  # [N] output ids
-    atom_rows: torch.Tensor  # [N] rows of the donor
-    untrained_ids: torch.Tensor  # [U] output ids that the model lacks and the donor has not learnt
-
-
-@dataclass(frozen=True)
-class TrainedRows:
-    """Which rows belong to well-trained tokens: bool [R] of the model, and of the donor."""
-
-    base: torch.Tensor
-    donor: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The codes of one :class:`Problem`, with the seconds that they took."""
-
-    problem: Problem
-    codes: SparseCodes
-    seconds: float
-
-
-_LACKING = torch.tensor([MatchReason.MISSING, MatchReason.MISSING_SPECIAL], dtype=torch.int8)
-
-
-def pose_problem(
-    base: VocabularyMatch,
-    donor: VocabularyMatch,
-    earlier: Sequence[VocabularyMatch] = (),
-    trained: TrainedRows | None = None,
-) -> Problem:
-    """Find what ``base`` lacks, ``donor`` has and no ``earlier`` donor has, and the anchors of both.
-
-    Args:
-        base: match of the model that is realigned against the output vocabulary.
-        donor: match of the donor against the same vocabulary.
-        earlier: matches of the donors that take precedence.
-        trained: which rows are well trained; None takes all for it. Text that the model has not learnt but the donor
-            has is a target; what the donor has not learnt is neither an atom nor a target.
-    """
-    lacked = lacking(base)
-    untrained = torch.zeros(len(donor.rows), dtype=torch.bool)
-    atoms_of_donor = donor.atoms()
-    if trained is not None:
-        base = base.without((_untrained(base, trained.base) & base.is_text()).nonzero().flatten())
-        untrained = _untrained(donor, trained.donor)
-        atoms_of_donor = donor.without(untrained.nonzero().flatten()).atoms()
-    wanted = lacking(base) & (donor.rows >= 0)
-    for other in earlier:
-        wanted &= other.rows < 0
-    target_ids = (wanted & ~untrained).nonzero().squeeze(1)
-    atom_ids = base.atoms()
-    atom_ids = atom_ids[torch.isin(atom_ids, atoms_of_donor)]
-    return Problem(
-        target_ids,
-        donor.rows[target_ids],
-        atom_ids,
-        donor.rows[atom_ids],
-        untrained_ids=(wanted & untrained & lacked).nonzero().squeeze(1),
-    )
-
-
-def _untrained(match: VocabularyMatch, trained: torch.Tensor) -> torch.Tensor:
-    """Boolean [V]: the output tokens whose row of a model is under-trained."""
-    result = match.rows >= 0
-    result[result.clone()] = ~trained[match.rows[result]]
-    return result
-
-
-def lacking(match: VocabularyMatch) -> torch.Tensor:
-    """Boolean [V]: the output tokens that a model has no row for and that mean something.
-
-    Tokens that are kept free for later use are not among them: there is nothing to approximate.
-    """
-    return torch.isin(match.reasons, _LACKING)
 
 
 def realign(

@@ -12,7 +12,7 @@ from mergekit.common import ModelReference
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole
-from mergekit_omp.checkpoints.tokenizers import OutputTokenizer, match_of, tokenizer_of, vocabulary_of
+from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.vocabulary.segmentation import text_encoder
 
 LOG = logging.getLogger(__name__)
@@ -23,13 +23,13 @@ def asks_to_approximate(override: TokenEmbeddingConfig) -> bool:
     return override.force and override.source is None
 
 
-def source_rows(id_: int, override: TokenEmbeddingConfig, output: OutputTokenizer) -> tuple[ModelReference, list[int]]:
+def source_rows(id_: int, override: TokenEmbeddingConfig, transplant: Transplant) -> tuple[RecipeModel, list[int]]:
     """The model that an override takes a token's row from, and the rows there: several for a text of several tokens.
 
     Args:
         id_: the output id of the token.
-        override: one whose source is a model or a token of a model.
-        output: the output tokenizer.
+        override: one whose source is an input or a token of one.
+        transplant: the resolved recipe.
 
     Returns:
         The model, and its rows in the order of the text; none where the model has no such token and cannot spell it.
@@ -37,28 +37,28 @@ def source_rows(id_: int, override: TokenEmbeddingConfig, output: OutputTokenize
     """
     source = override.source
     if not isinstance(source, ModelTokenEmbedding):
-        row = int(match_of(output, source).rows[id_])
-        return source, [row] if row >= 0 else []
+        model = transplant.model(source)
+        row = int(model.match.rows[id_])
+        return model, [row] if row >= 0 else []
+    model = transplant.model(source.model)
     if source.token_id is not None:
-        return source.model, [source.token_id]
-    vocabulary = vocabulary_of(source.model, output.trust_remote_code)
-    row = next((token.id for token in vocabulary.tokens.values() if token.text == source.token), None)
+        return model, [source.token_id]
+    row = next((token.id for token in model.vocabulary.tokens.values() if token.text == source.token), None)
     if row is not None:
-        return source.model, [row]
-    encode = text_encoder(tokenizer_of(source.model, output.trust_remote_code), vocabulary, special=True)
-    [rows] = encode([source.token])
-    unknown = vocabulary.roles.get("unk")
-    return source.model, rows if all(row in vocabulary.tokens and row != unknown for row in rows) else []
+        return model, [row]
+    [rows] = text_encoder(model.tokenizer, model.vocabulary, special=True)([source.token])
+    unknown = model.vocabulary.roles.get("unk")
+    return model, rows if all(row in model.vocabulary.tokens and row != unknown for row in rows) else []
 
 
 def override_row(
     id_: int,
     override: TokenEmbeddingConfig,
-    output: OutputTokenizer,
+    transplant: Transplant,
     views: Mapping[ModelReference, torch.Tensor],
     role: VocabularyRole,
 ) -> torch.Tensor:
-    """The row [...] that an override with a source gives a token, in one tensor.
+    """The row (...) that an override with a source gives a token, in one tensor.
 
     A text of several tokens gives the mean of their rows to the input embedding, which is to say what all of them
     mean, and the row of the first to the LM head, which is to predict when the text begins. A tied matrix is an input
@@ -67,17 +67,17 @@ def override_row(
     Args:
         id_: the output id of the token.
         override: what to do.
-        output: the output tokenizer.
-        views: the tensor [R, ...] of each input, vocabulary axis first; borrowed.
+        transplant: the resolved recipe.
+        views: the tensor (R, ...) of each input, vocabulary axis first; borrowed.
         role: the side of the model that the tensor belongs to.
     """
     if isinstance(override.source, ZeroEmbedding):
         weight = next(iter(views.values()))
         return weight.new_zeros(weight.shape[1:])
-    model, rows = source_rows(id_, override, output)
+    model, rows = source_rows(id_, override, transplant)
+    weight = views[model.reference]
     if role is VocabularyRole.HEAD or len(rows) == 1:
-        return views[model][rows[0]]
-    LOG.info(
-        "tokenizer.tokens: %r is no token of %s, so its %d pieces are used", override.source.token, model, len(rows)
-    )
-    return views[model][rows].float().mean(dim=0).to(views[model].dtype)
+        return weight[rows[0]]
+    token = getattr(override.source, "token", None)
+    LOG.info("tokenizer.tokens: %r is no token of %s, so its %d pieces are used", token, model, len(rows))
+    return weight[rows].float().mean(dim=0).to(weight.dtype)

@@ -1,4 +1,4 @@
-"""What a recipe would do, found out before anything is computed: it needs tokenizers and configs, and no weights."""
+"""What a run of a recipe will do and take, from tokenizers and configurations alone."""
 
 import time
 from collections.abc import Iterator
@@ -7,25 +7,16 @@ from typing import Any
 
 import torch
 import transformers
-from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
+from mergekit.common import dtype_from_name
 from transformers import PretrainedConfig
 
-from mergekit_omp.checkpoints.architecture import hidden_size, vocabulary_size
-from mergekit_omp.checkpoints.tokenizers import (
-    OutputTokenizer,
-    match_of,
-    output_vocabulary,
-    tokenizer_of,
-    vocabulary_of,
-)
+from mergekit_omp.checkpoints.architecture import hidden_size
 from mergekit_omp.parameters import Approximation, OmpParameters
-from mergekit_omp.realign.rows import lacking, pose_problem
-from mergekit_omp.recipe.checks import check_recipe, settings_of
+from mergekit_omp.recipe.blocks import settings_of
+from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.report.record import match_counts
 from mergekit_omp.report.samples import readable
-from mergekit_omp.report.warnings import advice
+from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.solver.dispatch import gain_of_gram, gram_chunk
 from mergekit_omp.solver.memory import budget_on, gram_bytes
@@ -68,37 +59,34 @@ class Solve:
     seconds: float | None = None
 
 
-def inspect_recipe(config: MergeConfiguration, options: MergeOptions, *, measure: bool = True) -> dict[str, Any]:
-    """Describe what a recipe would do.
+def forecast(transplant: Transplant, *, measure: bool = True) -> dict[str, Any]:
+    """Describe what a run of a recipe will do.
 
     Args:
-        config: a recipe of ours.
-        options: mergekit's; ``device`` and ``trust_remote_code`` matter here.
+        transplant: the resolved recipe.
         measure: estimate seconds, by solving a small random problem of the same shape.
 
     Returns:
         What ``mergekit-omp inspect --json`` prints.
-
-    Raises:
-        OmpError: for whatever would stop the recipe before it starts.
     """
-    output = check_recipe(config, options)
+    config, options = transplant.config, transplant.options
     approximations = list(dict.fromkeys(Approximation(each).value for each in settings_of(config, "approximation")))
-    needed = _solves(config, output) if Approximation.OMP.value in approximations else ()
-    solves = [_timed(solve, options.device) if measure else solve for solve in needed]
+    solves = list(_solves(transplant)) if Approximation.OMP.value in approximations else []
+    if measure:
+        solves = [_timed(solve, options.device) for solve in solves]
     return {
         "merge_method": config.merge_method,
-        "tokenizer_source": str(output.tokenizer_source),
-        "tokens": len(output_vocabulary(output).tokens),
+        "tokenizer_source": str(transplant.source),
+        "tokens": len(transplant.vocabulary.tokens),
         "device": str(options.device),
         "approximations": approximations,
-        "vocabularies": [_describe_vocabulary(model, output) for model in _all_models(output)],
-        "inputs": [_describe_input(model, output) for model in output.referenced_models],
+        "vocabularies": [_describe_vocabulary(model) for model in transplant.models],
+        "inputs": [_describe_input(model, transplant) for model in transplant.inputs],
         "solves": [asdict(solve) for solve in solves],
         "estimate": {
             "solve_seconds": sum(solve.seconds or 0 for solve in solves) if measure else None,
-            "peak_memory_bytes": _peak_memory(config, output, options, solves),
-            "output_bytes": _output_bytes(config, output),
+            "peak_memory_bytes": _peak_memory(transplant, solves),
+            "output_bytes": _output_bytes(transplant),
         },
     }
 
@@ -148,30 +136,25 @@ def _describe_input_lines(each: dict[str, Any], tokens: int) -> list[str]:
     return [*lines, *(f"  Note: {sentence}" for sentence in each["advice"])]
 
 
-def _all_models(output: OutputTokenizer) -> list[ModelReference]:
-    return list(dict.fromkeys((*output.referenced_models, *output.donors())))
-
-
-def _describe_vocabulary(model: ModelReference, output: OutputTokenizer) -> dict[str, Any]:
-    vocabulary = vocabulary_of(model, output.trust_remote_code)
-    kinds = [token.kind for token in vocabulary.tokens.values()]
+def _describe_vocabulary(model: RecipeModel) -> dict[str, Any]:
+    kinds = [token.kind for token in model.vocabulary.tokens.values()]
     return {
         "name": str(model),
-        "tokens": len(vocabulary.tokens),
+        "tokens": len(model.vocabulary.tokens),
         "kinds": {kind.value: kinds.count(kind) for kind in TokenKind if kind in kinds},
-        "numerals": numeral_scheme(tokenizer_of(model, output.trust_remote_code), vocabulary).value,
+        "numerals": numeral_scheme(model.tokenizer, model.vocabulary).value,
     }
 
 
-def _describe_input(model: ModelReference, output: OutputTokenizer) -> dict[str, Any]:
-    match = match_of(output, model)
-    ours, its = output_vocabulary(output), vocabulary_of(model, output.trust_remote_code)
+def _describe_input(model: RecipeModel, transplant: Transplant) -> dict[str, Any]:
+    match = model.match
+    ours, its = transplant.vocabulary, model.vocabulary
     missing = (match.reasons == MatchReason.MISSING).nonzero().squeeze(1).tolist()
     reasons = [MatchReason(reason) for reason in match.reasons.tolist()]
     return {
         "name": str(model),
         "kept": int((match.rows >= 0).sum()),
-        "lacking": int(lacking(match).sum()),
+        "lacking": int(match.is_new().sum()),
         "anchors": len(match.atoms()),
         "match": match_counts(match),
         "special_pairs": [
@@ -187,38 +170,28 @@ def _describe_input(model: ModelReference, output: OutputTokenizer) -> dict[str,
             ours.tokens[id_].text for id_, reason in enumerate(reasons) if reason is MatchReason.MISSING_SPECIAL
         ],
         "examples": [readable(ours.tokens[id_]) for id_ in missing[:: max(1, len(missing) // EXAMPLES)][:EXAMPLES]],
-        "advice": advice(output, model),
+        "advice": warnings_for(model, transplant),
     }
 
 
-def _solves(config: MergeConfiguration, output: OutputTokenizer) -> Iterator[Solve]:
-    """One for every vocabulary that is realigned and every donor that has what it lacks, as in planning."""
-    trust = output.trust_remote_code
-    seen = set()
-    for model in output.referenced_models:
-        vocabulary = vocabulary_of(model, trust)
-        if vocabulary in seen:
+def _solves(transplant: Transplant) -> Iterator[Solve]:
+    """One for every vocabulary that is realigned and every donor that has new tokens of it."""
+    config = transplant.config
+    for posed in (each for problems in transplant.problems.values() for each in problems):
+        problem, donor = posed.problem, posed.donor
+        if not len(problem.target_ids) or donor.config is None:
             continue
-        seen.add(vocabulary)
-        earlier = []
-        for donor in output.donors():
-            match = match_of(output, donor)
-            problem = pose_problem(match_of(output, model), match, earlier)
-            earlier.append(match)
-            if not len(problem.target_ids):
-                continue
-            donor_config = donor.config(trust_remote_code=trust)
-            yield Solve(
-                donor=str(donor),
-                base=str(model),
-                matrices=1 if _tied(donor_config) or _tied(output.base().config(trust_remote_code=trust)) else 2,
-                targets=len(problem.target_ids),
-                atoms=len(problem.atom_ids),
-                dim=hidden_size(donor_config) or 0,
-                k=min(max(settings_of(config, "k")), len(problem.atom_ids)),
-                scan_every=min(settings_of(config, "scan_every")),
-                memory_budget=min(map(_bytes, filter(None, settings_of(config, "memory_budget"))), default=None),
-            )
+        yield Solve(
+            donor=str(donor),
+            base=posed.base.name,
+            matrices=1 if _tied(donor.config) or _tied(transplant.base.config) else 2,
+            targets=len(problem.target_ids),
+            atoms=len(problem.atom_ids),
+            dim=hidden_size(donor.config) or 0,
+            k=min(max(settings_of(config, "k")), len(problem.atom_ids)),
+            scan_every=min(settings_of(config, "scan_every")),
+            memory_budget=min(map(_bytes, filter(None, settings_of(config, "memory_budget"))), default=None),
+        )
 
 
 def _bytes(memory_budget: int | str) -> int:
@@ -258,41 +231,38 @@ def _bytes_of_gram(solve: Solve, device: torch.device) -> int:
     return gram_bytes(solve.atoms, solve.dim, lanes) if used else 0
 
 
-def _peak_memory(
-    config: MergeConfiguration, output: OutputTokenizer, options: MergeOptions, solves: list[Solve]
-) -> int:
+def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
     """Bytes: the donor's rows once as stored, and its anchors and targets as the solver holds them; or the output."""
     needs = [0]
     for solve in solves:
-        donor = next(model for model in output.donors() if str(model) == solve.donor)
-        stored = _itemsize(donor.config(trust_remote_code=options.trust_remote_code))
-        matrix = vocabulary_size(donor, options.trust_remote_code) * solve.dim * stored
+        donor = next(model for model in transplant.donors if str(model) == solve.donor)
+        stored = _itemsize(donor.config)
+        matrix = donor.rows * solve.dim * stored
         gathered = (solve.atoms + solve.targets) * solve.dim * stored
-        rounded = _bytes_of_gram(solve, torch.device(options.device or "cpu")) or solve.atoms * solve.dim * 6
+        device = torch.device(transplant.options.device or "cpu")
+        rounded = _bytes_of_gram(solve, device) or solve.atoms * solve.dim * 6
         solver = rounded + solve.targets * solve.k * 12
         needs.append(matrix + gathered + solver)
     vocabulary = max(
-        (vocabulary_size(model, options.trust_remote_code) + len(output_vocabulary(output).tokens))
-        * (hidden_size(model.config(trust_remote_code=options.trust_remote_code)) or 0)
-        * 4
-        for model in output.referenced_models
+        (model.rows + len(transplant.vocabulary.tokens)) * (hidden_size(model.config) or 0) * 4
+        for model in transplant.inputs
     )
-    shard = min(_output_bytes(config, output) or 0, options.out_shard_size)
-    return _AT_REST + max(needs) + len(output.referenced_models) * vocabulary + shard
+    shard = min(_output_bytes(transplant) or 0, transplant.options.out_shard_size)
+    return _AT_REST + max(needs) + len(transplant.inputs) * vocabulary + shard
 
 
-def _output_bytes(config: MergeConfiguration, output: OutputTokenizer) -> int | None:
+def _output_bytes(transplant: Transplant) -> int | None:
     """Bytes of the output's weights, from the base's config alone; None where transformers cannot build it."""
-    base = output.base().config(trust_remote_code=output.trust_remote_code)
+    base, config = transplant.base.config, transplant.config
     dtype = dtype_from_name(config.out_dtype or config.dtype)
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(base, trust_remote_code=output.trust_remote_code)
+            model = transformers.AutoModelForCausalLM.from_config(base, trust_remote_code=transplant.trust_remote_code)
     except Exception:  # whatever a model's constructor raises
         return None
     old, width = model.get_input_embeddings().weight.shape
     matrices = 1 if _tied(base) else 2
-    numbers = model.num_parameters() + matrices * width * (output_vocabulary(output).size - old)
+    numbers = model.num_parameters() + matrices * width * (transplant.rows - old)
     return numbers * (dtype.itemsize if dtype else _itemsize(base))
 
 

@@ -1,7 +1,7 @@
 """An account of a transplant beside the model that it made: ``omp_record.json``, and a section of the model card.
 
-The record is for machines; ``mergekit-omp report`` makes a page of it. It is begun when the solves are done, while
-their codes are at hand, and completed when the model is written.
+The record is for machines; ``mergekit-omp report`` makes a page of it. What the solves found is added while their
+codes are at hand; everything is written once, when the model is.
 """
 
 import datetime
@@ -13,33 +13,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
 from transformers import AutoTokenizer
 
 from mergekit_omp.checkpoints.architecture import vocabulary_role
-from mergekit_omp.checkpoints.files import is_tokenizer_alone
-from mergekit_omp.checkpoints.tokenizers import (
-    OutputTokenizer,
-    match_of,
-    output_vocabulary,
-    tokenizer_of,
-    vocabulary_of,
-)
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts
-from mergekit_omp.realign.rows import Problem, Solution, lacking
+from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.realign.problem import Problem, Solution
+from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
 from mergekit_omp.report.samples import choose_samples, readable, with_neighbours
-from mergekit_omp.report.warnings import advice
+from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.vocabulary.matching import VocabularyMatch
 from mergekit_omp.vocabulary.numerals import numeral_scheme
-
-if TYPE_CHECKING:
-    from mergekit_omp.tasks.tasks import PoseProblem, RealignVocabulary, SolveCodes
+from mergekit_omp.vocabulary.tokens import Vocabulary
 
 LOG = logging.getLogger(__name__)
 
@@ -63,61 +52,98 @@ def never_fatal(step: Callable[..., None]) -> Callable[..., None]:
     return attempt
 
 
-@never_fatal
-def begin_record(
-    folder: Path,
-    realigned: Sequence["RealignVocabulary"],
-    solutions: Mapping["SolveCodes", Solution],
-    problems: Mapping["PoseProblem", Problem],
-) -> None:
-    """Write what the solves were and how well they went, and what other methods made rows for."""
-    solves = list(solutions)
-    record = {
-        "format": FORMAT,
-        "solves": [_describe_solve(solve, solutions[solve]) for solve in solves],
-        "other_rows": [_describe_problem(pose, problem) for pose, problem in problems.items()],
-        "tensors": [
+class Record:
+    """What a run has to tell, collected on the way.
+
+    Attributes:
+        transplant: the resolved recipe.
+        solves: a description of every solve, in the order in which they were planned.
+        other_rows: of every problem whose rows another initializer made.
+        tensors: of every realigned tensor of every input, with the places of its solves.
+        uncovered: for each input the ids of new tokens that neither a donor nor an override gives a row.
+    """
+
+    def __init__(self, transplant: Transplant) -> None:
+        self.transplant = transplant
+        self.solves: list[dict[str, Any]] = []
+        self.other_rows: list[dict[str, Any]] = []
+        self.tensors: list[dict[str, Any]] = []
+        self.uncovered: dict[RecipeModel, list[int]] = {}
+
+    def add_solve(self, posed: DonorProblem, solution: Solution, **settings: Any) -> int:
+        """Describe a solve, with the settings that it had; returns its place among all."""
+        described = _describe_solution(solution, self.transplant.vocabulary)
+        self.solves.append(_describe_problem(posed, solution.problem) | settings | described)
+        return len(self.solves) - 1
+
+    def add_other_rows(self, posed: DonorProblem, problem: Problem) -> None:
+        """Describe a problem whose rows were not made from codes."""
+        self.other_rows.append(_describe_problem(posed, problem))
+
+    def add_tensor(
+        self,
+        name: str,
+        model: RecipeModel,
+        parameters: OmpParameters,
+        solves: Sequence[int],
+        problems: Sequence[Problem],
+    ) -> None:
+        """Describe a realigned tensor of an input, and note which new tokens none of the problems covers."""
+        self.tensors.append(
             {
-                "name": task.name,
-                "side": vocabulary_role(task.name).value,
-                "model": str(each.model),
-                "parameters": each.parameters.model_dump(mode="json"),
-                "solves": [solves.index(solve) for solve in each.solves],
+                "name": name,
+                "side": vocabulary_role(name).value,
+                "model": str(model),
+                "parameters": parameters.model_dump(mode="json"),
+                "solves": list(solves),
             }
-            for task in realigned
-            for each in task.inputs
-        ],
-    }
-    write_record(folder, record)
+        )
+        uncovered = model.match.is_new()
+        for problem in problems:
+            uncovered[problem.target_ids] = False
+            uncovered[problem.untrained_ids] = False
+        tokens, overridden = self.transplant.vocabulary.tokens, self.transplant.overridden
+        ids = uncovered.nonzero().squeeze(1).tolist()
+        self.uncovered[model] = [id_ for id_ in ids if tokens[id_].text not in overridden]
 
+    @never_fatal
+    def write(self, folder: Path, seconds: float) -> None:
+        """Write the record and, where mergekit has written a model card, a section of that.
 
-@never_fatal
-def complete_record(
-    folder: Path, config: MergeConfiguration, output: OutputTokenizer, options: MergeOptions, seconds: float
-) -> None:
-    """Add everything else to a record and, where mergekit has written one, a section to the model card."""
-    record = read_record(folder)
-    record |= {
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "merge_method": config.merge_method,
-        "tokenizer_source": str(output.tokenizer_source),
-        "tokens": len(output_vocabulary(output).tokens),
-        "models": [_describe_model(model, output) for model in _all_models(output)],
-        "texts": _measure_texts(folder, output),
-        "versions": versions(),
-        "machine": {
-            "device": str(options.device),
-            "threads": torch.get_num_threads(),
-            "system": platform.platform(),
-        },
-        "seconds": round(seconds, 2),
-        "peak_memory_bytes": peak_memory(),
-    }
-    record["samples"] = with_neighbours(record, folder, output, options)
-    write_record(folder, record)
-    card = folder / "README.md"
-    if card.exists():
-        card.write_text(card.read_text(encoding="utf-8") + "\n" + card_section(record), encoding="utf-8")
+        Args:
+            folder: of the finished model.
+            seconds: what the run took.
+        """
+        record = self._complete(folder, seconds)
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+        card = folder / "README.md"
+        if card.exists():
+            card.write_text(card.read_text(encoding="utf-8") + "\n" + card_section(record), encoding="utf-8")
+
+    def _complete(self, folder: Path, seconds: float) -> dict[str, Any]:
+        transplant = self.transplant
+        return {
+            "format": FORMAT,
+            "solves": self.solves,
+            "other_rows": self.other_rows,
+            "tensors": self.tensors,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "merge_method": transplant.config.merge_method,
+            "tokenizer_source": str(transplant.source),
+            "tokens": len(transplant.vocabulary.tokens),
+            "models": [_describe_model(model, transplant) for model in transplant.models],
+            "texts": _measure_texts(folder, transplant),
+            "versions": versions(),
+            "machine": {
+                "device": str(transplant.options.device),
+                "threads": torch.get_num_threads(),
+                "system": platform.platform(),
+            },
+            "seconds": round(seconds, 2),
+            "peak_memory_bytes": peak_memory(),
+            "samples": with_neighbours(self.tensors, self.solves, folder, transplant),
+        }
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -140,26 +166,6 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def read_complete_record(folder: str | Path) -> dict[str, Any]:
-    """The record beside a model, where it is complete.
-
-    Raises:
-        OmpError: as :func:`read_record` does, and where what went wrong in the run has left it incomplete.
-    """
-    record = read_record(folder)
-    if "samples" not in record:
-        raise OmpError(
-            f"{Path(folder) / RECORD_FILE} is incomplete, as the log of that run tells; make the model again."
-        )
-    return record
-
-
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write a record into a model's folder."""
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that have a part in the result."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
@@ -178,14 +184,6 @@ def peak_memory() -> int | None:
 def match_counts(match: VocabularyMatch) -> dict[str, int]:
     """How many output tokens there are of each reason, in words."""
     return {reason.name.lower().replace("_", " "): count for reason, count in match.counts().items()}
-
-
-def revision_of(model: ModelReference, trust_remote_code: bool) -> str | None:
-    """The commit of a model on the hub; None for a folder."""
-    if is_tokenizer_alone(model):
-        return model.model.revision
-    config = model.config(trust_remote_code=trust_remote_code)
-    return getattr(config, "_commit_hash", None) or model.model.revision
 
 
 def card_section(record: Mapping[str, Any]) -> str:
@@ -220,26 +218,28 @@ def card_section(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _describe_solve(solve: "SolveCodes", solution: Solution) -> dict[str, Any]:
+def _describe_problem(posed: DonorProblem, problem: Problem) -> dict[str, Any]:
+    return {
+        "donor": str(posed.donor),
+        "base": posed.base.name,
+        "targets": len(problem.target_ids),
+        "atoms": len(problem.atom_ids),
+    }
+
+
+def _describe_solution(solution: Solution, vocabulary: Vocabulary) -> dict[str, Any]:
     codes, problem = solution.codes, solution.problem
-    vocabulary = output_vocabulary(solve.pose.base.output)
-    tokens = vocabulary.tokens
     used = torch.bincount(codes.indices[codes.indices >= 0], minlength=len(problem.atom_ids))
     order = used.argsort(descending=True, stable=True)[:MOST_USED].tolist()
+    tokens = [vocabulary.tokens[int(problem.atom_ids[atom])] for atom in order]
     return {
-        **_describe_problem(solve.pose, problem),
-        "tensor": solve.donor_weight.tensor,
-        "vocabulary_axis": solve.vocabulary_axis,
-        "k": solve.k,
-        "normalize_atoms": solve.normalize_atoms,
-        "scan_every": solve.scan_every,
         "seconds": round(solution.seconds, 2),
         "residuals": _describe_residuals(codes.relative_residuals),
         "usage": {
             "never": int((used == 0).sum()),
             "counts": _histogram(used.sort(descending=True).values.tolist()),
             "most_used": [
-                {"token": readable(tokens[int(problem.atom_ids[atom])]), "count": int(used[atom])} for atom in order
+                {"token": readable(token), "count": int(used[atom])} for token, atom in zip(tokens, order, strict=True)
             ],
         },
         "samples": choose_samples(solution, vocabulary),
@@ -247,15 +247,6 @@ def _describe_solve(solve: "SolveCodes", solution: Solution) -> dict[str, Any]:
             [id_, round(residual, 4)]
             for id_, residual in zip(problem.target_ids.tolist(), codes.relative_residuals.tolist(), strict=True)
         ],
-    }
-
-
-def _describe_problem(pose: "PoseProblem", problem: Problem) -> dict[str, Any]:
-    return {
-        "donor": str(pose.donors[-1].model),
-        "base": str(pose.base.model),
-        "targets": len(problem.target_ids),
-        "atoms": len(problem.atom_ids),
     }
 
 
@@ -283,38 +274,30 @@ def _histogram(sorted_counts: list[int]) -> list[dict[str, int]]:
     return [{"from": 2**power, "to": 2 ** (power + 1) - 1, "anchors": bins[power]} for power in sorted(bins)]
 
 
-def _all_models(output: OutputTokenizer) -> list[ModelReference]:
-    return list(dict.fromkeys((*output.referenced_models, *output.donors())))
-
-
-def _describe_model(model: ModelReference, output: OutputTokenizer) -> dict[str, Any]:
-    trust = output.trust_remote_code
-    vocabulary, match = vocabulary_of(model, trust), match_of(output, model)
+def _describe_model(model: RecipeModel, transplant: Transplant) -> dict[str, Any]:
+    is_input, is_donor = model in transplant.inputs, model in transplant.donors
     described: dict[str, Any] = {
         "name": str(model),
-        "revision": revision_of(model, trust),
-        "roles": [
-            *(["input"] if model in output.referenced_models else []),
-            *(["donor"] if model in output.donors() else []),
-        ],
-        "tokens": len(vocabulary.tokens),
-        "vocabulary_sha256": vocabulary.fingerprint,
-        "numerals": numeral_scheme(tokenizer_of(model, trust), vocabulary).value,
+        "revision": getattr(model.config, "_commit_hash", None) or model.reference.model.revision,
+        "roles": [*(["input"] if is_input else []), *(["donor"] if is_donor else [])],
+        "tokens": len(model.vocabulary.tokens),
+        "vocabulary_sha256": model.vocabulary.fingerprint,
+        "numerals": numeral_scheme(model.tokenizer, model.vocabulary).value,
     }
-    if model in output.referenced_models:
+    if is_input:
         described |= {
-            "kept": int((match.rows >= 0).sum()),
-            "lacking": int(lacking(match).sum()),
-            "anchors": len(match.atoms()),
-            "match": match_counts(match),
-            "advice": advice(output, model),
+            "kept": int((model.match.rows >= 0).sum()),
+            "lacking": int(model.match.is_new().sum()),
+            "anchors": len(model.match.atoms()),
+            "match": match_counts(model.match),
+            "advice": warnings_for(model, transplant),
         }
     return described
 
 
-def _measure_texts(folder: Path, output: OutputTokenizer) -> list[dict[str, Any]]:
+def _measure_texts(folder: Path, transplant: Transplant) -> list[dict[str, Any]]:
     """Tokens per byte of the built-in texts, before and after."""
-    before, after = tokenizer_of(output.base(), output.trust_remote_code), AutoTokenizer.from_pretrained(folder)
+    before, after = transplant.base.tokenizer, AutoTokenizer.from_pretrained(folder)
     measured = []
     for name, text in builtin_texts().items():
         size = len(text.encode())

@@ -1,16 +1,16 @@
 """A few new tokens to look at: the anchors that they were made of, and their nearest neighbours before and after."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-from mergekit.options import MergeOptions
 
-from mergekit_omp.checkpoints.architecture import VocabularyRole, open_donor
-from mergekit_omp.checkpoints.tokenizers import OutputTokenizer, match_of, output_vocabulary
-from mergekit_omp.realign.rows import Solution
+from mergekit_omp.checkpoints.architecture import VocabularyRole
+from mergekit_omp.checkpoints.weights import open_checkpoint
+from mergekit_omp.realign.problem import Solution
+from mergekit_omp.recipe.transplant import Transplant
 from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
 
 SAMPLES = 12
@@ -51,23 +51,30 @@ def choose_samples(solution: Solution, vocabulary: Vocabulary) -> list[dict[str,
 
 
 def with_neighbours(
-    record: Mapping[str, Any], folder: Path, output: OutputTokenizer, options: MergeOptions
+    tensors: Sequence[Mapping[str, Any]], solves: Sequence[Mapping[str, Any]], folder: Path, transplant: Transplant
 ) -> list[dict[str, Any]]:
     """The samples of the first solve for an input embedding, with their neighbours in the donor and in the output.
 
     Nearest by cosine similarity; in the donor among the tokens that it has, in the output among all of its own.
+
+    Args:
+        tensors: of the record.
+        solves: of the record.
+        folder: of the finished model.
+        transplant: the resolved recipe.
     """
-    tensor = next((t for t in record["tensors"] if t["side"] == VocabularyRole.INPUT and t["solves"]), None)
+    tensor = next((t for t in tensors if t["side"] == VocabularyRole.INPUT and t["solves"]), None)
     if tensor is None:
         return []
-    solve = record["solves"][tensor["solves"][0]]
+    solve = solves[tensor["solves"][0]]
     samples = solve["samples"]
-    vocabulary = output_vocabulary(output)
+    vocabulary = transplant.vocabulary
     ids = torch.tensor([sample["id"] for sample in samples], dtype=torch.int64)
-    donor = next(model for model in output.donors() if str(model) == solve["donor"])
-    rows = match_of(output, donor).rows
+    donor = next(model for model in transplant.donors if str(model) == solve["donor"])
+    rows = donor.match.rows
     known = (rows >= 0).nonzero().squeeze(1)
-    before = open_donor(donor, options).get_tensor(solve["tensor"]).movedim(solve["vocabulary_axis"], 0)
+    stored = open_checkpoint(donor.reference, transplant.options).get_tensor(solve["tensor"])
+    before = stored.movedim(solve["vocabulary_axis"], 0)
     after = LazyTensorLoader.from_disk(str(folder)).get_tensor(tensor["name"])
     present = torch.tensor(sorted(vocabulary.tokens), dtype=torch.int64)
     in_donor = _nearest(before, rows[ids], rows[known], known)

@@ -1,42 +1,33 @@
-"""What a user should know about a pair of tokenizers, told in the summary of a run."""
+"""What a user should know about a pair of tokenizers."""
 
-from mergekit.common import ModelReference
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.checkpoints.tokenizers import (
-    OutputTokenizer,
-    match_of,
-    output_vocabulary,
-    shared_output_tokenizer,
-    tokenizer_of,
-    vocabulary_of,
-)
+from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.vocabulary.chat_template import chat_template_tokens
 from mergekit_omp.vocabulary.numerals import numeral_scheme, numeral_warning
 
 
-def advice(output: OutputTokenizer, model: ModelReference) -> list[str]:
-    """Sentences on what the output tokenizer will ask of ``model`` that its own tokenizer did not."""
-    ours, its = shared_output_tokenizer(output), tokenizer_of(model, output.trust_remote_code)
-    found = [
+def warnings_for(model: RecipeModel, transplant: Transplant) -> list[str]:
+    """Sentences on what the output tokenizer will ask of an input that its own tokenizer did not."""
+    warnings = [
         numeral_warning(
-            numeral_scheme(ours, output_vocabulary(output)),
-            numeral_scheme(its, vocabulary_of(model, output.trust_remote_code)),
+            numeral_scheme(transplant.tokenizer, transplant.vocabulary),
+            numeral_scheme(model.tokenizer, model.vocabulary),
         ),
-        _bos_warning(ours, its),
-        _chat_template_warning(output, model),
+        _bos_warning(transplant.tokenizer, model.tokenizer),
+        _chat_template_warning(model, transplant),
     ]
-    return [f"{model}: {sentence}" for sentence in found if sentence]
+    return [f"{model}: {sentence}" for sentence in warnings if sentence]
 
 
-def _chat_template_warning(output: OutputTokenizer, model: ModelReference) -> str | None:
-    """The special tokens of the chat template that ships, as far as the model never saw them and no override helps."""
-    tokenizer, vocabulary = shared_output_tokenizer(output), output_vocabulary(output)
-    template = output.chat_template or getattr(tokenizer, "chat_template", None)
-    rows = match_of(output, model).rows
+def _chat_template_warning(model: RecipeModel, transplant: Transplant) -> str | None:
+    """Name the special tokens of the chat template that the model never saw and that no override helps."""
+    tokenizer, vocabulary = transplant.tokenizer, transplant.vocabulary
+    template = transplant.chat_template or getattr(tokenizer, "chat_template", None)
+    rows = model.match.rows
     unseen = [id_ for id_ in sorted(chat_template_tokens(tokenizer, vocabulary, template)) if rows[id_] < 0]
     names = [vocabulary.tokens[id_].text for id_ in unseen]
-    names = [name for name in names if name not in output.overridden]
+    names = [name for name in names if name not in transplant.overridden]
     if not names:
         return None
     return (

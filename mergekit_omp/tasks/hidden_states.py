@@ -3,16 +3,15 @@
 import logging
 
 import torch
-from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
-from mergekit.options import MergeOptions
+from pydantic import InstanceOf
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-from mergekit_omp.checkpoints.tokenizers import tokenizer_of
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, windows
 from mergekit_omp.initializers.digits import LogitShift
+from mergekit_omp.recipe.transplant import RecipeModel
 from mergekit_omp.tasks.placement import on_the_cpu
 
 LOG = logging.getLogger(__name__)
@@ -30,8 +29,7 @@ class FindLogitShift(Task[LogitShift]):
     model is loaded for it, and let go again; forward passes only, nothing is trained.
     """
 
-    model: ModelReference
-    trust_remote_code: bool
+    model: InstanceOf[RecipeModel]
 
     def arguments(self) -> dict[str, Task]:
         """No task: transformers loads the model."""
@@ -42,10 +40,11 @@ class FindLogitShift(Task[LogitShift]):
         """Read the first windows of the built-in texts that methods were tuned on."""
         LOG.info("Reading a text with %s, for numerals: digits", self.model)
         loader = LoaderCache()
-        merged = self.model.merged(loader.lora_cache_dir, loader.trust_remote_code, loader.lora_merge_dtype)
+        trust = loader.trust_remote_code
+        merged = self.model.reference.merged(loader.lora_cache_dir, trust, loader.lora_merge_dtype)
         path = merged.local_path(loader.hf_cache_dir)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=self.trust_remote_code)
-        tokenizer = tokenizer_of(self.model, self.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust)
+        tokenizer = self.model.tokenizer
         texts = [windows(text, WINDOW_BYTES)[0] for text in builtin_texts("tuning").values()]
         return logit_shift(model.eval(), [tokenizer(text).input_ids for text in texts])
 
@@ -75,13 +74,13 @@ def logit_shift(model: torch.nn.Module, texts: list[list[int]]) -> LogitShift:
     return LogitShift(direction.float().clone(), tied)
 
 
-def find_logit_shift(model: ModelReference, options: MergeOptions) -> FindLogitShift:
+def find_logit_shift(model: RecipeModel) -> FindLogitShift:
     """The task for one model.
 
     Raises:
         OmpError: it is no causal language model.
     """
-    config = model.config(trust_remote_code=options.trust_remote_code)
+    config = model.config
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
         config, "auto_map", {}
     ):
@@ -89,4 +88,4 @@ def find_logit_shift(model: ModelReference, options: MergeOptions) -> FindLogitS
             f"numerals: digits reads a text with the model, and {model} ({config.model_type}) is no causal language "
             "model; leave it out."
         )
-    return FindLogitShift(model=model, trust_remote_code=options.trust_remote_code)
+    return FindLogitShift(model=model)

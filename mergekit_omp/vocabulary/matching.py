@@ -28,6 +28,7 @@ class MatchReason(IntEnum):
 
 # Text that pairs with text: these are the anchors that serve as atoms.
 TEXT_REASONS = (MatchReason.SAME_STRING, MatchReason.SAME_BYTES, MatchReason.BYTE_TOKEN)
+NEW_REASONS = (MatchReason.MISSING, MatchReason.MISSING_SPECIAL)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,13 @@ class VocabularyMatch:
     def is_text(self) -> torch.Tensor:
         """Boolean [V]: the output ids that are text and have a row."""
         return torch.isin(self.reasons, torch.tensor(TEXT_REASONS, dtype=torch.int8))
+
+    def is_new(self) -> torch.Tensor:
+        """Boolean [V]: the output tokens that the model has no row for and that mean something.
+
+        Tokens that are kept free for later use are not among them: there is nothing to approximate.
+        """
+        return torch.isin(self.reasons, torch.tensor(NEW_REASONS, dtype=torch.int8))
 
     def without(self, ids: torch.Tensor, reason: MatchReason = MatchReason.MISSING) -> "VocabularyMatch":
         """The match as if the model had no token for these output ids, int64 [I], for a reason."""

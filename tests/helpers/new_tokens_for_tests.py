@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.realign.rows import pose_problem
+from mergekit_omp.realign.problem import pose_problem
 from mergekit_omp.vocabulary.matching import match_vocabulary
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 

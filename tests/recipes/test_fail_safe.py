@@ -44,7 +44,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 STDERR = "stderr."
 PRELOADED = [
     "mergekit.scripts.run_yaml",
-    "mergekit_omp.recipe.checks",
+    "mergekit_omp.recipe.resolve",
     "mergekit_omp.output.config",
     "transformers.models.auto",
 ]

@@ -17,10 +17,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 import mergekit_omp
-from mergekit_omp.checkpoints import tokenizers as vocabularies
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
 from mergekit_omp.errors import OmpError
-from mergekit_omp.recipe.checks import check_recipe
+from mergekit_omp.recipe.resolve import resolve
 from mergekit_omp.vocabulary.matching import match_vocabulary
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 from mergekit_omp.vocabulary.tokens import read_vocabulary
@@ -163,11 +162,10 @@ def test_arbitrary_recipes(pair: tuple[Path, Path]) -> None:
     @FUZZ
     @given(mutations(recipe) | mutations(sliced))
     def mutate(value: Any) -> None:
-        vocabularies.forget()
         if not isinstance(value, dict) or not str(value.get("merge_method")).startswith("omp"):
             return  # not ours: mergekit's own exceptions
         try:
-            check_recipe(MergeConfiguration.model_validate(value), MergeOptions())
+            resolve(MergeConfiguration.model_validate(value), MergeOptions())
             outcomes["accepted"] += 1
         except OmpError:
             outcomes["refused"] += 1

@@ -8,7 +8,6 @@ from helpers.checkpoints import merge, tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts, read_text, score_readings
-from mergekit_omp.realign.rows import lacking
 from mergekit_omp.vocabulary.matching import match_vocabulary
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
@@ -47,7 +46,7 @@ def test_better_than_zero_and_mean(transplanted: Path, gemma3_dir: Path) -> None
     tokenizer, model = AutoTokenizer.from_pretrained(transplanted), AutoModelForCausalLM.from_pretrained(transplanted)
     model = model.float()
     original = read_vocabulary(AutoTokenizer.from_pretrained(gemma3_dir))
-    new = lacking(match_vocabulary(read_vocabulary(tokenizer), original)).nonzero().squeeze(1)
+    new = match_vocabulary(read_vocabulary(tokenizer), original).is_new().nonzero().squeeze(1)
     assert 2_900 < len(new) < 3_100
     embedding = model.get_input_embeddings().weight.data
     rows = {

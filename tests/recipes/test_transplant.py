@@ -20,7 +20,6 @@ from helpers.checkpoints import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mergekit_omp.realign.rows import lacking
 from mergekit_omp.vocabulary.matching import match_vocabulary
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
@@ -354,7 +353,7 @@ def test_regression_is_the_default_and_leaves_anchors_alone(tmp_path: Path, pair
     named = run(recipe(base, donor, parameters={"k": K, "reconstruction": "regression"}), tmp_path / "named")
     combined = run(recipe(base, donor), tmp_path / "combined")
     match = match_vocabulary(*(read_vocabulary(AutoTokenizer.from_pretrained(path)) for path in (donor, base)))
-    new = lacking(match)
+    new = match.is_new()
     for name in (EMBED, HEAD):
         assert torch.equal(default[name], named[name])
         assert torch.equal(default[name][~new], combined[name][~new])

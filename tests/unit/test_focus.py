@@ -17,7 +17,7 @@ from mergekit_omp.initializers.base import NewTokens
 from mergekit_omp.initializers.focus import check, focus
 from mergekit_omp.initializers.vectors import check_vectors, read_vectors
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.realign.rows import pose_problem
+from mergekit_omp.realign.problem import pose_problem
 from mergekit_omp.vocabulary.matching import match_vocabulary
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 

@@ -1,0 +1,87 @@
+"""The parts of a recipe that list models and set parameters, each with the key that it stands under."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.parameters import OmpParameters
+
+Settings = Mapping[str, ParameterSetting]
+
+
+def blocks_of(config: MergeConfiguration) -> list[tuple[str, Any]]:
+    """What lists models or slices, with the path to it: the recipe itself, and each of its modules."""
+    return [("", config), *((f"modules.{name}.", module) for name, module in (config.modules or {}).items())]
+
+
+def models_in_order(config: MergeConfiguration) -> tuple[ModelReference, ...]:
+    """Every model that a recipe merges, the base model first, then as listed; mergekit's own list is in no order."""
+    blocks = [block for _, block in blocks_of(config)]
+    listed = [m.model for block in blocks for m in block.models or ()]
+    sliced = [s.model for block in blocks for part in block.slices or () for s in part.sources]
+    base = [config.base_model] if config.base_model else []
+    return tuple(dict.fromkeys([*base, *listed, *sliced]))
+
+
+def keys_of_models(config: MergeConfiguration) -> dict[ModelReference, str]:
+    """The recipe key that first names each of the inputs."""
+    keys: dict[ModelReference, str] = {}
+    for path, block in blocks_of(config):
+        for i, listed in enumerate(block.models or ()):
+            keys.setdefault(listed.model, f"{path}models[{i}].model")
+        for i, part in enumerate(block.slices or ()):
+            for j, source in enumerate(part.sources):
+                keys.setdefault(source.model, f"{path}slices[{i}].sources[{j}].model")
+    if config.base_model:
+        keys.setdefault(config.base_model, "base_model")
+    return keys
+
+
+def parameter_scopes(config: MergeConfiguration) -> Iterator[tuple[str, Settings]]:
+    """Every ``parameters:`` of a recipe, with the path to it."""
+    for path, block in blocks_of(config):
+        yield f"{path}parameters", block.parameters or {}
+        for i, model in enumerate(block.models or ()):
+            yield f"{path}models[{i}].parameters", model.parameters or {}
+        for i, part in enumerate(block.slices or ()):
+            yield f"{path}slices[{i}].parameters", part.parameters or {}
+            for j, source in enumerate(part.sources):
+                yield f"{path}slices[{i}].sources[{j}].parameters", source.parameters or {}
+
+
+def leaves(key: str, setting: ParameterSetting) -> Iterator[Any]:
+    """The values that a setting can take: its own, or one for each of its filters.
+
+    Raises:
+        OmpError: for a gradient over layers, and for an empty list.
+    """
+    if isinstance(setting, ConditionalParameter):
+        yield from leaves(key, setting.value)
+    elif isinstance(setting, list):
+        if not setting:
+            raise OmpError(f"{key}: the list is empty; write one value, or a list of filters.")
+        if not all(isinstance(condition, ConditionalParameter) for condition in setting):
+            raise OmpError(
+                f"{key}: {setting} is a gradient over layers, but vocabulary tensors belong to no layer; "
+                "write one value, or a list of filters."
+            )
+        for condition in setting:
+            yield from leaves(key, condition)
+    else:
+        yield setting
+
+
+def settings_of(config: MergeConfiguration, name: str) -> list[Any]:
+    """Every value that a recipe gives to a parameter of ours, and the default where something is without one."""
+    scopes = list(parameter_scopes(config))
+    values = [value for key, scope in scopes if name in scope for value in leaves(f"{key}.{name}", scope[name])]
+    if name in (config.parameters or {}):
+        return values
+    listed = [scope for key, scope in scopes if re.fullmatch(r"(modules\..*)?models\[\d+\]\.parameters", key)]
+    if listed and not config.slices and all(name in scope for scope in listed):
+        return values
+    return [*values, OmpParameters.model_fields[name].default]
