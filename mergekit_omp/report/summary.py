@@ -1,0 +1,106 @@
+"""The record of a transplant as text for a terminal, and what the page says in the same words."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergekit_omp.report.tables import Part, heading, indented, new_table, note
+
+Record = Mapping[str, Any]
+
+_LABELS = {
+    "no token": "no token has this id",
+    "same string": "same string",
+    "same bytes": "same bytes, other string",
+    "byte token": "a single byte",
+    "special content": "special token, same string",
+    "special role": "special token, same role",
+    "special equivalent": "special token, same meaning",
+    "unused": "reserved for later use",
+    "missing": "new token",
+    "missing special": "new special token",
+}
+
+
+def summary(record: Record) -> Iterator[Part]:
+    """Yield the parts of the text.
+
+    Args:
+        record: a complete one, as ``mergekit_omp.report.record`` writes it.
+    """
+    yield subtitle(record)
+    for model in inputs(record):
+        yield ""
+        yield heading(model["name"])
+        yield f"  {model['kept']:,} of {record['tokens']:,} tokens keep a row of this model"
+        reasons = new_table("", "", align="rl", header=False)
+        for reason, count in matches(model):
+            reasons.add_row(f"{count:,}", label(reason))
+        yield indented(reasons, 4)
+    if record["solves"]:
+        yield ""
+        yield heading("Solves")
+        yield from _describe_solves(record)
+    yield ""
+    yield from other_rows(record)
+    yield heading("Tokens per byte")
+    texts = new_table("text", "before", "after")
+    for text in record["texts"]:
+        texts.add_row(text["name"], f"{text['before']:.3f}", f"{text['after']:.3f}")
+    yield indented(texts)
+    if advice(record):
+        yield ""
+    yield from map(note, advice(record))
+
+
+def _describe_solves(record: Record) -> Iterator[Part]:
+    solves = new_table(
+        "donor's matrix", "new tokens", "anchors", "k", "seconds", "mean residual", "median", "95 % below"
+    )
+    for solve in record["solves"]:
+        residuals = solve["residuals"]
+        solves.add_row(
+            f"{solve['tensor']} of {solve['donor']}",
+            f"{solve['targets']:,}",
+            f"{solve['atoms']:,}",
+            str(solve["k"]),
+            f"{solve['seconds']:.1f}",
+            *(f"{residuals[key]:.3f}" for key in ("mean", "median", "p95")),
+        )
+    yield indented(solves)
+    for solve in record["solves"]:
+        anchors = " ".join(anchor["token"] for anchor in solve["usage"]["most_used"][:12])
+        yield f"  most used anchors of {solve['tensor']}: {anchors}"
+
+
+def subtitle(record: Record) -> str:
+    """Say what was merged, and when."""
+    models = ", ".join(model["name"] for model in inputs(record))
+    return (
+        f"{record['merge_method']}: {models} with the tokenizer of {record['tokenizer_source']}, {record['created']}"
+    )
+
+
+def inputs(record: Record) -> list[Record]:
+    """List the models that were merged."""
+    return [model for model in record["models"] if "input" in model["roles"]]
+
+
+def advice(record: Record) -> list[str]:
+    """List the warnings about all inputs."""
+    return [sentence for model in inputs(record) for sentence in model["advice"]]
+
+
+def matches(model: Record) -> list[tuple[str, int]]:
+    """List why an input has rows for output tokens or not, with the number of tokens, most first."""
+    return sorted(model["match"].items(), key=lambda item: -item[1])
+
+
+def label(reason: str) -> str:
+    """Word a reason of :func:`matches` for a reader."""
+    return _LABELS.get(reason, reason)
+
+
+def other_rows(record: Record) -> list[str]:
+    """Say for each tensor whose new rows are not OMP's what made them."""
+    made_by = [(tensor, tensor["parameters"].get("approximation", "omp")) for tensor in record["tensors"]]
+    return [f"{tensor['name']} of {tensor['model']}: new rows by {name}" for tensor, name in made_by if name != "omp"]
