@@ -1,6 +1,6 @@
 """The record of a transplant as text for a terminal, and what the page says in the same words."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_omp.report.tables import Part, heading, indented, new_table, note
@@ -36,12 +36,14 @@ def summary(record: Record) -> Iterator[Part]:
         for reason, count in matches(model):
             reasons.add_row(f"{count:,}", label(reason))
         yield indented(reasons, 4)
-    if record["solves"]:
+    for donor in dict.fromkeys(solve["donor"] for solve in record["solves"]):
         yield ""
-        yield heading("Solves")
-        yield from _describe_solves(record)
-    yield ""
+        yield heading(f"Solves with the rows of {donor}")
+        yield from _describe_solves([solve for solve in record["solves"] if solve["donor"] == donor])
+    if other_rows(record):
+        yield ""
     yield from other_rows(record)
+    yield ""
     yield heading("Tokens per byte")
     texts = new_table("text", "before", "after")
     for text in record["texts"]:
@@ -52,24 +54,21 @@ def summary(record: Record) -> Iterator[Part]:
     yield from map(note, advice(record))
 
 
-def _describe_solves(record: Record) -> Iterator[Part]:
-    solves = new_table(
-        "donor's matrix", "new tokens", "anchors", "k", "seconds", "mean residual", "median", "95 % below"
-    )
-    for solve in record["solves"]:
-        residuals = solve["residuals"]
-        solves.add_row(
-            f"{solve['tensor']} of {solve['donor']}",
+def _describe_solves(solves: Sequence[Record]) -> Iterator[Part]:
+    table = new_table("matrix", "new tokens", "anchors", "k", "seconds", "mean residual", "median", "p95")
+    for solve in solves:
+        table.add_row(
+            solve["tensor"],
             f"{solve['targets']:,}",
             f"{solve['atoms']:,}",
             str(solve["k"]),
             f"{solve['seconds']:.1f}",
-            *(f"{residuals[key]:.3f}" for key in ("mean", "median", "p95")),
+            *(f"{solve['residuals'][key]:.3f}" for key in ("mean", "median", "p95")),
         )
-    yield indented(solves)
-    for solve in record["solves"]:
+    yield indented(table)
+    for solve in solves:
         anchors = " ".join(anchor["token"] for anchor in solve["usage"]["most_used"][:12])
-        yield f"  most used anchors of {solve['tensor']}: {anchors}"
+        yield f"  most used anchors in {solve['tensor']}: {anchors}"
 
 
 def subtitle(record: Record) -> str:
