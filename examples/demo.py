@@ -15,7 +15,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate, format_scores
+from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate
+from mergekit_omp.report.scores import format_scores
 
 RECIPES = Path(__file__).parent / "yaml"
 PROMPTS = (

@@ -20,7 +20,8 @@ import one_vocabulary
 import real_weights
 from transformers import AutoTokenizer
 
-from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate, format_scores, windows
+from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate, windows
+from mergekit_omp.report.scores import format_scores
 
 _BATCH_BYTES = 2**16
 

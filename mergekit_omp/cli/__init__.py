@@ -1,1 +1,4 @@
-"""The command `mergekit-omp`: one file a subcommand."""
+"""The command ``mergekit-omp``: one module a subcommand, and ``options`` for what they share.
+
+Modules import only click when they are imported, so that ``--help`` is fast; a command imports the rest when it runs.
+"""

@@ -1,14 +1,41 @@
-"""The map that ``approximation: tokalign`` would learn for a recipe, to look at, edit and give back to it."""
+"""``mergekit-omp align``: the map that ``approximation: tokalign`` would learn for a recipe, to look at and edit."""
 
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
+from __future__ import annotations
 
-from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers import tokalign
-from mergekit_omp.initializers.base import NewTokens
-from mergekit_omp.parameters import Approximation, OmpParameters
-from mergekit_omp.recipe.blocks import settings_of
-from mergekit_omp.recipe.resolve import resolve
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mergekit_omp.cli.options import TRUST_REMOTE_CODE, load_recipe, silence_transformers
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+
+@click.command(short_help="Write the token map that approximation: tokalign learns.")
+@click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
+@click.argument("out", type=click.Path(dir_okay=False))
+@TRUST_REMOTE_CODE
+def align(recipe: str, out: str, trust_remote_code: bool) -> None:
+    """Learn which token of the model each new token of RECIPE is used like, and write the map to OUT.
+
+    The text to learn from is corpus: in the recipe's parameters. OUT is JSON, one token a line, and can be edited;
+    with token_map: OUT in place of corpus: the recipe uses it. No weights are read.
+    """
+    silence_transformers()
+    from mergekit.options import MergeOptions
+
+    from mergekit_omp.errors import OmpError
+    from mergekit_omp.initializers.tokalign import write_token_map
+
+    mapping = learn_token_map(load_recipe(recipe), MergeOptions(trust_remote_code=trust_remote_code))
+    try:
+        write_token_map(Path(out), mapping)
+    except OSError as error:
+        raise OmpError(f"{out} cannot be written ({error.strerror}); name another file.") from error
+    click.echo(f"{len(mapping):,} tokens mapped: {out}")
 
 
 def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[str, str]:
@@ -21,6 +48,13 @@ def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[s
     Raises:
         OmpError: for whatever would stop the recipe before it starts, several models, or no corpus.
     """
+    from mergekit_omp.errors import OmpError
+    from mergekit_omp.initializers import tokalign
+    from mergekit_omp.initializers.base import NewTokens
+    from mergekit_omp.parameters import Approximation, OmpParameters
+    from mergekit_omp.recipe.blocks import settings_of
+    from mergekit_omp.recipe.resolve import resolve
+
     transplant = resolve(config, options)
     if len(transplant.inputs) != 1:
         names = ", ".join(map(str, transplant.inputs))

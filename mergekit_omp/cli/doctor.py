@@ -1,4 +1,6 @@
-"""Whether everything between this package and mergekit is in place; what ``mergekit-omp doctor`` prints."""
+"""``mergekit-omp doctor``: whether everything between this package and mergekit is in place."""
+
+from __future__ import annotations
 
 import os
 import platform
@@ -6,42 +8,75 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+import click
+
+from mergekit_omp.cli.options import JSON, print_json
 from mergekit_omp.errors import OmpError
-from mergekit_omp.plugin.autoload import register
-from mergekit_omp.solver.cache import cache_folder, cache_limit, cache_size
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: whether it is as it should be, and a line about it."""
+    """The result of one check.
+
+    Attributes:
+        ok: whether nothing has to be done.
+        text: what was found, and what to do where that is a problem.
+    """
 
     ok: bool
     text: str
 
 
+@click.command(short_help="Check the installation: merge methods, versions, devices, cache.")
+@JSON
+def doctor(as_json: bool) -> None:
+    """Check that mergekit knows the merge methods, and list versions, devices and the cache.
+
+    The exit status is 1 if there is a problem.
+    """
+    from rich.text import Text
+
+    from mergekit_omp.report.tables import new_table, show
+
+    checks = diagnose()
+    if as_json:
+        print_json([{"ok": check.ok, "text": check.text} for check in checks])
+    else:
+        table = new_table("", "", align="ll", header=False)
+        for check in checks:
+            status = Text("ok", style="green") if check.ok else Text("PROBLEM", style="bold red")
+            table.add_row(status, check.text)
+        show(table)
+    if not all(check.ok for check in checks):
+        raise SystemExit(1)
+
+
 def diagnose() -> list[Check]:
-    """Everything worth telling, problems included."""
+    """Run all checks."""
     return [*_discovery(), *_methods(), *_versions(), *_devices(), *_cache()]
 
 
 def _discovery() -> Iterator[Check]:
     entries = [entry for entry in metadata.entry_points(group="torch.backends") if entry.name == "mergekit_omp"]
     if entries:
-        yield Check(True, "torch finds the package when it is imported, and so does every mergekit command")
+        yield Check(True, "torch loads the plugin when it is imported, and so does every mergekit command")
     else:
         yield Check(
-            False, "torch does not find the package; reinstall it: `pip install --force-reinstall mergekit-omp`"
+            False, "torch does not find the plugin; reinstall it: `pip install --force-reinstall mergekit-omp`"
         )
     if os.environ.get(AUTOLOAD) == "0":
         yield Check(
             False,
-            f"{AUTOLOAD}=0 keeps torch from loading it; unset that, or call `mergekit_omp.register()` before a merge",
+            f"{AUTOLOAD}=0 keeps torch from loading the plugin; unset it, or call `mergekit_omp.register()` before a "
+            "merge",
         )
 
 
 def _methods() -> Iterator[Check]:
+    from mergekit_omp.plugin.autoload import register
+
     register()
     try:
         import mergekit.merge
@@ -55,9 +90,14 @@ def _methods() -> Iterator[Check]:
         yield Check(False, str(error))
         return
     names = sorted(method.spec.name for method in merge_methods.registered_methods() if is_ours(method.spec.name))
-    yield Check(bool(names), f"mergekit knows {len(names)} merge methods of this package: {', '.join(names)}")
+    yield Check(bool(names), f"mergekit knows {len(names)} merge methods of the plugin: {', '.join(names)}")
     connected = hasattr(mergekit.merge.run_merge, "__wrapped__")
-    yield Check(connected, "runs are checked first and published whole" if connected else "run_merge is not connected")
+    yield Check(
+        connected,
+        "mergekit's run_merge is wrapped: recipes are checked first, and outputs appear when they are complete"
+        if connected
+        else "mergekit's run_merge is not wrapped; call `mergekit_omp.register()` before mergekit is imported",
+    )
 
 
 def _versions() -> Iterator[Check]:
@@ -75,17 +115,21 @@ def _devices() -> Iterator[Check]:
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     for device in devices:
         name = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
-        yield Check(True, f"{device}: {name}, {free_memory(device) / 1e9:.1f} GB of memory free")
+        yield Check(True, f"{device}: {name}, {free_memory(device) / 1e9:.1f} GB of free memory")
 
 
 def _cache() -> Iterator[Check]:
+    from mergekit_omp.solver.cache import FOLDER_VARIABLE, cache_folder, cache_limit, cache_size
+
     folder = cache_folder()
     if folder is None:
-        yield Check(True, "codes are not kept: MERGEKIT_OMP_CACHE turns that off")
+        yield Check(True, f"the cache of sparse codes is off: {FOLDER_VARIABLE}={os.environ[FOLDER_VARIABLE]}")
         return
     try:
         limit = cache_limit()
     except OmpError as error:
         yield Check(False, str(error))
         return
-    yield Check(True, f"codes are kept in {folder}: {cache_size(folder) / 1e6:.0f} MB of at most {limit / 1e6:.0f} MB")
+    yield Check(
+        True, f"sparse codes are cached in {folder}: {cache_size(folder) / 1e6:.0f} of {limit / 1e6:.0f} MB are used"
+    )

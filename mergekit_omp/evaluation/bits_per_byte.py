@@ -268,32 +268,6 @@ def windows(text: str, window_bytes: int) -> list[str]:
     return [*pieces, rest.decode()] if rest else pieces
 
 
-def format_scores(scores: Sequence[ModelScore]) -> str:
-    """A table for a terminal: a line for each text, a group of columns for each model."""
-    names = _short_names([score.model for score in scores])
-    width = max(24, *(len(name) + 1 for name in names))
-    texts = [*(score.text for score in scores[0].texts), "overall"]
-    title = max(len(text) for text in texts) + 2
-    lines = [
-        " " * title + "".join(f"{name:>{width}}" for name in names),
-        " " * title + "".join(f"{'bits/B  tokens/B  agree':>{width}}" for _ in names),
-    ]
-    for row, text in enumerate(texts):
-        cells = [(*score.texts, score.overall)[row] for score in scores]
-        lines.append(f"{text:<{title}}" + "".join(f"{_cell(cell):>{width}}" for cell in cells))
-    return "\n".join(lines)
-
-
-def _cell(score: TextScore) -> str:
-    agreement = "-" if score.agreement is None else f"{score.agreement:.1%}"
-    return f"{score.bits_per_byte:6.3f}  {score.tokens_per_byte:8.3f}  {agreement:>5}"
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    short = [Path(name).name for name in names]
-    return short if len(set(short)) == len(set(names)) else list(names)
-
-
 def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> None:
     if not models:
         raise OmpError("No model to evaluate: name at least one folder or hub id.")

@@ -24,8 +24,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from scipy.linalg import orthogonal_procrustes
-from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 from transformers import PreTrainedTokenizerBase
@@ -58,7 +56,7 @@ def check(parameters: OmpParameters, place: str) -> None:
     """Look whether both files of vectors and the dictionary are there and look like what they have to be.
 
     Raises:
-        OmpError: one of them is not given or cannot be read, or gensim is not installed.
+        OmpError: one of them is not given or cannot be read, or gensim or scipy is not installed.
     """
     missing = [name for name in _NEEDED if getattr(parameters, name) is None]
     if missing:
@@ -67,7 +65,7 @@ def check(parameters: OmpParameters, place: str) -> None:
             "vectors of words in the model's and in the new language, and dictionary: with a word and its translation "
             "in each line."
         )
-    check_packages(["gensim"], f"{place}: approximation: wechsel")
+    check_packages(("gensim", "scipy"), f"{place}: approximation: wechsel")
     for name in ("source_vectors", "vectors"):
         check_vectors(getattr(parameters, name), f"{place}.{name}")
     _read_dictionary(parameters.dictionary, f"{place}.dictionary")
@@ -182,6 +180,8 @@ def _from_words(
 
     A word counts for every token that it is split into, once as it stands and once after a space.
     """
+    from scipy.sparse import csr_array
+
     encode = text_encoder(tokenizer, vocabulary)
     place_of = np.full(vocabulary.size, -1)
     place_of[ids.numpy()] = np.arange(len(ids))
@@ -216,6 +216,8 @@ def _align(
     Raises:
         OmpError: the vectors are of different widths, or the dictionary pairs none of their words.
     """
+    from scipy.linalg import orthogonal_procrustes
+
     widths = source.embeddings.shape[1], target.embeddings.shape[1]
     if widths[0] != widths[1]:
         raise OmpError(

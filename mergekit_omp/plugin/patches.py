@@ -181,7 +181,7 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     from mergekit_omp.recipe.model_checks import check_checkpoints
     from mergekit_omp.recipe.resolve import resolve
     from mergekit_omp.report.record import Record
-    from mergekit_omp.report.summary import log_summary
+    from mergekit_omp.report.run_log import log_summary
 
     started = time.perf_counter()
     connect_later_methods()

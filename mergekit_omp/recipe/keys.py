@@ -1,7 +1,7 @@
 """The keys of a recipe and the types of their values, before mergekit makes a configuration of them.
 
-mergekit ignores keys that it does not know, so that a misspelt one changes nothing, and answers values of a wrong type
-with a traceback. A recipe of ours gets a sentence for both.
+mergekit ignores unknown keys, so that a misspelt one has no effect, and answers a wrong type with a traceback.
+Recipes with a method of this package get a sentence for both.
 """
 
 import difflib
@@ -15,11 +15,11 @@ from pydantic import BaseModel, ValidationError
 
 from mergekit_omp.errors import OmpError
 
-_TOLERATED = {"name"}
-"""What people write into a recipe for themselves, or for mergekit-multi."""
+_IGNORED_KEYS = {"name"}
+"""Keys at the top of a recipe that are for its readers, or for mergekit-multi."""
 
 _MODEL = "the name or the folder of a model"
-_WANTED = {
+_EXPECTED = {
     "merge_method": "the name of a merge method, such as omp",
     "models": "a list, such as `- model: <name or folder>`",
     "slices": "a list of slices, each with `sources:`",
@@ -39,8 +39,8 @@ _WANTED = {
     "chat_template": "auto, the name of a template or a template",
     "force": "true or false",
 }
-_WANTED_SETTING = "a value, or a list of filters such as `- {filter: lm_head, value: 64}`"
-_WANTED_OVERRIDE = (
+_EXPECTED_SETTING = "a value, or a list of filters such as `- {filter: lm_head, value: 64}`"
+_EXPECTED_OVERRIDE = (
     f"{_MODEL}, `{{kind: zero}}`, or `{{kind: model_token, model: <name or folder>, token: <its token>}}`"
 )
 _ADVICE = {
@@ -53,7 +53,7 @@ _ADVICE = {
 
 
 def check_keys(recipe: Mapping[Any, Any]) -> None:
-    """Raise an OmpError for the first key, at any depth, that mergekit would ignore."""
+    """Raise an OmpError for the first unknown key, at any depth."""
     for place, key, known in _unknown_keys(recipe, MergeConfiguration, ""):
         raise OmpError(
             f"{place}{key}: no such key{did_you_mean(str(key), known)}; "
@@ -62,54 +62,72 @@ def check_keys(recipe: Mapping[Any, Any]) -> None:
 
 
 def explain(recipe: Mapping[Any, Any], error: Exception) -> OmpError:
-    """A sentence for what mergekit raises where a recipe's values are not of the types that it needs."""
+    """Turn the exception that mergekit raises for a recipe's values into an OmpError.
+
+    Args:
+        recipe: as in its file.
+        error: a ``ValidationError`` for values of wrong types, or another one with a sentence of mergekit's.
+    """
     if not isinstance(error, ValidationError):
         advice = next((text for start, text in _ADVICE.items() if str(error).startswith(start)), None)
         return OmpError(f"The recipe is not possible: {error}{f'; {advice}' if advice else ''}.")
     first = error.errors()[0]
     path, value = _follow(recipe, first["loc"])
-    if first["type"] == "missing" and (first["loc"][-1] in _WANTED):
+    if first["type"] == "missing" and first["loc"][-1] in _EXPECTED:
         path, problem = [*path, first["loc"][-1]], "is missing"
     else:
         problem = f"{_shortened(value)} is not possible here"
-    return OmpError(f"{_place(path)}: {problem}; write {_wanted(path)}.")
+    return OmpError(f"{_place(path)}: {problem}; write {_expected(path)}.")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean …?)`` where a known word is close, else nothing."""
-    by_lower_case = {each.lower(): each for each in known}
+    """Return `` (did you mean …?)`` where a known word is close, else nothing."""
+    by_lower_case = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), by_lower_case, n=1)
     return f" (did you mean {by_lower_case[close[0]]}?)" if close else ""
 
 
 def _unknown_keys(value: Any, annotation: Any, place: str) -> Iterator[tuple[str, Any, list[str]]]:
-    """Each unknown key with the path before it and the keys that are known there."""
+    """Yield each unknown key with the path to it and the keys that are known there.
+
+    ``model_validate(..., extra="forbid")``, which pydantic has since 2.12, would find the keys. It does not say which
+    are known, and in a union reports one error for every member, so that this walk would be needed nevertheless.
+
+    Args:
+        value: of a recipe.
+        annotation: its type in mergekit's models.
+        place: the path to it, with a dot at its end unless it is empty.
+    """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        # Of a model's own keys, and of which kind of override is meant, mergekit's unions judge.
+        # Which of several models a mapping stands for is left to pydantic: the kind of an override.
         for argument in arguments if len([a for a in arguments if _is_schema(a)]) < 2 else ():
             yield from _unknown_keys(value, argument, place)
     elif origin is list and isinstance(value, list):
-        for index, each in enumerate(value):
-            yield from _unknown_keys(each, arguments[0], f"{place.removesuffix('.')}[{index}].")
+        for index, item in enumerate(value):
+            yield from _unknown_keys(item, arguments[0], f"{place.removesuffix('.')}[{index}].")
     elif origin is dict and isinstance(value, dict):
-        for key, each in value.items():
-            yield from _unknown_keys(each, arguments[1], f"{place}{key}.")
+        for key, item in value.items():
+            yield from _unknown_keys(item, arguments[1], f"{place}{key}.")
     elif _is_schema(annotation) and isinstance(value, dict):
         fields = annotation.model_fields
-        for key, each in value.items():
+        for key, item in value.items():
             if key in fields:
-                yield from _unknown_keys(each, fields[key].annotation, f"{place}{key}.")
-            elif place or key not in _TOLERATED:
+                yield from _unknown_keys(item, fields[key].annotation, f"{place}{key}.")
+            elif place or key not in _IGNORED_KEYS:
                 yield place, key, list(fields)
 
 
 def _is_schema(annotation: Any) -> bool:
+    """Whether a mapping with fixed keys is expected. A reference to a model checks its own."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not ModelReference
 
 
 def _follow(recipe: Any, location: Iterable[int | str]) -> tuple[list[int | str], Any]:
-    """The part of an error's location that is in the recipe (the rest names types that were tried), and the value."""
+    """Return the part of an error's location that is in the recipe, and the value there.
+
+    The rest of a location names types that pydantic tried.
+    """
     path: list[int | str] = []
     value = recipe
     for step in location:
@@ -121,15 +139,16 @@ def _follow(recipe: Any, location: Iterable[int | str]) -> tuple[list[int | str]
     return path, value
 
 
-def _wanted(path: list[int | str]) -> str:
+def _expected(path: list[int | str]) -> str:
+    """Say what to write at a path."""
     keys = [step for step in path if isinstance(step, str)]
     if "parameters" in keys[:-1]:
-        return _WANTED_SETTING
+        return _EXPECTED_SETTING
     if "tokens" in keys[:-1]:
-        return _WANTED_OVERRIDE
+        return _EXPECTED_OVERRIDE
     if path and isinstance(path[-1], int):
-        return f"an entry of {_WANTED[keys[-1]]}" if keys and keys[-1] in _WANTED else "another value"
-    return _WANTED.get(keys[-1] if keys else "", "another value")
+        return f"an entry of {_EXPECTED[keys[-1]]}" if keys and keys[-1] in _EXPECTED else "another value"
+    return _EXPECTED.get(keys[-1] if keys else "", "another value")
 
 
 def _place(path: list[int | str]) -> str:

@@ -1,10 +1,10 @@
-"""One recipe with several methods of approximation: bits per byte, seconds and memory, side by side."""
+"""One recipe with several approximations: bits per byte, seconds and memory, side by side."""
 
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,23 +18,24 @@ from mergekit_omp.evaluation.bits_per_byte import ModelScore, evaluate
 from mergekit_omp.parameters import Approximation
 from mergekit_omp.recipe.keys import did_you_mean
 from mergekit_omp.report.record import read_record
+from mergekit_omp.report.tables import Part, new_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ORIGINAL = "original"
-_LONGEST_BAR = 3
+_LONGEST_BAR = 3  # times the original's bits per byte
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one method came to.
+    """The result of one approximation.
 
     Attributes:
-        approximation: its name; ``original`` is the model as it was, with its own tokenizer.
+        approximation: its name; ``original`` is the model before the transplant, with its own tokenizer.
         score: bits and tokens per byte, by text; None where the run failed.
-        seconds: from start to end of the whole merge.
-        peak_memory_bytes: the most that the merge's process held; None where the system does not tell.
+        seconds: of the whole merge.
+        peak_memory_bytes: of the merge's process; None where the system does not say.
         problem: the sentence that the run failed with.
     """
 
@@ -45,25 +46,26 @@ class Row:
     problem: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """Return what ``--json`` prints."""
         return asdict(self) | {"score": self.score.as_dict() if self.score else None}
 
 
 def parse_approximations(names: str) -> list[Approximation]:
-    """The methods in a list with commas.
+    """Read a list of approximations, separated by commas.
 
     Raises:
-        OmpError: a name that is none.
+        OmpError: the list is empty, or has an unknown name.
     """
-    known = [each.value for each in Approximation]
+    known = [approximation.value for approximation in Approximation]
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
         if name not in known:
             raise OmpError(
-                f"--approximations: {name!r} is none{did_you_mean(name, known)}; choose from {', '.join(known)}."
+                f"--approximations: unknown approximation {name!r}{did_you_mean(name, known)}; choose from "
+                f"{', '.join(known)}."
             )
     if not chosen:
-        raise OmpError(f"--approximations: there is none in {names!r}; choose from {', '.join(known)}.")
+        raise OmpError(f"--approximations: no name in {names!r}; choose from {', '.join(known)}.")
     return [Approximation(name) for name in dict.fromkeys(chosen)]
 
 
@@ -77,23 +79,32 @@ def compare(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> list[Row]:
-    """Run a recipe once for each method, in a process of its own, and read the texts with what comes out.
+    """Run a recipe once for each approximation, in a process of its own, and score each output on the texts.
 
-    Solves are not taken from the cache, so that seconds are those of a first run. Models are written to a temporary
+    The cache of sparse codes is off, so that seconds are those of a first run. Models are written to a temporary
     folder, one at a time.
 
     Args:
-        recipe: as in its file; its own ``approximation:`` is replaced, wherever it stands.
-        original: the model that the rows are compared with, read with its own tokenizer.
-        approximations: the methods.
+        recipe: as in its file; every ``approximation:`` in it is replaced.
+        original: the model before the transplant, scored with its own tokenizer.
+        approximations: what to run.
         texts: name -> text.
         options: of ``mergekit-yaml``.
-        device: where the models read.
+        device: where the models are scored.
         trust_remote_code: whether models may run code of their own.
+
+    Returns:
+        The original's row, then one for each approximation in their order.
+
+    Raises:
+        OmpError: the original cannot be scored. A run that fails is a row with its ``problem``.
     """
-    reading = {"device": device, "trust_remote_code": trust_remote_code}
-    rows = [Row(ORIGINAL, evaluate([original], texts, progress=False, **reading)[0])]
-    for approximation in tqdm(approximations, desc="Methods", unit="method", leave=False):
+
+    def score(model: str | Path) -> ModelScore:
+        return evaluate([model], texts, device=device, progress=False, trust_remote_code=trust_remote_code)[0]
+
+    rows = [Row(ORIGINAL, score(original))]
+    for approximation in tqdm(approximations, desc="Approximations", unit="run", leave=False):
         with tempfile.TemporaryDirectory(prefix="mergekit-omp-") as folder:
             out = Path(folder) / approximation.value
             problem = _merge(with_approximation(recipe, approximation), out, options)
@@ -101,14 +112,13 @@ def compare(
                 row = Row(approximation.value, problem=problem)
             else:
                 record = read_record(out)
-                score = evaluate([out], texts, progress=False, **reading)[0]
-                row = Row(approximation.value, score, record["seconds"], record["peak_memory_bytes"])
+                row = Row(approximation.value, score(out), record["seconds"], record["peak_memory_bytes"])
         rows.append(row)
     return rows
 
 
 def with_approximation(recipe: Mapping[str, Any], approximation: Approximation) -> dict[str, Any]:
-    """A recipe with one method for all its models."""
+    """Return the recipe with one approximation for all its models."""
     stripped = _without_key(recipe, "approximation")
     stripped["parameters"] = {**(stripped.get("parameters") or {}), "approximation": approximation.value}
     return stripped
@@ -116,12 +126,12 @@ def with_approximation(recipe: Mapping[str, Any], approximation: Approximation) 
 
 def _without_key(value: Any, key: str) -> Any:
     if isinstance(value, Mapping):
-        return {name: _without_key(each, key) for name, each in value.items() if name != key}
-    return [_without_key(each, key) for each in value] if isinstance(value, list) else value
+        return {name: _without_key(inner, key) for name, inner in value.items() if name != key}
+    return [_without_key(inner, key) for inner in value] if isinstance(value, list) else value
 
 
 def _merge(recipe: Mapping[str, Any], out: Path, options: Sequence[str]) -> str | None:
-    """Run ``mergekit-yaml``; returns the sentence that it failed with."""
+    """Run ``mergekit-yaml``; return the sentence that it failed with."""
     path = out.with_suffix(".yml")
     path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
     run = subprocess.run(
@@ -133,50 +143,43 @@ def _merge(recipe: Mapping[str, Any], out: Path, options: Sequence[str]) -> str 
     )
     if run.returncode == 0:
         return None
-    told = run.stderr.strip().split("Error: ")[-1]
-    return " ".join(told.split()) or f"mergekit-yaml stopped with status {run.returncode}"
+    message = run.stderr.strip().split("Error: ")[-1]
+    return " ".join(message.split()) or f"mergekit-yaml stopped with status {run.returncode}"
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    """A table in Markdown, which a terminal shows well too: bits per byte by text and overall, lower is better."""
-    rows = list(rows)
-    texts = [score.text for score in rows[0].score.texts] if rows and rows[0].score else []
-    header = ["approximation", *texts, "overall", "tokens/byte", "seconds", "peak MiB"]
-    cells = [header, *([*_cells(row)] if row.score else [row.approximation, f"failed: {row.problem}"] for row in rows)]
-    whole = [row for row in cells if len(row) == len(header)]
-    widths = [max(len(row[column]) for row in whole) for column in range(len(header))]
-    lines = [_line(row, widths) for row in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+def describe(rows: Sequence[Row]) -> Iterator[Part]:
+    """Yield the Markdown table of bits per byte by text and overall, and a sentence for each run that failed."""
+    original = rows[0].score
+    names = [score.text for score in original.texts]
+    table = new_table("approximation", *names, "overall", "tokens/byte", "seconds", "peak MiB", markdown=True)
+    for row in rows:
+        table.add_row(row.approximation, *(_cells(row) if row.score else ["failed"]))
+    yield table
+    failed = [row for row in rows if row.problem]
+    if failed:
+        yield ""
+    yield from (f"{row.approximation} failed: {row.problem}" for row in failed)
 
 
 def _cells(row: Row) -> list[str]:
     bits = [f"{score.bits_per_byte:.3f}" for score in (*row.score.texts, row.score.overall)]
     seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
     memory = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:,.0f}"
-    return [row.approximation, *bits, f"{row.score.overall.tokens_per_byte:.3f}", seconds, memory]
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    if len(cells) < len(widths):
-        return f"| {cells[0]:<{widths[0]}} | {' '.join(cells[1:])} |" + " |" * (len(widths) - 2)
-    padded = [cells[0].ljust(widths[0])] + [
-        cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)
-    ]
-    return "| " + " | ".join(padded) + " |"
+    return [*bits, f"{row.score.overall.tokens_per_byte:.3f}", seconds, memory]
 
 
 def require_plot(path: Path) -> None:
-    """Raise an OmpError where a plot cannot be drawn, or not to that file."""
+    """Raise an OmpError where matplotlib is not installed, or the file cannot be written."""
     if find_spec("matplotlib") is None:
         raise OmpError("--plot: drawing needs matplotlib; run `pip install 'mergekit-omp[report]'`.")
     if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
-        raise OmpError(f"--plot: {path} cannot be written; name a .png, .svg or .pdf file in a folder that is there.")
+        raise OmpError(f"--plot: {path} cannot be written; name a .png, .svg or .pdf file in an existing folder.")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw overall bits per byte beside seconds, one bar a method, best first, and the original as a line.
+    """Draw overall bits per byte beside seconds, one bar an approximation, best first, and the original as a line.
 
-    Bars of bits per byte end at some times the original's, so that a method that fails does not hide the others.
+    Bars of bits per byte end at three times the original's, so that a very bad one does not hide the others.
 
     Raises:
         OmpError: as :func:`require_plot`.
@@ -190,12 +193,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     names = [row.approximation for row in made]
     bits = [row.score.overall.bits_per_byte for row in made]
     seconds = [row.seconds for row in made]
-    most = _LONGEST_BAR * original
+    longest = _LONGEST_BAR * original
     figure = Figure(figsize=(9, 1.2 + 0.36 * len(made)), layout="constrained")
     quality, cost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    labels = [f"{each:.3f}" + (" (bar is cut)" if each > most else "") for each in bits]
-    _bars(quality, names, [min(each, most) for each in bits], labels)
-    _bars(cost, names, seconds, [f"{each:.1f}" for each in seconds])
+    labels = [f"{value:.3f}" + (" (bar is cut)" if value > longest else "") for value in bits]
+    _bars(quality, names, [min(value, longest) for value in bits], labels)
+    _bars(cost, names, seconds, [f"{value:.1f}" for value in seconds])
     quality.axvline(original, color="#c8553d", linewidth=1.5)
     quality.set_title(f"bits per byte (line: original, {original:.3f})", loc="left", fontsize=10)
     cost.set_title("seconds, whole merge", loc="left", fontsize=10)

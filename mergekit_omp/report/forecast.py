@@ -91,51 +91,6 @@ def forecast(transplant: Transplant, *, measure: bool = True) -> dict[str, Any]:
     }
 
 
-def describe(found: dict[str, Any]) -> str:
-    """What ``mergekit-omp inspect`` prints."""
-    lines = [f"{found['merge_method']}, with the tokenizer of {found['tokenizer_source']}", "", "Vocabularies"]
-    for each in found["vocabularies"]:
-        lines.append(f"  {each['name']}: {each['tokens']:,} tokens; numbers as {each['numerals']}")
-    for each in found["inputs"]:
-        lines += ["", *_describe_input_lines(each, found["tokens"])]
-    lines += ["", "Solves"]
-    for solve in found["solves"]:
-        seconds = "" if solve["seconds"] is None else f", about {_duration(solve['seconds'])}"
-        twice = " for the input embedding and again for the LM head" if solve["matrices"] == 2 else ""
-        lines.append(
-            f"  {solve['targets']:,} tokens of {solve['donor']} from {solve['atoms']:,} anchors, "
-            f"k = {solve['k']}{twice}{seconds}"
-        )
-    others = [name for name in found["approximations"] if name != Approximation.OMP.value]
-    if others:
-        lines.append(f"  none where the rows of new tokens are made by {' or '.join(others)}")
-    elif not found["solves"]:
-        lines.append("  none: nothing is lacking")
-    estimate = found["estimate"]
-    lines += ["", f"Estimates for {found['device']}"]
-    if estimate["solve_seconds"] is not None:
-        lines.append(f"  time to solve   {_duration(estimate['solve_seconds'])}")
-    lines.append(f"  peak memory     {_size(estimate['peak_memory_bytes'])}")
-    lines.append(f"  disk            {_size(estimate['output_bytes'])}")
-    return "\n".join(lines)
-
-
-def _describe_input_lines(each: dict[str, Any], tokens: int) -> list[str]:
-    lines = [
-        each["name"],
-        f"  {each['kept']:,} of {tokens:,} tokens keep a row of this model, {each['lacking']:,} are lacking",
-        *(f"  {count:>9,}  {reason}" for reason, count in each["match"].items()),
-    ]
-    if each["special_pairs"]:
-        lines.append("  special tokens that pair (output: model)")
-        lines += [f"    {pair['output']}: {pair['model']}  ({pair['reason']})" for pair in each["special_pairs"]]
-    if each["special_without_partner"]:
-        lines.append(f"  special tokens without a partner: {' '.join(each['special_without_partner'])}")
-    if each["examples"]:
-        lines.append(f"  to be approximated, for example: {'  '.join(each['examples'])}")
-    return [*lines, *(f"  Note: {sentence}" for sentence in each["advice"])]
-
-
 def _describe_vocabulary(model: RecipeModel) -> dict[str, Any]:
     kinds = [token.kind for token in model.vocabulary.tokens.values()]
     return {
@@ -269,15 +224,3 @@ def _output_bytes(transplant: Transplant) -> int | None:
 def _itemsize(config: PretrainedConfig) -> int:
     dtype = getattr(config, "dtype", None)
     return dtype.itemsize if isinstance(dtype, torch.dtype) else 4
-
-
-def _size(count: int | None) -> str:
-    if count is None:
-        return "unknown"
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

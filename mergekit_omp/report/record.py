@@ -61,6 +61,7 @@ class Record:
         other_rows: of every problem whose rows another initializer made.
         tensors: of every realigned tensor of every input, with the places of its solves.
         uncovered: for each input the ids of new tokens that neither a donor nor an override gives a row.
+        is_complete: whether everything that was to be added has been.
     """
 
     def __init__(self, transplant: Transplant) -> None:
@@ -69,6 +70,7 @@ class Record:
         self.other_rows: list[dict[str, Any]] = []
         self.tensors: list[dict[str, Any]] = []
         self.uncovered: dict[RecipeModel, list[int]] = {}
+        self.is_complete = False
 
     def add_solve(self, posed: DonorProblem, solution: Solution, **settings: Any) -> int:
         """Describe a solve, with the settings that it had; returns its place among all."""
@@ -108,12 +110,14 @@ class Record:
 
     @never_fatal
     def write(self, folder: Path, seconds: float) -> None:
-        """Write the record and, where mergekit has written a model card, a section of that.
+        """Write the record, if it is complete, and, where mergekit has written a model card, a section of that.
 
         Args:
             folder: of the finished model.
             seconds: what the run took.
         """
+        if not self.is_complete:
+            return  # what went wrong has been logged
         record = self._complete(folder, seconds)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -150,7 +154,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """The record beside a model.
 
     Raises:
-        OmpError: where there is none, or one that this version cannot read.
+        OmpError: where there is none, an incomplete one, or one that this version cannot read.
     """
     path = Path(folder) / RECORD_FILE
     try:
@@ -163,6 +167,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise OmpError(f"{path} is no JSON ({error}); make the model again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise OmpError(f"{path} is of another version of mergekit-omp; make the model again or use that version.")
+    if "samples" not in record:
+        raise OmpError(f"{path} is incomplete, as the log of that run tells; make the model again.")
     return record
 
 

@@ -1,52 +1,105 @@
-"""What a run did, in a few log lines."""
+"""The record of a transplant as text for a terminal, and what the page says in the same words."""
 
-import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from mergekit_omp.recipe.transplant import RecipeModel
-from mergekit_omp.report.record import Record
-from mergekit_omp.report.warnings import warnings_for
+from mergekit_omp.report.tables import Part, heading, indented, new_table, note
 
-LOG = logging.getLogger(__name__)
+Record = Mapping[str, Any]
 
-NAMED = 20
-"""Tokens without a row that are named."""
-
-
-def log_summary(record: Record) -> None:
-    """Log one line an input, what its user should know, and one line for the solves."""
-    for model in record.transplant.inputs:
-        LOG.info("%s", _describe_match(model))
-        _warn_of_uncovered(model, record)
-        for sentence in warnings_for(model, record.transplant):
-            LOG.warning("%s", sentence)
-    if record.solves or not record.other_rows:
-        LOG.info("%d solves: %s", len(record.solves), _describe_solves(record))
+_LABELS = {
+    "no token": "no token has this id",
+    "same string": "same string",
+    "same bytes": "same bytes, other string",
+    "byte token": "a single byte",
+    "special content": "special token, same string",
+    "special role": "special token, same role",
+    "special equivalent": "special token, same meaning",
+    "unused": "reserved for later use",
+    "missing": "new token",
+    "missing special": "new special token",
+}
 
 
-def _describe_match(model: RecipeModel) -> str:
-    match = model.match
-    counts = ", ".join(f"{count} {reason.name.lower().replace('_', ' ')}" for reason, count in match.counts().items())
-    return f"{model}: {int((match.rows >= 0).sum())} tokens kept, {int(match.is_new().sum())} lacking ({counts})"
+def summary(record: Record) -> Iterator[Part]:
+    """Yield the parts of the text.
+
+    Args:
+        record: a complete one, as ``mergekit_omp.report.record`` writes it.
+    """
+    yield subtitle(record)
+    for model in inputs(record):
+        yield ""
+        yield heading(model["name"])
+        yield f"  {model['kept']:,} of {record['tokens']:,} tokens keep a row of this model"
+        reasons = new_table("", "", align="rl", header=False)
+        for reason, count in matches(model):
+            reasons.add_row(f"{count:,}", label(reason))
+        yield indented(reasons, 4)
+    for donor in dict.fromkeys(solve["donor"] for solve in record["solves"]):
+        yield ""
+        yield heading(f"Solves with the rows of {donor}")
+        yield from _describe_solves([solve for solve in record["solves"] if solve["donor"] == donor])
+    if other_rows(record):
+        yield ""
+    yield from other_rows(record)
+    yield ""
+    yield heading("Tokens per byte")
+    texts = new_table("text", "before", "after")
+    for text in record["texts"]:
+        texts.add_row(text["name"], f"{text['before']:.3f}", f"{text['after']:.3f}")
+    yield indented(texts)
+    if advice(record):
+        yield ""
+    yield from map(note, advice(record))
 
 
-def _warn_of_uncovered(model: RecipeModel, record: Record) -> None:
-    ids = record.uncovered.get(model, [])
-    if not ids:
-        return
-    names = [record.transplant.vocabulary.tokens[id_].text for id_ in ids]
-    LOG.warning(
-        "%s has no row for %d tokens and neither has a donor; they get the mean of the kept rows: %s%s",
-        model,
-        len(names),
-        " ".join(map(repr, names[:NAMED])),
-        " …" if len(names) > NAMED else "",
+def _describe_solves(solves: Sequence[Record]) -> Iterator[Part]:
+    table = new_table("matrix", "new tokens", "anchors", "k", "seconds", "mean residual", "median", "p95")
+    for solve in solves:
+        table.add_row(
+            solve["tensor"],
+            f"{solve['targets']:,}",
+            f"{solve['atoms']:,}",
+            str(solve["k"]),
+            f"{solve['seconds']:.1f}",
+            *(f"{solve['residuals'][key]:.3f}" for key in ("mean", "median", "p95")),
+        )
+    yield indented(table)
+    for solve in solves:
+        anchors = " ".join(anchor["token"] for anchor in solve["usage"]["most_used"][:12])
+        yield f"  most used anchors in {solve['tensor']}: {anchors}"
+
+
+def subtitle(record: Record) -> str:
+    """Say what was merged, and when."""
+    models = ", ".join(model["name"] for model in inputs(record))
+    return (
+        f"{record['merge_method']}: {models} with the tokenizer of {record['tokenizer_source']}, {record['created']}"
     )
 
 
-def _describe_solves(record: Record) -> str:
-    targets = sum(solve["targets"] for solve in record.solves)
-    if not targets:
-        return "nothing to approximate"
-    mean = sum(solve["targets"] * solve["residuals"]["mean"] for solve in record.solves) / targets
-    seconds = sum(solve["seconds"] for solve in record.solves)
-    return f"{targets} approximated with a mean relative residual of {mean:.3f}; {seconds:.1f} s"
+def inputs(record: Record) -> list[Record]:
+    """List the models that were merged."""
+    return [model for model in record["models"] if "input" in model["roles"]]
+
+
+def advice(record: Record) -> list[str]:
+    """List the warnings about all inputs."""
+    return [sentence for model in inputs(record) for sentence in model["advice"]]
+
+
+def matches(model: Record) -> list[tuple[str, int]]:
+    """List why an input has rows for output tokens or not, with the number of tokens, most first."""
+    return sorted(model["match"].items(), key=lambda item: -item[1])
+
+
+def label(reason: str) -> str:
+    """Word a reason of :func:`matches` for a reader."""
+    return _LABELS.get(reason, reason)
+
+
+def other_rows(record: Record) -> list[str]:
+    """Say for each tensor whose new rows are not OMP's what made them."""
+    made_by = [(tensor, tensor["parameters"].get("approximation", "omp")) for tensor in record["tensors"]]
+    return [f"{tensor['name']} of {tensor['model']}: new rows by {name}" for tensor, name in made_by if name != "omp"]

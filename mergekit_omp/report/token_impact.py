@@ -1,7 +1,7 @@
-"""Which new tokens matter most for a text: how often it uses them, times how badly they were approximated."""
+"""Which new tokens matter most for a text: how often it uses them, times their relative residual."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ class Impact:
     Attributes:
         id: its id in the output vocabulary.
         text: what it stands for, as the tokenizer decodes it.
-        uses: how often the texts have it.
+        uses: how often it occurs in the texts.
         relative_residual: ‖x - x̂‖ / ‖x‖ of its row in the donor's space, in [0, 1]; the largest of several solves.
     """
 
@@ -28,7 +28,7 @@ class Impact:
 
     @property
     def impact(self) -> float:
-        """Uses times residual."""
+        """Multiply uses by residual."""
         return self.uses * self.relative_residual
 
 
@@ -46,7 +46,7 @@ def rank_tokens(
         The tokens that the texts use, greatest impact first, and how many tokens the texts have in all.
 
     Raises:
-        OmpError: there is no text, or the record is of a version that kept no residual for each token.
+        OmpError: there is no text, or the record has no residual for each token.
     """
     residuals = _residuals(record)
     ids = [id_ for text in texts for id_ in tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -59,7 +59,7 @@ def rank_tokens(
 
 def _residuals(record: Mapping[str, Any]) -> dict[int, float]:
     if record.get("other_rows") and not record["solves"]:
-        raise OmpError("The new rows of this model have no residuals: only those that approximation: omp makes have.")
+        raise OmpError("The new rows of this model have no residuals: only those of approximation: omp have.")
     residuals: dict[int, float] = {}
     for solve in record["solves"]:
         if "tokens" not in solve:
@@ -67,19 +67,3 @@ def _residuals(record: Mapping[str, Any]) -> dict[int, float]:
         for id_, residual in solve["tokens"]:
             residuals[id_] = max(residual, residuals.get(id_, 0.0))
     return residuals
-
-
-def format_impacts(ranked: Sequence[Impact], total: int, most: int) -> str:
-    """A table of the ``most`` first tokens, and a line on all of them."""
-    new = sum(token.uses for token in ranked)
-    lines = [
-        f"{new} of {total} tokens in the texts are approximated ones ({new / total:.1%}), {len(ranked)} different."
-    ]
-    if ranked:
-        lines += ["", f"{'token':<24} {'id':>7} {'uses':>6} {'residual':>9} {'impact':>8}"]
-        lines += [
-            f"{token.text!r:<24} {token.id:>7} {token.uses:>6} {token.relative_residual:>9.3f} {token.impact:>8.2f}"
-            for token in ranked[:most]
-        ]
-        lines += ["", "What is high here is worth an override: tokenizer.tokens in the recipe."]
-    return "\n".join(lines)

@@ -1,12 +1,12 @@
-"""Codes that took long to find are kept on disk, so that a re-run or a second model costs no second solve.
+"""Cache the sparse codes of large solves on disk, so that a second run or a second model needs no second solve.
 
-An entry is found by the content of what was solved: targets, atoms and parameters. So it is right whatever folder the
-donor came from, and there is nothing to invalidate. The cache can only save time: where it cannot be read or written,
-the solve runs as without it.
+The key of an entry is a hash of the targets, the atoms and the parameters of the solve, so that entries never become
+wrong. Where the cache cannot be read or written, the solve runs without it.
 
-Two environment variables set it: ``MERGEKIT_OMP_CACHE`` is its folder, or ``off``; the default is
-``mergekit-omp/codes`` under ``XDG_CACHE_HOME``, else under ``~/.cache``. ``MERGEKIT_OMP_CACHE_SIZE`` is the most that
-it may hold, such as ``500M`` or ``4G`` (the default); the entries that were not used for longest go first.
+Two environment variables configure it. ``MERGEKIT_OMP_CACHE`` is its folder, or ``off``; the default is the folder
+``codes`` in the platform's cache folder of mergekit-omp: under ``XDG_CACHE_HOME``, else ``~/.cache``, on Linux.
+``MERGEKIT_OMP_CACHE_SIZE`` is its maximum size, such as ``500M`` or ``4G`` (the default); the least recently used
+entries are removed first.
 """
 
 import contextlib
@@ -18,7 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import torch
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,67 +34,76 @@ FOLDER_VARIABLE = "MERGEKIT_OMP_CACHE"
 SIZE_VARIABLE = "MERGEKIT_OMP_CACHE_SIZE"
 
 WORTH_KEEPING = 2**35
-"""Multiplications from which on a solve is looked up and kept: a second or so of a laptop."""
+"""Multiplications from which on a solve is cached: about a second on a laptop."""
 
-_FORMAT = 1  # counts changes of what is stored, and of the solver's choices
+_FORMAT = 2  # counts changes of what is stored, and of what the solver selects
 _OFF = {"", "0", "off", "no", "false", "none"}
 _SUFFIX = ".safetensors"
-_OURS = re.compile(r"[0-9a-f]{64}\.")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.")  # of drafts too
 
 
 def solve_with_cache(
-    targets: Tensor, atoms: Tensor, k: int, *, normalize_atoms: bool = False, scan_every: int = 1, **how: Any
+    targets: Tensor, atoms: Tensor, k: int, *, normalize_atoms: bool = False, **how: Any
 ) -> SparseCodes:
-    """:func:`mergekit_omp.solver.solve_omp`, or what it once returned for the same arguments.
+    """Return what :func:`mergekit_omp.solver.solve_omp` returns, from the cache where it is there.
 
-    ``how`` is for arguments that change how the solve runs and not what it finds.
+    Args:
+        targets: float [B, d], as for ``solve_omp``.
+        atoms: float [N, d].
+        k: sparsity.
+        normalize_atoms: select atoms by the cosine with the residual.
+        how: arguments of ``solve_omp`` that change how it runs and not what it returns.
 
     Raises:
-        OmpError: as ``solve_omp`` does, and where an environment variable cannot be understood.
+        OmpError: as ``solve_omp`` does, and for an invalid environment variable.
     """
-    choices = {"normalize_atoms": normalize_atoms, "scan_every": scan_every}
     folder = cache_folder()
     if folder is None or len(targets) * len(atoms) * targets.shape[1] * min(k, len(atoms)) < WORTH_KEEPING:
-        return solve_omp(targets, atoms, k, **choices, **how)
+        return solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **how)
     limit = cache_limit()
-    path = folder / f"{_key(targets, atoms, k, choices)}{_SUFFIX}"
+    path = folder / f"{_key(targets, atoms, k, normalize_atoms)}{_SUFFIX}"
     codes = _read(path, len(targets), min(k, len(atoms)), len(atoms))
     if codes is not None:
-        LOG.info("The codes of %s were solved before; they come from %s", how.get("name", "the donor"), path)
+        LOG.info("Sparse codes of %s are read from %s", how.get("name", "the donor"), path)
         if "progress" in how:
             how["progress"](len(targets))
         return codes
-    codes = solve_omp(targets, atoms, k, **choices, **how)
+    codes = solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **how)
     _write(path, codes)
     _shrink(folder, limit)
     return codes
 
 
 def cache_folder() -> Path | None:
-    """Where codes are kept; None where the cache is turned off."""
+    """Return the folder of the cache; None where it is off."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen is not None:
         return None if chosen.strip().lower() in _OFF else Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergekit-omp" / "codes"
+    return platformdirs.user_cache_path("mergekit-omp", appauthor=False) / "codes"
 
 
 def cache_limit() -> int:
-    """The most bytes that the cache may hold."""
+    """Return the maximum size of the cache in bytes.
+
+    Raises:
+        OmpError: the environment variable is not a size.
+    """
     text = os.environ.get(SIZE_VARIABLE, "4G")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
-    if match is None:
-        raise OmpError(f"{SIZE_VARIABLE}: {text!r} is no size; write a number of bytes such as 500M or 4G.")
-    return int(float(match.group(1)) * _UNITS[match.group(2)])
+    try:
+        return TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        raise OmpError(
+            f"{SIZE_VARIABLE}: {text!r} is not a size; write a number of bytes such as 500M or 4G."
+        ) from None
 
 
 def cache_size(folder: Path) -> int:
-    """The bytes that the cache holds."""
+    """Return the size of the cache in bytes."""
     return sum(size for _, size, _ in _entries(folder))
 
 
-def _key(targets: Tensor, atoms: Tensor, k: int, choices: dict[str, Any]) -> str:
-    digest = hashlib.sha256(repr((_FORMAT, k, choices)).encode())
+def _key(targets: Tensor, atoms: Tensor, k: int, normalize_atoms: bool) -> str:
+    digest = hashlib.sha256(repr((_FORMAT, k, normalize_atoms)).encode())
     for rows in (targets, atoms):
         digest.update(repr((str(rows.dtype), tuple(rows.shape))).encode())
         digest.update(memoryview(rows.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
@@ -100,13 +111,13 @@ def _key(targets: Tensor, atoms: Tensor, k: int, choices: dict[str, Any]) -> str
 
 
 def _read(path: Path, n_targets: int, k: int, n_atoms: int) -> SparseCodes | None:
-    """A stored result; None where there is none, or one that is damaged, which a new solve then replaces."""
+    """Read an entry; None where there is none, or it is damaged, so that a new solve replaces it."""
     if not path.exists():
         return None
     try:
         stored = load_file(path)
         codes = SparseCodes(stored["indices"].long(), stored["coefficients"], stored["relative_residuals"])
-        os.utime(path)  # used now
+        os.utime(path)  # for _shrink
     except (OSError, SafetensorError, KeyError) as error:
         LOG.warning("%s is not used: %s", path, error)
         return None
@@ -121,7 +132,7 @@ def _read(path: Path, n_targets: int, k: int, n_atoms: int) -> SparseCodes | Non
 
 
 def _write(path: Path, codes: SparseCodes) -> None:
-    """Store a result whole or not at all, whoever else is writing it."""
+    """Write an entry atomically: other processes may be writing the same one."""
     tensors = {
         "indices": codes.indices.int().contiguous(),
         "coefficients": codes.coefficients.contiguous(),
@@ -135,31 +146,31 @@ def _write(path: Path, codes: SparseCodes) -> None:
         save_file(tensors, draft)
         os.replace(draft, path)
     except (OSError, SafetensorError) as error:
-        LOG.warning("The codes could not be kept in %s: %s", path.parent, error)
+        LOG.warning("Sparse codes cannot be cached in %s: %s", path.parent, error)
         if draft:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
 
 
 def _shrink(folder: Path, limit: int) -> None:
-    """Remove the entries, and the drafts of killed runs, that were not used for longest until the rest fits."""
+    """Remove least recently used entries, and drafts of killed runs, until the size is within the limit."""
     entries = sorted(_entries(folder))
     excess = sum(size for _, size, _ in entries) - limit
     for _, size, path in entries:
         if excess <= 0:
             return
-        with contextlib.suppress(OSError):  # another run may have been faster
+        with contextlib.suppress(OSError):  # another process may have removed it
             path.unlink()
         excess -= size
 
 
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
-    """Time of last use, size and path of every entry and draft; other files in the folder are none of ours."""
+    """List time of last use, size and path of every entry and draft; other files in the folder are left alone."""
     entries = []
     for path in folder.glob("*"):
-        if not _OURS.match(path.name):
+        if not _ENTRY_NAME.match(path.name):
             continue
         with contextlib.suppress(OSError):
-            state = path.stat()
-            entries.append((state.st_mtime, state.st_size, path))
+            status = path.stat()
+            entries.append((status.st_mtime, status.st_size, path))
     return entries

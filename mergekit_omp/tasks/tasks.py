@@ -28,7 +28,7 @@ from mergekit_omp.realign.problem import Problem, Solution, TrainedRows, pose_pr
 from mergekit_omp.realign.rows import check_rows, realign
 from mergekit_omp.recipe.overrides import override_row
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
-from mergekit_omp.report.record import Record
+from mergekit_omp.report.record import Record, never_fatal
 from mergekit_omp.solver.cache import solve_with_cache
 from mergekit_omp.tasks.hidden_states import FindLogitShift
 from mergekit_omp.tasks.placement import on_the_cpu
@@ -313,6 +313,7 @@ class RecordTransplant(Task[None]):
         }
 
     @on_the_cpu
+    @never_fatal
     def execute(self, **done: Solution | Problem) -> None:
         """Describe them while their codes are at hand."""
         places: dict[SolveCodes, int] = {}
@@ -341,6 +342,7 @@ class RecordTransplant(Task[None]):
                     solves=[places[solve] for solve in one.solves],
                     problems=[covered[rows.pose] for rows in one.new_rows],
                 )
+        self.record.is_complete = True
 
 
 def _all_like(device: torch.device) -> list[torch.device] | None:

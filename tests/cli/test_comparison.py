@@ -1,4 +1,4 @@
-"""`mergekit-omp compare`: one recipe, several methods, one table; `mergekit-omp align`: the map of one of them."""
+"""`mergekit-omp compare`: one recipe, several approximations, one table; `align`: the map of one of them."""
 
 import json
 from pathlib import Path
@@ -55,18 +55,21 @@ def test_a_method_that_fails_is_a_row_and_the_plot_has_the_others(written: Path,
     result = compare(written, "--approximations", "focus,mean", "--plot", str(plot))
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0].startswith("| approximation | prose | overall | tokens/byte | seconds | peak MiB |")
-    assert "failed: parameters" in lines[3]
-    assert "corpus" in lines[3]
+    assert lines[0].startswith("| approximation |  prose | overall | tokens/byte | seconds | peak MiB |")
+    assert lines[1].strip("|-") == ""
+    assert [cell.strip() for cell in lines[3].strip("|").split("|")] == ["focus", "failed", "", "", "", ""]
     assert lines[4].startswith("| mean ")
+    assert len({len(line) for line in lines[:5]}) == 1
+    assert lines[5] == ""
+    assert lines[6].startswith("focus failed: parameters: approximation: focus needs either corpus: or vectors:")
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--approximations", "omp,subwrod"], "'subwrod' is none (did you mean subword?)"),
-        (["--approximations", ","], "there is none in ','"),
+        (["--approximations", "omp,subwrod"], "unknown approximation 'subwrod' (did you mean subword?)"),
+        (["--approximations", ","], "no name in ','"),
         (["--plot", "/nowhere/plot.png"], "--plot: /nowhere/plot.png cannot be written"),
         (["--plot", "plot.txt"], "name a .png"),
     ],

@@ -49,7 +49,7 @@ def test_ranking(out: Path, tmp_path: Path) -> None:
 
     table = CliRunner().invoke(main, ["tokens", str(out), "--text", str(text), "--most", "1"]).output
     new = sum(token["uses"] for token in ranked)
-    assert table.startswith(f"{new} of {len(ids)} tokens in the texts are approximated ones")
+    assert table.startswith(f"{new} of {len(ids)} tokens in the texts are approximated (")
     assert repr(ranked[0]["text"]) in table
 
 

@@ -1,6 +1,7 @@
-"""Codes kept on disk: found again by content alone, and never anything but time saved or lost."""
+"""The cache of sparse codes: entries are found by content, and change only how long a solve takes."""
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -63,7 +64,6 @@ def test_whatever_changes_the_codes_is_another_entry(solves: list[int]) -> None:
     for variant in (
         lambda: cache.solve_with_cache(targets, atoms, 4),
         lambda: cache.solve_with_cache(targets, atoms, 3, normalize_atoms=True),
-        lambda: cache.solve_with_cache(targets, atoms, 3, scan_every=4),
         lambda: cache.solve_with_cache(other, atoms, 3),
         lambda: cache.solve_with_cache(targets, atoms.flip(0), 3),
         lambda: cache.solve_with_cache(targets[:-1], atoms, 3),
@@ -96,7 +96,8 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache.cache_folder() == tmp_path / "mergekit-omp" / "codes"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_folder() == Path.home() / ".cache" / "mergekit-omp" / "codes"
+    if sys.platform == "linux":
+        assert cache.cache_folder() == Path.home() / ".cache" / "mergekit-omp" / "codes"
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", "truncate", "other tensors", "indices out of range"])
@@ -145,7 +146,10 @@ def test_other_files_in_the_folder_are_left_alone(monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize(("text", "size"), [("100", 100), ("1.5K", 1500), ("500M", 5 * 10**8), ("4gb", 4 * 10**9)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("100", 100), ("1.5K", 1500), ("500M", 5 * 10**8), ("4G", 4 * 10**9), ("4gb", 4 * 10**9), (" 8 GiB", 2**33)],
+)
 def test_size_variable(monkeypatch: pytest.MonkeyPatch, text: str, size: int) -> None:
     monkeypatch.setenv(cache.SIZE_VARIABLE, text)
     assert cache.cache_limit() == size
@@ -154,7 +158,8 @@ def test_size_variable(monkeypatch: pytest.MonkeyPatch, text: str, size: int) ->
 def test_size_variable_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cache.SIZE_VARIABLE, "plenty")
     with pytest.raises(
-        OmpError, match=r"^MERGEKIT_OMP_CACHE_SIZE: 'plenty' is no size; write a number of bytes such as 500M or 4G\.$"
+        OmpError,
+        match=r"^MERGEKIT_OMP_CACHE_SIZE: 'plenty' is not a size; write a number of bytes such as 500M or 4G\.$",
     ):
         cache.solve_with_cache(*problem(), 3)
 
@@ -162,7 +167,7 @@ def test_size_variable_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_folder_that_cannot_be_written(folder: Path, caplog: pytest.LogCaptureFixture, solves: list[int]) -> None:
     folder.write_text("a file")
     assert_same(cache.solve_with_cache(*problem(), 3), solve_omp(*problem(), 3))
-    assert "could not be kept" in caplog.text
+    assert "cannot be cached" in caplog.text
 
 
 def test_full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

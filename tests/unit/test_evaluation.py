@@ -15,10 +15,10 @@ from mergekit_omp.evaluation.bits_per_byte import (
     TextScore,
     builtin_texts,
     evaluate,
-    format_scores,
     read_text,
     windows,
 )
+from mergekit_omp.report.scores import format_scores
 
 TEXT = "one two\nthree été two one\nтри two\n" * 3
 
@@ -130,7 +130,9 @@ def test_evaluate_scores_folders_against_the_first(tmp_path: Path) -> None:
     assert scores[0].texts[1].tokens_per_byte == 6 / 8
     table = format_scores(scores)
     assert table.splitlines()[0].split() == ["first", "copy", "other"]
-    assert table.splitlines()[-1].startswith("overall")
+    first_cells = table.splitlines()[-1].split()[:4]
+    overall = scores[0].overall
+    assert first_cells == ["overall", f"{overall.bits_per_byte:.3f}", f"{overall.tokens_per_byte:.3f}", "100.0%"]
 
 
 def test_evaluate_one_model_has_no_agreement(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""The pictures of the report page as SVG, drawn by matplotlib, which is optional and imported where it is used."""
+
+import io
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.report.summary import Record, inputs, label, matches
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KEPT = "#2f6f9f"
+NEW = "#c8553d"
+GREY = "#8a8f98"
+
+
+def require_matplotlib() -> None:
+    """Raise an OmpError where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise OmpError("The page's pictures need matplotlib; run `pip install 'mergekit-omp[report]'`.")
+
+
+def draw_matches(record: Record) -> "Figure":
+    """Draw for each input how many output tokens it has a row for or not, by reason."""
+    models = inputs(record)
+    most = max(len(model["match"]) for model in models)
+    figure, axes = _new_figure(len(models), 0.9 + 0.34 * most)
+    for axis, model in zip(axes, models, strict=True):
+        counts = matches(model)[::-1]
+        colours = [NEW if reason.startswith("missing") else KEPT for reason, _ in counts]
+        bars = axis.barh([label(reason) for reason, _ in counts], [count for _, count in counts], color=colours)
+        axis.bar_label(bars, [f"{count:,}" for _, count in counts], padding=4, fontsize=9)
+        axis.margins(x=0.12)
+        axis.xaxis.set_visible(False)
+        axis.spines["bottom"].set_visible(False)
+        if len(models) > 1:
+            axis.set_title(model["name"], loc="left", fontsize=10)
+    return figure
+
+
+def draw_residuals(record: Record) -> "Figure":
+    """Draw a histogram of relative residuals for each solve."""
+    solves = solves_with_targets(record)
+    figure, axes = _new_figure(len(solves), 2.6)
+    for axis, solve in zip(axes, solves, strict=True):
+        residuals = solve["residuals"]
+        axis.stairs(residuals["counts"], residuals["edges"], fill=True, color=KEPT)
+        axis.axvline(residuals["median"], color=NEW, linewidth=1.5)
+        axis.annotate(
+            f"median {residuals['median']:.3f}",
+            (residuals["median"], 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(5, -2),
+            textcoords="offset points",
+            va="top",
+            color=NEW,
+            fontsize=9,
+        )
+        axis.margins(y=0.2)
+        axis.set(xlim=(0, 1), xlabel="relative residual", ylabel="tokens")
+        axis.set_title(sides(record, solve), loc="left", fontsize=10)
+    return figure
+
+
+def draw_usage(record: Record) -> "Figure":
+    """Draw for each solve how many anchors are used how often."""
+    solves = solves_with_targets(record)
+    figure, axes = _new_figure(len(solves), 2.6)
+    for axis, solve in zip(axes, solves, strict=True):
+        bins = solve["usage"]["counts"]
+        names = ["0", *(str(b["from"]) if b["from"] == b["to"] else f"{b['from']}–{b['to']}" for b in bins)]
+        counts = [solve["usage"]["never"], *(b["anchors"] for b in bins)]
+        bars = axis.bar(names, counts, color=[GREY] + [KEPT] * len(bins))
+        axis.bar_label(bars, [f"{count:,}" for count in counts], padding=2, fontsize=9)
+        axis.margins(y=0.15)
+        axis.set(xlabel="new tokens that use an anchor", ylabel="anchors")
+        axis.tick_params(axis="x", labelsize=8, rotation=30 if len(names) > 9 else 0)
+        axis.set_title(sides(record, solve), loc="left", fontsize=10)
+    return figure
+
+
+def draw_texts(record: Record) -> "Figure":
+    """Draw tokens per byte of the built-in texts, before and after."""
+    texts = record["texts"]
+    figure, [axis] = _new_figure(1, 2.8)
+    places = range(len(texts))
+    for shift, key, colour in ((-0.2, "before", GREY), (0.2, "after", KEPT)):
+        bars = axis.bar(
+            [place + shift for place in places], [text[key] for text in texts], 0.38, color=colour, label=key
+        )
+        axis.bar_label(bars, fmt="{:.3f}", padding=2, fontsize=9)
+    axis.set_xticks(list(places), [text["name"] for text in texts])
+    axis.margins(y=0.15)
+    axis.set_ylabel("tokens per byte")
+    axis.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.15))
+    return figure
+
+
+def solves_with_targets(record: Record) -> list[Record]:
+    """List the solves that there are pictures of."""
+    return [solve for solve in record["solves"] if solve["targets"]]
+
+
+def sides(record: Record, solve: Record) -> str:
+    """Say which tensors of the output a solve served."""
+    index = record["solves"].index(solve)
+    served = sorted({tensor["side"] for tensor in record["tensors"] if index in tensor["solves"]})
+    return f"{solve['tensor']} of {solve['donor']}, for the {' and the '.join(served)}"
+
+
+def as_svg(draw: Callable[[Record], "Figure"], record: Record) -> str:
+    """Draw a picture as an ``<svg>`` element; the same record gives the same bytes."""
+    from matplotlib import rc_context
+
+    image = io.StringIO()
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "mergekit-omp"}):
+        draw(record).savefig(image, format="svg", metadata={"Date": None})
+    drawing = image.getvalue()
+    return drawing[drawing.index("<svg") :]
+
+
+def _new_figure(rows: int, height: float) -> tuple["Figure", Sequence["Axes"]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height * rows), layout="constrained")
+    axes = figure.subplots(rows, squeeze=False)[:, 0]
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,35 @@
+"""The scores of models on texts as a table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from mergekit_omp.evaluation.bits_per_byte import ModelScore, TextScore
+from mergekit_omp.report.tables import new_table, render
+
+
+def score_table(scores: Sequence[ModelScore]) -> Table:
+    """Make a table with a row for each text and a group of numbers for each model."""
+    names = _short_names([score.model for score in scores])
+    table = new_table("", *(f"{name}\nbits/B  tokens/B  agree" for name in names))
+    rows = [(*score.texts, score.overall) for score in scores]
+    for same_text in zip(*rows, strict=True):
+        table.add_row(same_text[0].text, *map(_numbers, same_text))
+    return table
+
+
+def format_scores(scores: Sequence[ModelScore]) -> str:
+    """Format the table of :func:`score_table` as plain text."""
+    return render(score_table(scores))
+
+
+def _numbers(score: TextScore) -> str:
+    agreement = "-" if score.agreement is None else f"{score.agreement:.1%}"
+    return f"{score.bits_per_byte:.3f}  {score.tokens_per_byte:8.3f}  {agreement:>6}"
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Name models by their last part where that tells them apart."""
+    short = [Path(name).name for name in names]
+    return short if len(set(short)) == len(set(names)) else list(names)

@@ -1,0 +1,48 @@
+"""Tables and text for a terminal and for a pipe."""
+
+import sys
+
+import pytest
+from rich.cells import cell_len
+
+from mergekit_omp.report.tables import Part, heading, indented, new_table, note, render, show
+
+
+def parts() -> list[Part]:
+    table = new_table("token", "uses")
+    table.add_row("[red]모델 :smile:", "7")
+    table.add_row("x" * 500, "12,345")
+    return [heading("A heading"), "", table, note("a sentence " * 40)]
+
+
+def test_nothing_is_cut_wrapped_or_interpreted() -> None:
+    lines = render(*parts()).splitlines()
+    assert lines[:2] == ["A heading", ""]
+    assert lines[3].split() == ["[red]모델", ":smile:", "7"]
+    assert lines[4] == f"{'x' * 500}  12,345"
+    assert {cell_len(line) for line in lines[2:5]} == {508}, "aligned by the width of characters"
+    assert lines[5] == f"Note: {'a sentence ' * 40}".rstrip()
+    assert len(lines) == 6
+
+
+def test_a_markdown_table_can_be_pasted() -> None:
+    table = new_table("a", "b", markdown=True)
+    table.add_row("x", "10")
+    assert render(table) == "| a |  b |\n|---|----|\n| x | 10 |"
+    assert render(indented(table)) == "  | a |  b |\n  |---|----|\n  | x | 10 |"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_colours_are_for_terminals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    """click leaves escape sequences in what a terminal gets, and so does rich if TERM is not dumb."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    show(*parts())
+    assert ("\x1b[" in capsys.readouterr().out) is terminal
+
+
+def test_surrogates_are_escaped() -> None:
+    """A path may have bytes that are not UTF-8, and they must not end a command."""
+    assert render("a\udcff") == "a\\udcff"
