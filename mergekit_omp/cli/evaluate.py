@@ -16,7 +16,7 @@ from mergekit_omp.cli.options import (
 
 @click.command(name="eval", short_help="Measure models: bits and tokens per byte, agreement.")
 @click.argument("models", nargs=-1, required=True)
-@click.option("--base", help="The model to compare greedy continuations with.  [default: the first of MODELS]")
+@click.option("--base", help="The model to compare with.  [default: the first of MODELS, for agreement alone]")
 @TEXTS
 @click.option(
     "--suite",
@@ -50,15 +50,20 @@ def evaluate(
     Bits and tokens are counted per byte of the text, so that models with different tokenizers can be compared; lower
     is better. Agreement is how often a model's most likely next bytes are those of the base.
 
+    With --base, a second table shows where a model with another tokenizer loses bits: its tokens beside what the base
+    says that they should cost. They are tokens of the base (equal), pieces of one (first piece, later pieces), or
+    cross the borders of its tokens.
+
     \b
     mergekit-omp eval google/gemma-3-270m ./transplanted
+    mergekit-omp eval ./transplanted --base google/gemma-3-270m
     """
     silence_transformers()
     import torch
 
     from mergekit_omp.evaluation.bits_per_byte import evaluate
-    from mergekit_omp.report.scores import score_table
-    from mergekit_omp.report.tables import show
+    from mergekit_omp.report.scores import score_table, span_table
+    from mergekit_omp.report.tables import heading, show
 
     check_device(device)
     scores = evaluate(
@@ -72,5 +77,8 @@ def evaluate(
     )
     if as_json:
         print_json([score.as_dict() for score in scores])
-    else:
-        show(score_table(scores))
+        return
+    show(score_table(scores))
+    for score in scores if base else ():
+        if any(text.spans is not None for text in score.texts):
+            show("", heading(f"{score.model}: bits per byte beside the ideal of {base}"), span_table(score))

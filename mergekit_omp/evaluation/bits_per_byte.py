@@ -5,8 +5,9 @@ All three count in bytes of UTF-8, so that models with different tokenizers comp
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.evaluation.spans import IdealToken, SpanRuler, SpanScores, add_scores, score_spans, token_starts
 from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 LOG = logging.getLogger(__name__)
@@ -39,6 +41,8 @@ class TextScore:
         agreement: share of the positions where both models can go on that have the same greedy next bytes, in [0, 1];
             None without a base model, or where a tokenizer does not give the text back byte for byte.
         n_positions: how many positions ``agreement`` is the mean of.
+        spans: the tokens by how they lie over the base's, beside what they should cost; None where no base was named,
+            it has the same tokenizer, or a tokenizer does not give the text back byte for byte.
     """
 
     text: str
@@ -47,6 +51,7 @@ class TextScore:
     bits: float
     agreement: float | None = None
     n_positions: int = 0
+    spans: SpanScores | None = None
 
     @property
     def bits_per_byte(self) -> float:
@@ -67,6 +72,15 @@ class TextScore:
             "agreement": self.agreement,
             "bytes": self.n_bytes,
             "tokens": self.n_tokens,
+            "spans": self.spans
+            and {
+                kind.value: {
+                    "tokens": score.n_tokens,
+                    "bits_per_byte": score.bits / self.n_bytes,
+                    "ideal_bits_per_byte": score.ideal_bits / self.n_bytes,
+                }
+                for kind, score in self.spans.items()
+            },
         }
 
 
@@ -90,7 +104,12 @@ class ModelScore:
             bits=sum(score.bits for score in self.texts),
             agreement=agreed / positions if positions else None,
             n_positions=positions,
+            spans=self._all_spans(),
         )
+
+    def _all_spans(self) -> SpanScores | None:
+        known = [score.spans for score in self.texts if score.spans is not None]
+        return add_scores(known) if len(known) == len(self.texts) else None
 
     def as_dict(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -110,11 +129,16 @@ class Reading:
         n_tokens: tokens read.
         next_bytes: byte offset of each token's start -> the bytes of the greedy token there. None if the tokens do not
             spell the text byte for byte.
+        token_bits: -log2 of the probability of each token.
+        ideals: for each ruler what the tokens of the other tokenizer should cost; None where the tokens of either do
+            not spell the text.
     """
 
     bits: float
     n_tokens: int
     next_bytes: Mapping[int, bytes] | None
+    token_bits: Sequence[float] = ()
+    ideals: Mapping[str, Sequence[IdealToken] | None] = field(default_factory=dict)
 
     def agreement(self, base: "Reading") -> tuple[float | None, int]:
         """Share of the common token starts where both greedy tokens have the same bytes as far as the shorter goes."""
@@ -156,7 +180,8 @@ def evaluate(
     Args:
         models: folders or hub ids of causal language models with their tokenizers.
         texts: name -> text; the built-in held-out texts if None.
-        base: the model to compare greedy continuations with; the first of ``models`` if None.
+        base: the model to compare with: its greedy continuations, and what it says that the tokens of a model with
+            another tokenizer should cost; if None the first of ``models``, and continuations alone.
         device: where the models run.
         dtype: what the models compute in; log-probabilities are float32 in any case.
         window_bytes: length of the windows that texts are read in.
@@ -168,6 +193,7 @@ def evaluate(
     """
     texts = builtin_texts() if texts is None else texts
     _check_request(models, texts)
+    measured = [] if base is None else [str(model) for model in models if str(model) != str(base)]
     base = base or models[0]
     order = [str(base), *(str(model) for model in models if str(model) != str(base))]
     readings: dict[str, dict[str, Reading]] = {}
@@ -176,8 +202,12 @@ def evaluate(
         for name in order:
             bar.set_description(Path(name).name)
             model, tokenizer = _load(name, device, dtype, trust_remote_code)
+            others = (
+                {other: _load_tokenizer(other, trust_remote_code) for other in measured} if name == order[0] else {}
+            )
+            rulers = _rulers(tokenizer, others)
             readings[name] = {
-                title: read_text(model, tokenizer, text, window_bytes=window_bytes, progress=bar.update)
+                title: read_text(model, tokenizer, text, window_bytes=window_bytes, progress=bar.update, rulers=rulers)
                 for title, text in texts.items()
             }
             del model
@@ -195,7 +225,10 @@ def score_readings(
     for title, text in texts.items():
         reading = readings[title]
         agreement, positions = reading.agreement(base[title]) if base else (None, 0)
-        scores.append(TextScore(title, len(text.encode()), reading.n_tokens, reading.bits, agreement, positions))
+        ideals = base[title].ideals.get(model) if base else None
+        spans = score_spans(ideals, reading.token_bits) if ideals is not None else None
+        size = len(text.encode())
+        scores.append(TextScore(title, size, reading.n_tokens, reading.bits, agreement, positions, spans))
     return ModelScore(model, tuple(scores))
 
 
@@ -207,6 +240,7 @@ def read_text(
     *,
     window_bytes: int = WINDOW_BYTES,
     progress: Any = None,
+    rulers: Mapping[str, SpanRuler] | None = None,
 ) -> Reading:
     """Let a model read a text in windows of the same bytes for every model.
 
@@ -219,6 +253,7 @@ def read_text(
         text: any text that is not empty.
         window_bytes: a window ends at the last line end, else the last space, else the last character before this.
         progress: called with the number of bytes read since the last call.
+        rulers: other tokenizers, by a name each, whose tokens of the text are measured by this model.
 
     Raises:
         OmpError: the tokenizer has neither bos nor eos, or emits an id that the model has no row for.
@@ -229,15 +264,20 @@ def read_text(
         raise OmpError(
             "The tokenizer has neither a bos nor an eos token, and nothing can stand before the first word."
         )
-    bits, n_tokens, offset = 0.0, 0, 0
+    token_bits: list[float] = []
+    offset = 0
     next_bytes: dict[int, bytes] | None = {}
+    ideals: dict[str, list[IdealToken] | None] = {name: [] for name in rulers or {}}
     for window in windows(text, window_bytes):
         ids = tokenizer(window, add_special_tokens=False).input_ids
         _check_ids(ids, model)
-        nats, greedy = _predict([start_id, *ids], model)
-        bits += nats / torch.log(torch.tensor(2.0)).item()
-        n_tokens += len(ids)
-        starts = _token_starts(ids, window, vocabulary)
+        logits = _logits([start_id, *ids], model)
+        window_bits, greedy = _predict(logits, ids)
+        token_bits += window_bits
+        starts = token_starts(ids, window, vocabulary)
+        for name, ruler in (rulers or {}).items():
+            more = None if starts is None else ruler.measure(window, logits, starts, window_bits)
+            ideals[name] = _extended(ideals[name], more)
         if starts is None:
             next_bytes = None
         elif next_bytes is not None:
@@ -248,7 +288,22 @@ def read_text(
         offset += size
         if progress is not None:
             progress(size)
-    return Reading(bits, n_tokens, next_bytes)
+    return Reading(sum(token_bits), len(token_bits), next_bytes, token_bits, ideals)
+
+
+def _rulers(tokenizer: PreTrainedTokenizerBase, others: Mapping[str, PreTrainedTokenizerBase]) -> dict[str, SpanRuler]:
+    """Rulers for the tokenizers that differ from the model's own."""
+    own = read_vocabulary(tokenizer)
+    vocabularies = {name: read_vocabulary(other) for name, other in others.items()}
+    return {
+        name: SpanRuler(own, others[name], vocabulary)
+        for name, vocabulary in vocabularies.items()
+        if vocabulary != own
+    }
+
+
+def _extended(known: list[IdealToken] | None, more: list[IdealToken] | None) -> list[IdealToken] | None:
+    return None if known is None or more is None else known + more
 
 
 def windows(text: str, window_bytes: int) -> list[str]:
@@ -281,12 +336,19 @@ def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> No
 def _load(
     name: str, device: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = _load_tokenizer(name, trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise OmpError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
     return model.to(device).eval(), tokenizer
+
+
+def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise OmpError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
 
 
 def _check_ids(ids: Sequence[int], model: PreTrainedModel) -> None:
@@ -297,33 +359,23 @@ def _check_ids(ids: Sequence[int], model: PreTrainedModel) -> None:
         )
 
 
-def _predict(ids: Sequence[int], model: PreTrainedModel) -> tuple[float, list[int]]:
-    """Return -ln p of ids[1:] and, for each of them, the most likely token in its place."""
-    tokens = torch.tensor([ids], device=model.device)
-    logits: Tensor = model(tokens, use_cache=False).logits[0, :-1]  # (T, V)
-    followers = tokens[0, 1:]
-    nats = 0.0
+def _logits(ids: Sequence[int], model: PreTrainedModel) -> Tensor:
+    """The model's logits (T, V) for each of the T tokens ids[1:]."""
+    return model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
+
+
+def _predict(logits: Tensor, ids: Sequence[int]) -> tuple[list[float], list[int]]:
+    """Return -log2 p of each of the T tokens, given logits (T, V), and the most likely token in its place."""
+    followers = torch.tensor(ids, device=logits.device)
+    bits: list[float] = []
     greedy: list[int] = []
     step = max(1, _LOGITS_AT_A_TIME // logits.shape[1])
     for start in range(0, len(logits), step):
         part = logits[start : start + step].float()
         chosen = part.gather(1, followers[start : start + step, None])[:, 0]
-        nats += (part.logsumexp(dim=1) - chosen).double().sum().item()
+        bits += ((part.logsumexp(dim=1) - chosen).double() / log(2)).tolist()
         greedy += part.argmax(dim=1).tolist()
-    return nats, greedy
-
-
-def _token_starts(ids: Sequence[int], window: str, vocabulary: Vocabulary) -> list[int] | None:
-    """Byte offset of each token in the window; None if the tokens do not spell it."""
-    pieces = [_bytes_of(token, vocabulary) for token in ids]
-    spelt, wanted = b"".join(pieces), window.encode()
-    if spelt not in (wanted, b" " + wanted):  # SentencePiece may put a space before a text
-        return None
-    starts, offset = [], len(wanted) - len(spelt)
-    for piece in pieces:
-        starts.append(max(0, offset))
-        offset += len(piece)
-    return starts
+    return bits, greedy
 
 
 def _bytes_of(token: int, vocabulary: Vocabulary) -> bytes:

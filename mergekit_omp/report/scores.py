@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mergekit_omp.evaluation.bits_per_byte import ModelScore, TextScore
+from mergekit_omp.evaluation.spans import SpanClass
 from mergekit_omp.report.tables import new_table, render
 
 
@@ -16,6 +17,19 @@ def score_table(scores: Sequence[ModelScore]) -> Table:
     rows = [(*score.texts, score.overall) for score in scores]
     for same_text in zip(*rows, strict=True):
         table.add_row(same_text[0].text, *map(_numbers, same_text))
+    return table
+
+
+def span_table(score: ModelScore) -> Table:
+    """Make a table of where a model loses bits against its base: bits per byte beside the ideal ones, by class."""
+    table = new_table("", "gap", *(f"{kind.value}\nbits/B  ideal" for kind in SpanClass))
+    for text in (*score.texts, score.overall):
+        if text.spans is None:
+            table.add_row(text.text, *["-"] * (len(SpanClass) + 1))
+            continue
+        cells = [(span.bits / text.n_bytes, span.ideal_bits / text.n_bytes) for span in text.spans.values()]
+        gap = sum(bits - ideal for bits, ideal in cells)
+        table.add_row(text.text, f"{gap:.3f}", *(f"{bits:.3f}  {ideal:.3f}" for bits, ideal in cells))
     return table
 
 
