@@ -65,7 +65,7 @@ def check(parameters: OmpParameters, place: str) -> None:
     check_packages(("gensim", "entmax"), f"{place}: approximation: focus")
     if parameters.corpus is not None:
         check_corpus(parameters.corpus, f"{place}.corpus")
-    else:
+    elif parameters.vectors is not None:
         check_vectors(parameters.vectors, f"{place}.vectors")
 
 
@@ -84,6 +84,7 @@ def focus(new: NewTokens) -> RowMaker:
         place = f"parameters.vectors: {parameters.vectors}"
         vectors, by_text = read_vectors(parameters.vectors, "parameters.vectors"), True
     else:
+        assert parameters.corpus is not None, "checked by check()"
         place = f"parameters.corpus: {parameters.corpus}"
         vectors, by_text = learn_vectors(parameters.corpus, new.output, new.output_tokenizer), False
     anchors, targets = (
