@@ -64,6 +64,13 @@ def connect_run(merge: ModuleType) -> None:
     _wrap_once(merge, wrappers)
 
 
+def is_connected() -> bool:
+    """Return whether mergekit's ``run_merge`` is wrapped."""
+    from mergekit.merge import run_merge
+
+    return hasattr(run_merge, "__wrapped__")
+
+
 def _wrap_once(module: ModuleType, wrappers: dict[str, Wrapped]) -> None:
     if hasattr(module, _CONNECTED):
         return
