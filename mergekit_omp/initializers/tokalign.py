@@ -104,8 +104,8 @@ def token_map(new: NewTokens) -> dict[str, str]:
     """
     corpus, problem = new.parameters.corpus, new.problem
     assert corpus is not None, "checked by check()"
-    of_output = centred(learn_vectors(corpus, new.output, new.output_tokenizer))
-    of_model = centred(learn_vectors(corpus, new.model, new.tokenizer))
+    of_output = centred(learn_skipgram_vectors(corpus, new.output, new.output_tokenizer))
+    of_model = centred(learn_skipgram_vectors(corpus, new.model, new.tokenizer))
     both = (of_output[problem.atom_ids].any(dim=1) & of_model[new.anchor_rows].any(dim=1)).nonzero().squeeze(1)
     if not len(both):
         raise OmpError(
@@ -123,7 +123,7 @@ def token_map(new: NewTokens) -> dict[str, str]:
     return {new.output.tokens[target].text: new.model.tokens[row].text for target, row in pairs}
 
 
-def learn_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def learn_skipgram_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Learn the vectors of a vocabulary's tokens from the company that they keep.
 
     Args:

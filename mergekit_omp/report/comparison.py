@@ -69,7 +69,7 @@ def parse_approximations(names: str) -> list[Approximation]:
     return [Approximation(name) for name in dict.fromkeys(chosen)]
 
 
-def compare(
+def compare_approximations(
     recipe: Mapping[str, Any],
     original: str,
     approximations: Sequence[Approximation],
@@ -147,7 +147,7 @@ def _merge(recipe: Mapping[str, Any], out: Path, options: Sequence[str]) -> str 
     return " ".join(message.split()) or f"mergekit-yaml stopped with status {run.returncode}"
 
 
-def describe(rows: Sequence[Row]) -> Iterator[Part]:
+def describe_comparison(rows: Sequence[Row]) -> Iterator[Part]:
     """Yield the Markdown table of bits per byte by text and overall, and a sentence for each run that failed."""
     original = rows[0].score
     assert original is not None, "only runs of mergekit can fail"
