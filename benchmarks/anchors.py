@@ -14,9 +14,10 @@ from pathlib import Path
 from mergekit.tokenizer.normalization import NormalizedToken, normalized_vocabulary
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.vocabulary.matching import TEXT_REASONS, match_vocabulary
+from mergekit_omp import match_vocabularies, read_vocabulary
+from mergekit_omp.vocabulary.matching import TEXT_REASONS
 from mergekit_omp.vocabulary.numerals import numeral_scheme
-from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary, read_vocabulary
+from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
@@ -91,7 +92,7 @@ def differ(one: Token, other: Token) -> bool:
 
 def same_bytes(output: Vocabulary, model: Vocabulary) -> tuple[int, int]:
     """Ordinary output tokens that have a row of the model, and how many different rows those are."""
-    match = match_vocabulary(output, model)
+    match = match_vocabularies(output, model)
     tokens = sum(count for reason, count in match.counts().items() if reason in TEXT_REASONS)
     return tokens, len(match.atoms())
 

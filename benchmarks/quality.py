@@ -33,17 +33,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.memory import peak, start_of_peak
+from mergekit_omp import match_vocabularies, read_vocabulary, solve_omp
 from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, windows
 from mergekit_omp.initializers.omp import split_tokens
 from mergekit_omp.initializers.regression import RowRegression, piece_rows
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, pose_problem
 from mergekit_omp.realign.rows import realign
-from mergekit_omp.solver import solve_omp
 from mergekit_omp.vocabulary.duplicates import without_duplicates
-from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabulary
+from mergekit_omp.vocabulary.matching import VocabularyMatch
 from mergekit_omp.vocabulary.segmentation import pieces
-from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
+from mergekit_omp.vocabulary.tokens import Vocabulary
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import real_weights
@@ -189,9 +189,9 @@ class Transplant:
     def pose(cls, pair: Pair) -> Transplant:
         """Match the vocabularies as a merge does."""
         output = pair.donor.vocabulary
-        match = match_vocabulary(output, pair.base.vocabulary)
+        match = match_vocabularies(output, pair.base.vocabulary)
         match = without_duplicates(match, output, pair.donor.tokenizer)
-        problem = pose_problem(match, match_vocabulary(output, output))
+        problem = pose_problem(match, match_vocabularies(output, output))
         new_ids = problem.target_ids
         stand_ins = pair.stand_ins(new_ids)
         made = stand_ins[new_ids] > 0

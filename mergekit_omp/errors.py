@@ -21,6 +21,13 @@ class OmpError(click.ClickException, ValueError):
 
     mergekit's commands are click commands, so raising this anywhere below one of them prints ``Error: <sentence>`` and
     exits with status 1, without a traceback. In a notebook it is an ordinary ``ValueError``.
+
+    Example:
+        >>> try:
+        ...     raise OmpError("k is 0, but OMP needs at least one atom a token: write k: 1 or more.")
+        ... except ValueError as error:
+        ...     print(error)
+        k is 0, but OMP needs at least one atom a token: write k: 1 or more.
     """
 
 

@@ -64,7 +64,7 @@ def compare(
         comparison.require_plot(Path(plot))
     config = load_recipe(recipe)
     check_device(device)
-    rows = comparison.compare(
+    rows = comparison.compare_approximations(
         read_recipe(recipe),
         str(models_in_order(config)[0]),
         chosen,
@@ -76,7 +76,7 @@ def compare(
     if as_json:
         print_json([row.as_dict() for row in rows])
     else:
-        show(*comparison.describe(rows))
+        show(*comparison.describe_comparison(rows))
     if plot:
         comparison.draw(rows, Path(plot))
     if all(row.problem for row in rows[1:]):

@@ -79,11 +79,11 @@ def _methods() -> Iterator[Check]:
 
     register()
     try:
-        import mergekit.merge
         from mergekit import merge_methods
 
         from mergekit_omp.compat import require_supported
         from mergekit_omp.parameters import is_ours
+        from mergekit_omp.plugin.patches import is_connected
 
         require_supported()
     except (OmpError, ImportError) as error:
@@ -91,7 +91,7 @@ def _methods() -> Iterator[Check]:
         return
     names = sorted(method.spec.name for method in merge_methods.registered_methods() if is_ours(method.spec.name))
     yield Check(bool(names), f"mergekit knows {len(names)} merge methods of the plugin: {', '.join(names)}")
-    connected = hasattr(mergekit.merge.run_merge, "__wrapped__")
+    connected = is_connected()
     yield Check(
         connected,
         "mergekit's run_merge is wrapped: recipes are checked first, and outputs appear when they are complete"

@@ -35,7 +35,7 @@ from mergekit_omp.cli.options import (
 )
 @TRUST_REMOTE_CODE
 @JSON
-def evaluate(
+def eval_command(
     models: tuple[str, ...],
     base: str | None,
     texts: tuple[str, ...],

@@ -45,7 +45,7 @@ def inspect(
 
     from mergekit_omp.recipe.resolve import resolve
     from mergekit_omp.report.forecast import forecast
-    from mergekit_omp.report.forecast_text import describe
+    from mergekit_omp.report.forecast_text import describe_forecast
     from mergekit_omp.report.tables import show
 
     if len(what) == 2:
@@ -60,7 +60,7 @@ def inspect(
     if as_json:
         print_json(found)
     else:
-        show(*describe(found))
+        show(*describe_forecast(found))
 
 
 def _transplant(base: str, donor: str, k: int | None) -> MergeConfiguration:

@@ -6,7 +6,7 @@ from mergekit_omp import __version__
 from mergekit_omp.cli.align import align
 from mergekit_omp.cli.compare import compare
 from mergekit_omp.cli.doctor import doctor
-from mergekit_omp.cli.evaluate import evaluate
+from mergekit_omp.cli.evaluate import eval_command
 from mergekit_omp.cli.inspect import inspect
 from mergekit_omp.cli.report import report
 from mergekit_omp.cli.tokens import tokens
@@ -25,5 +25,5 @@ def main() -> None:
     """
 
 
-for command in (align, compare, doctor, evaluate, inspect, report, tokens):
+for command in (align, compare, doctor, eval_command, inspect, report, tokens):
     main.add_command(command)

@@ -54,12 +54,12 @@ def read_recipe(path: str) -> Any:
     from mergekit_omp.errors import OmpError
 
     try:
-        return yaml.safe_load(read_text(path))
+        return yaml.safe_load(read_text_file(path))
     except yaml.YAMLError as error:
         raise OmpError(f"{path}: invalid YAML: {' '.join(str(error).split())}.") from error
 
 
-def read_text(path: str) -> str:
+def read_text_file(path: str) -> str:
     """Read a text file.
 
     Raises:
@@ -86,7 +86,7 @@ def read_texts(paths: tuple[str, ...], suite: str = "held_out") -> dict[str, str
         return builtin_texts(suite)
     stems = [Path(path).stem for path in paths]
     names = stems if len(set(stems)) == len(set(paths)) else paths
-    return {name: read_text(path) for name, path in zip(names, paths, strict=True)}
+    return {name: read_text_file(path) for name, path in zip(names, paths, strict=True)}
 
 
 def check_device(device: str) -> None:

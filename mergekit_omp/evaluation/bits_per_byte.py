@@ -94,9 +94,9 @@ class ModelScore:
     @property
     def overall(self) -> TextScore:
         """All texts as one; agreement is over all positions."""
-        known = [score for score in self.texts if score.agreement is not None]
-        positions = sum(score.n_positions for score in known)
-        agreed = sum(score.agreement * score.n_positions for score in known)
+        known = [(score.agreement, score.n_positions) for score in self.texts if score.agreement is not None]
+        positions = sum(count for _, count in known)
+        agreed = sum(agreement * count for agreement, count in known)
         return TextScore(
             text="overall",
             n_bytes=sum(score.n_bytes for score in self.texts),
@@ -341,7 +341,7 @@ def _load(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise OmpError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # of transformers, whose `to` loses self
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -352,7 +352,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
 
 
 def _check_ids(ids: Sequence[int], model: PreTrainedModel) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if max(ids, default=0) >= rows:
         raise OmpError(
             f"The tokenizer emits id {max(ids)}, but the model has {rows} rows: they do not belong together."

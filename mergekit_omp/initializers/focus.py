@@ -65,7 +65,7 @@ def check(parameters: OmpParameters, place: str) -> None:
     check_packages(("gensim", "entmax"), f"{place}: approximation: focus")
     if parameters.corpus is not None:
         check_corpus(parameters.corpus, f"{place}.corpus")
-    else:
+    elif parameters.vectors is not None:
         check_vectors(parameters.vectors, f"{place}.vectors")
 
 
@@ -84,8 +84,9 @@ def focus(new: NewTokens) -> RowMaker:
         place = f"parameters.vectors: {parameters.vectors}"
         vectors, by_text = read_vectors(parameters.vectors, "parameters.vectors"), True
     else:
+        assert parameters.corpus is not None, "checked by check()"
         place = f"parameters.corpus: {parameters.corpus}"
-        vectors, by_text = learn_vectors(parameters.corpus, new.output, new.output_tokenizer), False
+        vectors, by_text = learn_fasttext_vectors(parameters.corpus, new.output, new.output_tokenizer), False
     anchors, targets = (
         vectors_of(vectors, new.output, ids, by_text=by_text) for ids in (problem.atom_ids, problem.target_ids)
     )
@@ -110,7 +111,7 @@ def focus(new: NewTokens) -> RowMaker:
     return rows
 
 
-def learn_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> KeyedVectors:
+def learn_fasttext_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> KeyedVectors:
     """Learn fastText vectors (CBOW, with n-grams of the tokens' strings) of a vocabulary's tokens.
 
     The settings are fastText's own and those of deepfocus, but for the dimension, which there is 100 by default. A

@@ -21,6 +21,7 @@ def omp(new: NewTokens) -> RowMaker:
     A bias [R] is combined in any case, as the logits are that it is added to.
     """
     codes = new.codes
+    assert codes is not None, "asked for in the registry"
     regress = _regression(new) if new.parameters.reconstruction is Reconstruction.REGRESSION else None
 
     def rows(weight: torch.Tensor, _is_head: bool) -> torch.Tensor:
@@ -33,13 +34,16 @@ def omp(new: NewTokens) -> RowMaker:
 
 
 def _regression(new: NewTokens) -> Callable[[torch.Tensor], torch.Tensor]:
+    donor_matrix, codes = new.donor, new.codes
+    assert donor_matrix is not None, "asked for in the registry"
+    assert codes is not None, "asked for in the registry"
     split = split_tokens(new.problem, new.output, new.model, new.tokenizer)
 
     def rows(weight: torch.Tensor) -> torch.Tensor:
-        donor = new.donor.to(weight.device)
+        donor = donor_matrix.to(weight.device)
         anchors, targets = (donor[each.to(donor.device)] for each in (new.problem.atom_rows, new.problem.target_rows))
         fitted = RowRegression.fit(anchors, weight, new.anchor_rows.to(weight.device), split.atoms)
-        return fitted.predict(targets, split.targets, new.codes)
+        return fitted.predict(targets, split.targets, codes)
 
     return rows
 

@@ -83,7 +83,8 @@ class RowRegression:
         norm = anchors.float().norm(dim=1).mean().item()
         scale = norm / rows.norm(dim=1).mean().item()
         empty = cls(base, rows[:0], rows[:0], rows.mean(dim=0), scale, norm)
-        gram = right = 0.0  # φᵀφ [F, F], its upper triangle, and φᵀb [F, D], summed in float64
+        # φᵀφ [F, F], its upper triangle, and φᵀb [F, D], summed in float64
+        gram = right = torch.zeros((), dtype=torch.float64)
         for part in _parts(len(rows)):
             known = empty.features(anchors[part], pieces[part])
             gram = gram + _upper_products(known).double()

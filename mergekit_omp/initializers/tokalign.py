@@ -55,9 +55,9 @@ def check(parameters: OmpParameters, place: str) -> None:
         )
     if parameters.token_map is not None:
         read_token_map(parameters.token_map, f"{place}.token_map")
-        return
-    check_packages(("gensim",), f"{place}: approximation: tokalign")
-    check_corpus(parameters.corpus, f"{place}.corpus")
+    elif parameters.corpus is not None:
+        check_packages(("gensim",), f"{place}: approximation: tokalign")
+        check_corpus(parameters.corpus, f"{place}.corpus")
 
 
 def tokalign(new: NewTokens) -> RowMaker:
@@ -103,8 +103,9 @@ def token_map(new: NewTokens) -> dict[str, str]:
         OmpError: the corpus is not in UTF-8, or no anchor is frequent enough with both tokenizers.
     """
     corpus, problem = new.parameters.corpus, new.problem
-    of_output = centred(learn_vectors(corpus, new.output, new.output_tokenizer))
-    of_model = centred(learn_vectors(corpus, new.model, new.tokenizer))
+    assert corpus is not None, "checked by check()"
+    of_output = centred(learn_skipgram_vectors(corpus, new.output, new.output_tokenizer))
+    of_model = centred(learn_skipgram_vectors(corpus, new.model, new.tokenizer))
     both = (of_output[problem.atom_ids].any(dim=1) & of_model[new.anchor_rows].any(dim=1)).nonzero().squeeze(1)
     if not len(both):
         raise OmpError(
@@ -122,7 +123,7 @@ def token_map(new: NewTokens) -> dict[str, str]:
     return {new.output.tokens[target].text: new.model.tokens[row].text for target, row in pairs}
 
 
-def learn_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def learn_skipgram_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Learn the vectors of a vocabulary's tokens from the company that they keep.
 
     Args:

@@ -105,17 +105,19 @@ def mp_rope(new: NewTokens) -> RowMaker:
     Raises:
         OmpError: the donor or the model has no rotary embeddings, or heads that do not divide its width.
     """
-    donor_config, config = new.configs
-    heads, bases = zip(*(_rotary(each) for each in (donor_config, config)), strict=True)
+    donor_matrix, configs = new.donor, new.configs
+    assert donor_matrix is not None, "asked for in the registry"
+    assert configs is not None, "asked for in the registry"
+    heads, bases = zip(*map(_rotary, configs), strict=True)
 
     def rows(weight: Tensor, _is_head: bool) -> Tensor:
-        for count, width in zip(heads, (new.donor.shape[1], weight.shape[1]), strict=True):
+        for count, width in zip(heads, (donor_matrix.shape[1], weight.shape[1]), strict=True):
             if width % (2 * count):
                 raise OmpError(
                     f"approximation: mp_rope cannot split rows of {width} numbers into pairs in {count} heads; "
                     "name another approximation, such as omp."
                 )
-        donor = new.donor.to(weight.device).float()
+        donor = donor_matrix.to(weight.device).float()
         atoms = donor[new.problem.atom_rows.to(donor.device)]
         anchors = weight[new.anchor_rows.to(weight.device)].float()
         made = [

@@ -58,17 +58,28 @@ def check(parameters: OmpParameters, place: str) -> None:
     Raises:
         OmpError: one of them is not given or cannot be read, or gensim or scipy is not installed.
     """
-    missing = [name for name in _NEEDED if getattr(parameters, name) is None]
+    paths = _paths(parameters, place)
+    check_packages(("gensim", "scipy"), f"{place}: approximation: wechsel")
+    for name in ("source_vectors", "vectors"):
+        check_vectors(paths[name], f"{place}.{name}")
+    _read_dictionary(paths["dictionary"], f"{place}.dictionary")
+
+
+def _paths(parameters: OmpParameters, place: str) -> dict[str, str]:
+    """The files that the recipe names, by parameter.
+
+    Raises:
+        OmpError: one of them is not given.
+    """
+    given = {name: getattr(parameters, name) for name in _NEEDED}
+    missing = [name for name, path in given.items() if path is None]
     if missing:
         raise OmpError(
             f"{place}: approximation: wechsel needs {' and '.join(missing)}; add source_vectors: and vectors: with "
             "vectors of words in the model's and in the new language, and dictionary: with a word and its translation "
             "in each line."
         )
-    check_packages(("gensim", "scipy"), f"{place}: approximation: wechsel")
-    for name in ("source_vectors", "vectors"):
-        check_vectors(getattr(parameters, name), f"{place}.{name}")
-    _read_dictionary(parameters.dictionary, f"{place}.dictionary")
+    return given
 
 
 def wechsel(new: NewTokens) -> RowMaker:
@@ -82,15 +93,16 @@ def wechsel(new: NewTokens) -> RowMaker:
         OmpError: the vectors are of different widths, or of words that the dictionary or the vocabulary has none of.
     """
     parameters = new.parameters
-    dictionary = _read_dictionary(parameters.dictionary, "parameters.dictionary")
+    paths = _paths(parameters, "parameters")
+    dictionary = _read_dictionary(paths["dictionary"], "parameters.dictionary")
     own_words, new_words = zip(*dictionary, strict=True)
     ordinary = torch.tensor([id_ for id_, token in new.model.tokens.items() if token.kind is TokenKind.ORDINARY])
     # One language after the other: vectors of a whole language take gigabytes, and few of them are needed afterwards.
     source = _Language.read(
-        parameters.source_vectors, "parameters.source_vectors", own_words, new.model, new.tokenizer, ordinary
+        paths["source_vectors"], "parameters.source_vectors", own_words, new.model, new.tokenizer, ordinary
     )
     target = _Language.read(
-        parameters.vectors,
+        paths["vectors"],
         "parameters.vectors",
         new_words,
         new.output,

@@ -79,6 +79,7 @@ def zett(new: NewTokens) -> RowMaker:
         OmpError: the checkpoint cannot be loaded, may not run its code, or is not for this model.
     """
     named = new.parameters.hypernetwork
+    assert named is not None, "checked by check()"
     config = _read_config(named, new.trust_remote_code)
     tokenizer = _read_tokenizer(named)
     _check_fit(new, config, tokenizer)
@@ -124,9 +125,10 @@ def _surface_forms(spelled: Sequence[Sequence[int]], longest: int, padding: int)
 
 def _predict(hypernetwork: PreTrainedModel, forms: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
     """The rows of the input embedding and of the head, float32 [B, D] each; the same ones for a tied hypernetwork."""
+    assert new.own is not None, "asked for in the registry"
     embedding, head = new.own
     config = hypernetwork.config
-    hypernetwork = hypernetwork.to(embedding.device)
+    hypernetwork.to(embedding.device)  # type: ignore[arg-type]  # of transformers, whose `to` loses self
     parts = [embedding, head] if _has_head(config) else [embedding]
     source = torch.cat([part.float() for part in parts], dim=1)
     made: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -200,6 +202,7 @@ def _check_fit(new: NewTokens, config: PretrainedConfig, tokenizer: PreTrainedTo
     Raises:
         OmpError: it is for another width or vocabulary, or predicts no rows for a head that the model has.
     """
+    assert new.own is not None, "asked for in the registry"
     embedding, head = new.own
     if config.n_embd != embedding.shape[1]:
         raise OmpError(

@@ -26,6 +26,12 @@ def register() -> None:
 
     Only needed where the entry point does not run (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, or torch imported before this
     package was installed). Calling it twice is harmless.
+
+    Example:
+        >>> register()
+        >>> from mergekit import merge_methods
+        >>> merge_methods.get("omp_slerp").spec.name
+        'omp_slerp'
     """
     global _registered
     if _registered:

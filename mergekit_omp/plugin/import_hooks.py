@@ -33,11 +33,11 @@ def _on_first_use(module: ModuleType, hook: Hook) -> None:
     module's class is changed until then.
     """
 
-    class AwaitingHook(type(module)):
+    class AwaitingHook(type(module)):  # type: ignore[misc]  # the base is known at run time only
         def __getattribute__(self, attribute: str) -> object:
             read = super().__getattribute__
             if attribute != "__spec__" and not _is_initializing(read("__spec__")):
-                self.__class__ = original
+                self.__class__ = original  # type: ignore[assignment]
                 hook(self)
                 return getattr(self, attribute)
             return read(attribute)

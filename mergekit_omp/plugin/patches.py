@@ -64,6 +64,13 @@ def connect_run(merge: ModuleType) -> None:
     _wrap_once(merge, wrappers)
 
 
+def is_connected() -> bool:
+    """Return whether mergekit's ``run_merge`` is wrapped."""
+    from mergekit.merge import run_merge
+
+    return hasattr(run_merge, "__wrapped__")
+
+
 def _wrap_once(module: ModuleType, wrappers: dict[str, Wrapped]) -> None:
     if hasattr(module, _CONNECTED):
         return
@@ -79,8 +86,7 @@ def _is_for_us(config: Any) -> bool:
 
 def _validate_recipe(wrapped: Wrapped, _class: Any, args: tuple, kwargs: dict) -> Any:
     recipe = args[0] if args else kwargs.get("obj")
-    method = recipe.get("merge_method") if isinstance(recipe, dict) else None
-    if not is_ours(method):
+    if not isinstance(recipe, dict) or not is_ours(recipe.get("merge_method")):
         return wrapped(*args, **kwargs)
     from mergekit_omp.recipe.keys import check_keys, explain
 
@@ -133,8 +139,8 @@ def _plan_to_disk(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> 
         return tasks
     from mergekit_omp.tasks.tasks import RealignVocabulary, RecordTransplant
 
-    realigned = [task.gather_tensors for _, task in planner._tensors]
-    realigned = tuple(task for task in realigned if isinstance(task, RealignVocabulary))
+    gathered = [task.gather_tensors for _, task in planner._tensors]
+    realigned = tuple(task for task in gathered if isinstance(task, RealignVocabulary))
     return [*tasks, RecordTransplant(realigned=realigned, record=planner._omp_record)]
 
 

@@ -118,7 +118,7 @@ def _check_chat_template(config: MergeConfiguration) -> None:
     try:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", template))
     except jinja2.TemplateSyntaxError as error:
-        reason = error.message.rstrip(".")
+        reason = str(error.message).rstrip(".")
         raise OmpError(f"chat_template: line {error.lineno} of the template is no Jinja: {reason}.") from error
     if len(template) < 20:
         raise OmpError(f"chat_template: {template!r} is too short for mergekit, which wants 20 characters or more.")

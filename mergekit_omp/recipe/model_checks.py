@@ -60,8 +60,9 @@ def check_checkpoints(transplant: Transplant) -> None:
 def _check_embeddings(configs: Configs, keys: Mapping[ModelReference, str]) -> None:
     for model, config in configs.items():
         if has_second_embedding(config):
+            [architecture, *_] = config.architectures or [config.model_type]
             raise OmpError(
-                f"{keys[model]}: {model} is a {config.architectures[0]}, which looks up tokens in every "
+                f"{keys[model]}: {model} is a {architecture}, which looks up tokens in every "
                 "layer too, and mergekit does not say where those rows are; name a model with one embedding."
             )
 

@@ -43,9 +43,9 @@ def source_rows(id_: int, override: TokenEmbeddingConfig, transplant: Transplant
     model = transplant.model(source.model)
     if source.token_id is not None:
         return model, [source.token_id]
-    row = next((token.id for token in model.vocabulary.tokens.values() if token.text == source.token), None)
-    if row is not None:
-        return model, [row]
+    same = next((token.id for token in model.vocabulary.tokens.values() if token.text == source.token), None)
+    if same is not None:
+        return model, [same]
     [rows] = text_encoder(model.tokenizer, model.vocabulary, special=True)([source.token])
     unknown = model.vocabulary.roles.get("unk")
     return model, rows if all(row in model.vocabulary.tokens and row != unknown for row in rows) else []

@@ -23,7 +23,7 @@ from mergekit_omp.recipe.overrides import asks_to_approximate
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant, tokenizer_source
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.duplicates import without_duplicates
-from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabulary
+from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabularies
 from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 SOURCE_KEY = "tokenizer.source"
@@ -163,7 +163,7 @@ class _OutputVocabulary:
         return Alignment(str(name), self._tokenizers[name], vocabulary, match, own_match)
 
     def _match(self, vocabulary: Vocabulary) -> VocabularyMatch:
-        match = match_vocabulary(self.vocabulary, vocabulary)
+        match = match_vocabularies(self.vocabulary, vocabulary)
         return without_duplicates(match, self.vocabulary, self.tokenizer)
 
 

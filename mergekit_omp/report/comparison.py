@@ -69,7 +69,7 @@ def parse_approximations(names: str) -> list[Approximation]:
     return [Approximation(name) for name in dict.fromkeys(chosen)]
 
 
-def compare(
+def compare_approximations(
     recipe: Mapping[str, Any],
     original: str,
     approximations: Sequence[Approximation],
@@ -147,13 +147,14 @@ def _merge(recipe: Mapping[str, Any], out: Path, options: Sequence[str]) -> str 
     return " ".join(message.split()) or f"mergekit-yaml stopped with status {run.returncode}"
 
 
-def describe(rows: Sequence[Row]) -> Iterator[Part]:
+def describe_comparison(rows: Sequence[Row]) -> Iterator[Part]:
     """Yield the Markdown table of bits per byte by text and overall, and a sentence for each run that failed."""
     original = rows[0].score
+    assert original is not None, "only runs of mergekit can fail"
     names = [score.text for score in original.texts]
     table = new_table("approximation", *names, "overall", "tokens/byte", "seconds", "peak MiB", markdown=True)
     for row in rows:
-        table.add_row(row.approximation, *(_cells(row) if row.score else ["failed"]))
+        table.add_row(row.approximation, *(_cells(row, row.score) if row.score else ["failed"]))
     yield table
     failed = [row for row in rows if row.problem]
     if failed:
@@ -161,11 +162,11 @@ def describe(rows: Sequence[Row]) -> Iterator[Part]:
     yield from (f"{row.approximation} failed: {row.problem}" for row in failed)
 
 
-def _cells(row: Row) -> list[str]:
-    bits = [f"{score.bits_per_byte:.3f}" for score in (*row.score.texts, row.score.overall)]
+def _cells(row: Row, score: ModelScore) -> list[str]:
+    bits = [f"{each.bits_per_byte:.3f}" for each in (*score.texts, score.overall)]
     seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
     memory = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:,.0f}"
-    return [*bits, f"{row.score.overall.tokens_per_byte:.3f}", seconds, memory]
+    return [*bits, f"{score.overall.tokens_per_byte:.3f}", seconds, memory]
 
 
 def require_plot(path: Path) -> None:
@@ -187,14 +188,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     require_plot(path)
     from matplotlib.figure import Figure
 
-    original = next(row for row in rows if row.approximation == ORIGINAL).score.overall.bits_per_byte
-    made = [row for row in rows if row.score and row.approximation != ORIGINAL]
-    made.sort(key=lambda row: row.score.overall.bits_per_byte)
-    names = [row.approximation for row in made]
-    bits = [row.score.overall.bits_per_byte for row in made]
-    seconds = [row.seconds for row in made]
+    scored = {row.approximation: row.score.overall.bits_per_byte for row in rows if row.score}
+    original = scored.pop(ORIGINAL)
+    names = sorted(scored, key=scored.__getitem__)
+    bits = [scored[name] for name in names]
+    duration = {row.approximation: row.seconds for row in rows}
+    seconds = [duration[name] or 0.0 for name in names]
     longest = _LONGEST_BAR * original
-    figure = Figure(figsize=(9, 1.2 + 0.36 * len(made)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.36 * len(names)), layout="constrained")
     quality, cost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     labels = [f"{value:.3f}" + (" (bar is cut)" if value > longest else "") for value in bits]
     _bars(quality, names, [min(value, longest) for value in bits], labels)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import transformers
 from mergekit.common import dtype_from_name
+from pydantic import ByteSize, TypeAdapter
 from transformers import PretrainedConfig
 
 from mergekit_omp.checkpoints.architecture import hidden_size
-from mergekit_omp.parameters import Approximation, OmpParameters
+from mergekit_omp.parameters import Approximation
 from mergekit_omp.recipe.blocks import settings_of
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.report.record import match_counts
@@ -139,7 +140,7 @@ def _solves(transplant: Transplant) -> Iterator[Solve]:
         yield Solve(
             donor=str(donor),
             base=posed.base.name,
-            matrices=1 if _tied(donor.config) or _tied(transplant.base.config) else 2,
+            matrices=1 if _tied(donor.config) or _tied(_config(transplant.base)) else 2,
             targets=len(problem.target_ids),
             atoms=len(problem.atom_ids),
             dim=hidden_size(donor.config) or 0,
@@ -150,7 +151,7 @@ def _solves(transplant: Transplant) -> Iterator[Solve]:
 
 
 def _bytes(memory_budget: int | str) -> int:
-    return OmpParameters(memory_budget=memory_budget).memory_budget
+    return TypeAdapter(ByteSize).validate_python(memory_budget)
 
 
 def _tied(config: PretrainedConfig) -> bool:
@@ -191,15 +192,15 @@ def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
     needs = [0]
     for solve in solves:
         donor = next(model for model in transplant.donors if str(model) == solve.donor)
-        stored = _itemsize(donor.config)
-        matrix = donor.rows * solve.dim * stored
+        stored = _itemsize(_config(donor))
+        matrix = _rows(donor) * solve.dim * stored
         gathered = (solve.atoms + solve.targets) * solve.dim * stored
         device = torch.device(transplant.options.device or "cpu")
         rounded = _bytes_of_gram(solve, device) or solve.atoms * solve.dim * 6
         solver = rounded + solve.targets * solve.k * 12
         needs.append(matrix + gathered + solver)
     vocabulary = max(
-        (model.rows + len(transplant.vocabulary.tokens)) * (hidden_size(model.config) or 0) * 4
+        (_rows(model) + len(transplant.vocabulary.tokens)) * (hidden_size(_config(model)) or 0) * 4
         for model in transplant.inputs
     )
     shard = min(_output_bytes(transplant) or 0, transplant.options.out_shard_size)
@@ -208,7 +209,7 @@ def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
 
 def _output_bytes(transplant: Transplant) -> int | None:
     """Bytes of the output's weights, from the base's config alone; None where transformers cannot build it."""
-    base, config = transplant.base.config, transplant.config
+    base, config = _config(transplant.base), transplant.config
     dtype = dtype_from_name(config.out_dtype or config.dtype)
     try:
         with torch.device("meta"):
@@ -219,6 +220,16 @@ def _output_bytes(transplant: Transplant) -> int | None:
     matrices = 1 if _tied(base) else 2
     numbers = model.num_parameters() + matrices * width * (transplant.rows - old)
     return numbers * (dtype.itemsize if dtype else _itemsize(base))
+
+
+def _config(model: RecipeModel) -> PretrainedConfig:
+    assert model.config is not None, "every input, and every donor of a solve, is a model"
+    return model.config
+
+
+def _rows(model: RecipeModel) -> int:
+    assert model.rows is not None, "every input, and every donor of a solve, is a model"
+    return model.rows
 
 
 def _itemsize(config: PretrainedConfig) -> int:

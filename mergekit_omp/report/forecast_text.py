@@ -8,7 +8,7 @@ from mergekit_omp.report.summary import label
 from mergekit_omp.report.tables import Part, heading, indented, new_table, note
 
 
-def describe(found: Mapping[str, Any]) -> Iterator[Part]:
+def describe_forecast(found: Mapping[str, Any]) -> Iterator[Part]:
     """Yield the parts of the text.
 
     Args:

@@ -126,7 +126,7 @@ def _new_figure(rows: int, height: float) -> tuple["Figure", Sequence["Axes"]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, height * rows), layout="constrained")
-    axes = figure.subplots(rows, squeeze=False)[:, 0]
+    axes = list(figure.subplots(rows, squeeze=False)[:, 0])
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

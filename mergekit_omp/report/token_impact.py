@@ -53,7 +53,7 @@ def rank_tokens(
     if not ids:
         raise OmpError("--text: there is nothing to read; name a file with text.")
     uses = Counter(id_ for id_ in ids if id_ in residuals)
-    ranked = [Impact(id_, tokenizer.decode([id_]), count, residuals[id_]) for id_, count in uses.items()]
+    ranked = [Impact(id_, str(tokenizer.decode([id_])), count, residuals[id_]) for id_, count in uses.items()]
     return sorted(ranked, key=lambda token: (-token.impact, token.id)), len(ids)
 
 

@@ -52,6 +52,14 @@ def solve_omp(
 
     Raises:
         OmpError: k < 1, no atoms, or a NaN or infinity in the input.
+
+    Example:
+        >>> atoms = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+        >>> codes = solve_omp(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), atoms, k=1)
+        >>> codes.indices.tolist()
+        [[2], [1]]
+        >>> [f"{value:.3f}" for value in codes.coefficients.flatten()]
+        ['5.000', '2.000']
     """
     if k < 1:
         raise OmpError(f"k is {k}, but OMP needs at least one atom a token: write k: 1 or more.")

@@ -16,6 +16,11 @@ class SparseCodes:
         indices: int64 (B, k), atom of each slot in the order of selection; -1 where the slot is unused.
         coefficients: float32 (B, k), 0 where the slot is unused.
         relative_residuals: float32 (B,), ‖x - x̂‖ / ‖x‖; 0 for a zero target.
+
+    Example:
+        >>> codes = SparseCodes(torch.tensor([[1, -1]]), torch.tensor([[2.0, 0.0]]), torch.tensor([0.1]))
+        >>> codes.apply(torch.tensor([[1.0, 1.0], [3.0, 4.0]])).tolist()  # in another space, with the same anchors
+        [[6.0, 8.0]]
     """
 
     indices: Tensor

@@ -6,7 +6,7 @@ import torch
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
 from pydantic import InstanceOf
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, windows
@@ -50,16 +50,17 @@ class FindLogitShift(Task[LogitShift]):
 
 
 @torch.inference_mode()
-def logit_shift(model: torch.nn.Module, texts: list[list[int]]) -> LogitShift:
+def logit_shift(model: PreTrainedModel, texts: list[list[int]]) -> LogitShift:
     """The shift of a causal language model of transformers, from the ids of some texts."""
     head = model.get_output_embeddings()
+    head_weight = head.get_parameter("weight")
     states: list[torch.Tensor] = []
     hook = head.register_forward_pre_hook(lambda _head, inputs: states.append(inputs[0][0].float()))
     try:
         scales = []
         for ids in texts:
             logits = model(torch.tensor([ids]), use_cache=False).logits[0].float()
-            plain = torch.nn.functional.linear(states[-1], head.weight.float())
+            plain = torch.nn.functional.linear(states[-1], head_weight.float())
             # Some models scale or cap their logits; a row moves them by as much.
             scales.append((plain * logits).sum() / (plain * plain).sum())
     finally:
@@ -70,7 +71,7 @@ def logit_shift(model: torch.nn.Module, texts: list[list[int]]) -> LogitShift:
     spread.diagonal().add_(RIDGE * spread.diagonal().mean())
     direction = torch.linalg.solve(spread, mean)
     direction /= (direction @ mean) * torch.stack(scales).mean()
-    tied = head.weight is model.get_input_embeddings().weight
+    tied = head_weight is model.get_input_embeddings().get_parameter("weight")
     return LogitShift(direction.float().clone(), tied)
 
 
@@ -81,6 +82,7 @@ def find_logit_shift(model: RecipeModel) -> FindLogitShift:
         OmpError: it is no causal language model.
     """
     config = model.config
+    assert config is not None, "every input is a model"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
         config, "auto_map", {}
     ):

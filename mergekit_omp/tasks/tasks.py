@@ -179,14 +179,11 @@ class PrepareRows(Task[NewRows]):
         """Run the initializer."""
         started = time.perf_counter()
         posed = self.pose.posed
-        if donor is not None:
+        if self.donor_weight is not None and donor is not None:
             donor = donor.movedim(self.vocabulary_axis, 0)
-        if donor is not None and solution is None:  # a solve has checked them already
-            check_rows(
-                donor,
-                torch.cat([problem.target_rows, problem.atom_rows]),
-                f"{self.donor_weight.tensor} of {posed.donor}",
-            )
+            if solution is None:  # a solve has checked them already
+                rows = torch.cat([problem.target_rows, problem.atom_rows])
+                check_rows(donor, rows, f"{self.donor_weight.tensor} of {posed.donor}")
         embedding_and_head = [own[f"own_{i}"].movedim(axis, 0) for i, (_, axis) in enumerate(self.own_weights)]
         new = NewTokens.of(
             posed.base,
@@ -320,7 +317,7 @@ class RecordTransplant(Task[None]):
         covered: dict[PoseProblem, Problem] = {}
         for name, task in self.arguments().items():
             result = done[name]
-            if isinstance(task, SolveCodes):
+            if isinstance(result, Solution):
                 places[task] = self.record.add_solve(
                     task.pose.posed,
                     result,

@@ -43,8 +43,10 @@ def _texts(tokenizer: PreTrainedTokenizerBase, templates: str | dict[str, str]) 
         yield template
         for conversation in _CONVERSATIONS:
             try:
-                yield tokenizer.apply_chat_template(
-                    conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+                yield str(
+                    tokenizer.apply_chat_template(
+                        conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+                    )
                 )
             except Exception as error:  # templates raise what they like, say where they know no system role
                 LOG.debug("The chat template cannot be applied to %s: %s", conversation, error)

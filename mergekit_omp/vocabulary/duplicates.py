@@ -29,8 +29,8 @@ def without_duplicates(
     """
     ids = match.is_text().nonzero().flatten()
     _, group, sizes = torch.unique(match.rows[ids], return_inverse=True, return_counts=True)
-    texts = {id_: text_of(output.tokens[id_].data) for id_ in ids[sizes[group] > 1].tolist()}
-    texts = {id_: text for id_, text in texts.items() if text is not None}
+    shared = ids[sizes[group] > 1].tolist()
+    texts = {id_: text for id_ in shared if (text := text_of(output.tokens[id_].data)) is not None}
     written = dict(zip(texts, text_encoder(tokenizer, output)(list(texts.values())), strict=True))
     silent = [id_ for id_, chosen in written.items() if _is_another(chosen, id_, match)]
     return match.without(torch.tensor(silent, dtype=torch.int64), MatchReason.DUPLICATE)

@@ -81,7 +81,7 @@ class VocabularyMatch:
         return torch.tensor(sorted(seen.values()), dtype=torch.int64)
 
 
-def match_vocabulary(output: Vocabulary, model: Vocabulary) -> VocabularyMatch:
+def match_vocabularies(output: Vocabulary, model: Vocabulary) -> VocabularyMatch:
     """Find the row of a model for every token of the output vocabulary that the model has.
 
     Text pairs with text by its bytes: every output token whose bytes the model has gets a row, also where several have
@@ -89,11 +89,27 @@ def match_vocabulary(output: Vocabulary, model: Vocabulary) -> VocabularyMatch:
     before a byte-fallback one. Special tokens pair with special tokens: the same string first, then the same role,
     then by the table of equivalents, and only then as unknown or padding token, whose rows mean little. Text never
     pairs with them, save that one tokenizer may declare a control token of the table as special and another as merely
-    added. ``match_vocabulary(v, v)`` is the identity.
+    added. ``match_vocabularies(v, v)`` is the identity.
 
     Args:
         output: the output tokenizer's vocabulary.
         model: the vocabulary of the model that rows are taken from; truncated to the rows that it has.
+
+    Returns:
+        ``rows`` int64 (V,) and ``reasons`` int8 (V,) for the V ids of the output vocabulary.
+
+    Example:
+        >>> output = Vocabulary(
+        ...     {id_: Token(id_, text, data, TokenKind.ORDINARY)
+        ...      for id_, (text, data) in enumerate([("Ġthe", b" the"), ("Ġnew", b" new")])}, roles={})
+        >>> model = Vocabulary({7: Token(7, "▁the", b" the", TokenKind.ORDINARY)}, roles={})
+        >>> match = match_vocabularies(output, model)
+        >>> match.rows.tolist()
+        [7, -1]
+        >>> MatchReason(int(match.reasons[0])).name
+        'SAME_BYTES'
+        >>> match.is_new().tolist(), match.atoms().tolist()
+        ([False, True], [0])
     """
     rows, reasons = [-1] * output.size, [int(MatchReason.NO_TOKEN)] * output.size
     finder = _RowFinder(output, model)

@@ -130,7 +130,7 @@ def _without_added_space(backend: Tokenizer) -> tuple[Any, Any]:
         elif part["type"] == "ByteLevel":
             part = part | {"add_prefix_space": False}
         pre_tokenizers.append(part)
-    declared = {
+    declared: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None,

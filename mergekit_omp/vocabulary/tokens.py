@@ -95,8 +95,23 @@ class Vocabulary:
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     """Read what every token of a tokenizer stands for.
 
+    Args:
+        tokenizer: of transformers, slow or fast; left as it is.
+
+    Returns:
+        Its tokens by id, with their bytes, and the ids of those that have a role.
+
     Raises:
         OmpError: the tokenizer's kind cannot be read, or it has no tokens.
+
+    Example:
+        >>> from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> backend = Tokenizer(models.BPE(vocab={"Ġ": 0, "a": 1, "Ġa": 2}, merges=[("Ġ", "a")]))
+        >>> backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+        >>> vocabulary = read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend))
+        >>> [token.data for token in vocabulary.tokens.values()]
+        [b' ', b'a', b' a']
     """
     scheme = read_scheme(tokenizer)
     added = tokenizer.added_tokens_decoder

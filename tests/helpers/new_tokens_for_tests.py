@@ -11,7 +11,7 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import pose_problem
-from mergekit_omp.vocabulary.matching import match_vocabulary
+from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 
@@ -24,10 +24,10 @@ def new_tokens(
 ) -> NewTokens:
     """The tokens of ``output_tokenizer`` that ``tokenizer`` lacks, and those of ``approximate``."""
     output, model = read_vocabulary(output_tokenizer), read_vocabulary(tokenizer)
-    match = match_vocabulary(output, model)
+    match = match_vocabularies(output, model)
     ids = output_tokenizer.get_vocab()
     match = match.without(torch.tensor([ids[text] for text in approximate], dtype=torch.int64))
-    problem = pose_problem(match, match_vocabulary(output, output))
+    problem = pose_problem(match, match_vocabularies(output, output))
     return NewTokens(
         problem=problem,
         anchor_rows=match.rows[problem.atom_ids],

@@ -20,7 +20,7 @@ import mergekit_omp
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
 from mergekit_omp.errors import OmpError
 from mergekit_omp.recipe.resolve import resolve
-from mergekit_omp.vocabulary.matching import match_vocabulary
+from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
@@ -125,8 +125,8 @@ def test_arbitrary_tokenizer_files(pair: tuple[Path, Path], tmp_path: Path, whic
         try:
             tokenizer = load_tokenizer(reference(target), False, "tokenizer.source")
             mutated = read_vocabulary(tokenizer)
-            match = match_vocabulary(mutated, vocabulary)
-            match_vocabulary(vocabulary, mutated)
+            match = match_vocabularies(mutated, vocabulary)
+            match_vocabularies(vocabulary, mutated)
             numeral_scheme(tokenizer, mutated)
         except OmpError:
             return

@@ -8,7 +8,7 @@ from helpers.checkpoints import merge, tensors_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts, read_text, score_readings
-from mergekit_omp.vocabulary.matching import match_vocabulary
+from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 EMBED = "model.embed_tokens.weight"
@@ -34,7 +34,9 @@ def test_anchors_and_body_are_gemmas(transplanted: Path, gemma3_dir: Path) -> No
     before, after = tensors_of(gemma3_dir), tensors_of(transplanted)
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before if name != EMBED)
-    match = match_vocabulary(*(read_vocabulary(AutoTokenizer.from_pretrained(f)) for f in (transplanted, gemma3_dir)))
+    match = match_vocabularies(
+        *(read_vocabulary(AutoTokenizer.from_pretrained(f)) for f in (transplanted, gemma3_dir))
+    )
     kept = (match.rows >= 0).nonzero().squeeze(1)
     assert len(kept) > 46_000
     assert torch.equal(after[EMBED][kept], before[EMBED][match.rows[kept]])
@@ -46,7 +48,7 @@ def test_better_than_zero_and_mean(transplanted: Path, gemma3_dir: Path) -> None
     tokenizer, model = AutoTokenizer.from_pretrained(transplanted), AutoModelForCausalLM.from_pretrained(transplanted)
     model = model.float()
     original = read_vocabulary(AutoTokenizer.from_pretrained(gemma3_dir))
-    new = match_vocabulary(read_vocabulary(tokenizer), original).is_new().nonzero().squeeze(1)
+    new = match_vocabularies(read_vocabulary(tokenizer), original).is_new().nonzero().squeeze(1)
     assert 2_900 < len(new) < 3_100
     embedding = model.get_input_embeddings().weight.data
     rows = {

@@ -20,7 +20,7 @@ from helpers.checkpoints import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from mergekit_omp.vocabulary.matching import match_vocabulary
+from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 EMBED = "model.embed_tokens.weight"
@@ -352,7 +352,7 @@ def test_regression_is_the_default_and_leaves_anchors_alone(tmp_path: Path, pair
     default = run(recipe(base, donor, parameters={"k": K}), tmp_path / "default")
     named = run(recipe(base, donor, parameters={"k": K, "reconstruction": "regression"}), tmp_path / "named")
     combined = run(recipe(base, donor), tmp_path / "combined")
-    match = match_vocabulary(*(read_vocabulary(AutoTokenizer.from_pretrained(path)) for path in (donor, base)))
+    match = match_vocabularies(*(read_vocabulary(AutoTokenizer.from_pretrained(path)) for path in (donor, base)))
     new = match.is_new()
     for name in (EMBED, HEAD):
         assert torch.equal(default[name], named[name])

@@ -18,7 +18,7 @@ from mergekit_omp.initializers.focus import check, focus
 from mergekit_omp.initializers.vectors import check_vectors, read_vectors
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import pose_problem
-from mergekit_omp.vocabulary.matching import match_vocabulary
+from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 pytest.importorskip("gensim")
@@ -32,8 +32,8 @@ def pose(
 ) -> NewTokens:
     """What a merge of a model with another tokenizer poses."""
     of_model, of_output = read_vocabulary(model), read_vocabulary(output)
-    match = match_vocabulary(of_output, of_model)
-    problem = pose_problem(match, match_vocabulary(of_output, of_output))
+    match = match_vocabularies(of_output, of_model)
+    problem = pose_problem(match, match_vocabularies(of_output, of_output))
     given = OmpParameters(**{name: str(value) for name, value in parameters.items()})
     return NewTokens(problem, match.rows[problem.atom_ids], of_output, output, of_model, model, given)
 

@@ -69,7 +69,7 @@ def test_the_map_is_that_of_a_slow_computation(new: Callable[..., NewTokens], mo
     for vocabulary in (posed.output, posed.model):
         drawn[vocabulary] = torch.randn(vocabulary.size, 4, generator=draw) + 1
         drawn[vocabulary][torch.rand(vocabulary.size, generator=draw) < 1 / 3] = 0
-    monkeypatch.setattr(module, "learn_vectors", lambda corpus, vocabulary, tokenizer: drawn[vocabulary])
+    monkeypatch.setattr(module, "learn_skipgram_vectors", lambda corpus, vocabulary, tokenizer: drawn[vocabulary])
     of_output, of_model = (centred(drawn[each].double().numpy()) for each in (posed.output, posed.model))
     anchors = zip(posed.problem.atom_ids.tolist(), posed.anchor_rows.tolist(), strict=True)
     shared = [(id_, row) for id_, row in anchors if of_output[id_].any() and of_model[row].any()]
@@ -178,6 +178,8 @@ def test_unknown_tokens_of_a_map_are_named(new: Callable[..., NewTokens], tmp_pa
 
 
 def test_a_corpus_of_other_things_is_refused(new: Callable[..., NewTokens], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "learn_vectors", lambda corpus, vocabulary, _: torch.zeros(vocabulary.size, 4))
+    monkeypatch.setattr(
+        module, "learn_skipgram_vectors", lambda corpus, vocabulary, _: torch.zeros(vocabulary.size, 4)
+    )
     with pytest.raises(OmpError, match=r"parameters\.corpus: other\.txt has none of the tokens that both"):
         token_map(new(corpus="other.txt"))

@@ -6,7 +6,7 @@ from helpers.checkpoints import ENGLISH, byte_level_tokenizer, sentencepiece_tok
 from transformers import AutoTokenizer
 
 from mergekit_omp.vocabulary.duplicates import without_duplicates
-from mergekit_omp.vocabulary.matching import MatchReason, match_vocabulary
+from mergekit_omp.vocabulary.matching import MatchReason, match_vocabularies
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 
@@ -14,7 +14,7 @@ def test_gemma_keeps_its_digits(gemma3_dir: Path, smollm2_dir: Path) -> None:
     """SmolLM2's row of ``5`` goes to Gemma's ``5`` and not to ``<0x35>``; every digit and newline keeps its row."""
     gemma, smollm2 = (AutoTokenizer.from_pretrained(path) for path in (gemma3_dir, smollm2_dir))
     output, model = read_vocabulary(gemma), read_vocabulary(smollm2)
-    found = match_vocabulary(output, model)
+    found = match_vocabularies(output, model)
     match = without_duplicates(found, output, gemma)
     silent = {output.tokens[id_].text for id_ in (match.rows != found.rows).nonzero().flatten().tolist()}
     assert {f"<0x{ord(digit):02X}>" for digit in "0123456789"} <= silent
@@ -30,14 +30,14 @@ def test_gemma_keeps_its_digits(gemma3_dir: Path, smollm2_dir: Path) -> None:
 def test_nothing_changes_where_the_model_has_both(gemma3_dir: Path) -> None:
     gemma = AutoTokenizer.from_pretrained(gemma3_dir)
     vocabulary = read_vocabulary(gemma)
-    match = match_vocabulary(vocabulary, vocabulary)
+    match = match_vocabularies(vocabulary, vocabulary)
     assert (without_duplicates(match, vocabulary, gemma).rows == match.rows).all()
 
 
 def test_counted_as_duplicates() -> None:
     output, model = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(ENGLISH)
     vocabulary = read_vocabulary(output)
-    found = match_vocabulary(vocabulary, read_vocabulary(model))
+    found = match_vocabularies(vocabulary, read_vocabulary(model))
     match = without_duplicates(found, vocabulary, output)
     lost = (match.rows != found.rows).sum()
     assert match.counts()[MatchReason.DUPLICATE] == lost > 20

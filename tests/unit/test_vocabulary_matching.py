@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_omp.vocabulary.matching import TEXT_REASONS, MatchReason, VocabularyMatch, match_vocabulary
+from mergekit_omp.vocabulary.matching import TEXT_REASONS, MatchReason, VocabularyMatch, match_vocabularies
 from mergekit_omp.vocabulary.special import equivalents_of, is_unused_text, meaning_of, table
 from mergekit_omp.vocabulary.tokens import ROLES, Token, TokenKind, Vocabulary, read_vocabulary
 
@@ -33,7 +33,7 @@ def found(match: VocabularyMatch) -> list[tuple[int, MatchReason]]:
 
 def pairs(output: Vocabulary, model: Vocabulary) -> dict[str, str | None]:
     """Output token -> model token, as strings."""
-    rows = match_vocabulary(output, model).rows.tolist()
+    rows = match_vocabularies(output, model).rows.tolist()
     return {
         token.text: model.tokens[rows[id_]].text if rows[id_] >= 0 else None for id_, token in output.tokens.items()
     }
@@ -57,8 +57,8 @@ def qwen() -> Vocabulary:
 def test_digits_of_smollm2_have_gemmas_digit_rows(smollm2: Vocabulary, gemma3: Vocabulary) -> None:
     """A digit pairs with Gemma's ``0`` and never with its ``<0x30>``; both of Gemma's pair with SmolLM2's ``0``."""
     ids = {token.text: id_ for id_, token in gemma3.tokens.items()}
-    back = match_vocabulary(gemma3, smollm2)
-    forth_rows, back_rows, atoms = found(match_vocabulary(smollm2, gemma3)), found(back), set(back.atoms().tolist())
+    back = match_vocabularies(gemma3, smollm2)
+    forth_rows, back_rows, atoms = found(match_vocabularies(smollm2, gemma3)), found(back), set(back.atoms().tolist())
     for id_, token in smollm2.tokens.items():
         if token.text in "0123456789":
             digit, fallback = ids[token.text], ids[f"<0x{ord(token.text):02X}>"]
@@ -72,10 +72,10 @@ def test_digits_of_smollm2_have_gemmas_digit_rows(smollm2: Vocabulary, gemma3: V
 def test_anchor_counts_of_real_pairs(smollm2: Vocabulary, gemma3: Vocabulary, qwen: Vocabulary) -> None:
     """Tokens with the same bytes: 46,138 without Gemma's added runs of tabs and newlines, of which SmolLM2 has 7, and
     95,934 without those of its added tokens, 34, that Qwen has; 39,237 with the 3 special tokens of equal content."""
-    assert len(match_vocabulary(smollm2, gemma3).atoms()) == 46_138 + 7
-    assert len(match_vocabulary(gemma3, smollm2).atoms()) == 46_138 + 7
-    assert len(match_vocabulary(qwen, gemma3).atoms()) == 95_934 + 34
-    assert int((match_vocabulary(smollm2, qwen).rows >= 0).sum()) == 39_234 + 3
+    assert len(match_vocabularies(smollm2, gemma3).atoms()) == 46_138 + 7
+    assert len(match_vocabularies(gemma3, smollm2).atoms()) == 46_138 + 7
+    assert len(match_vocabularies(qwen, gemma3).atoms()) == 95_934 + 34
+    assert int((match_vocabularies(smollm2, qwen).rows >= 0).sum()) == 39_234 + 3
 
 
 def test_special_tokens_of_real_pairs(smollm2: Vocabulary, gemma3: Vocabulary, qwen: Vocabulary) -> None:
@@ -106,13 +106,13 @@ def test_html_that_gemma_adds_is_text(gemma3: Vocabulary) -> None:
 @pytest.mark.parametrize("name", ["smollm2", "gemma3", "qwen"])
 def test_a_vocabulary_matches_itself_row_by_row(name: str, request: pytest.FixtureRequest) -> None:
     own = request.getfixturevalue(name)
-    assert torch.equal(match_vocabulary(own, own).rows, torch.arange(own.size))
+    assert torch.equal(match_vocabularies(own, own).rows, torch.arange(own.size))
 
 
 @pytest.mark.parametrize("build", [tt.llama3, tt.tekken, lambda: tt.mistral(3), tt.unigram, tt.word_piece])
 def test_more_vocabularies_match_themselves(build: object) -> None:
     own = read_vocabulary(build())
-    assert torch.equal(match_vocabulary(own, own).rows, torch.arange(own.size))
+    assert torch.equal(match_vocabularies(own, own).rows, torch.arange(own.size))
 
 
 def test_same_string_then_ordinary_then_byte_token() -> None:
@@ -124,7 +124,7 @@ def test_same_string_then_ordinary_then_byte_token() -> None:
         ("B", b"B", ORDINARY),
         ("C", b"C", ORDINARY),
     )
-    assert found(match_vocabulary(output, model)) == [
+    assert found(match_vocabularies(output, model)) == [
         (2, MatchReason.SAME_STRING),
         (0, MatchReason.SAME_STRING),
         (1, MatchReason.SAME_BYTES),
@@ -137,7 +137,7 @@ def test_the_same_string_for_other_bytes_is_another_token() -> None:
     """``Ġ`` is a space in byte-level vocabularies and a letter in SentencePiece ones."""
     output = vocabulary(("Ġ", b" ", ORDINARY))
     model = vocabulary(("Ġ", "Ġ".encode(), ORDINARY), ("▁", b" ", ORDINARY))
-    assert found(match_vocabulary(output, model)) == [(1, MatchReason.SAME_BYTES)]
+    assert found(match_vocabularies(output, model)) == [(1, MatchReason.SAME_BYTES)]
 
 
 def test_one_atom_for_each_row_of_the_model() -> None:
@@ -153,7 +153,7 @@ def test_one_atom_for_each_row_of_the_model() -> None:
     model = vocabulary(
         ("A", b"A", ORDINARY), ("</s>", b"</s>", SPECIAL), ("<unused1>", b"<unused1>", UNUSED), ("B", b"B", ORDINARY)
     )
-    match = match_vocabulary(output, model)
+    match = match_vocabularies(output, model)
     assert match.rows.tolist() == [0, 2, 1, 0, 0, 3]
     assert match.atoms().tolist() == [4, 5]
 
@@ -169,7 +169,7 @@ def test_special_tokens_pair_by_content_before_role() -> None:
     """An instruct tokenizer ends turns with a token that its base model has too: it keeps that row."""
     instruct = special("<|endoftext|>", "<|im_end|>", eos=1, pad=0)
     base = special("<|endoftext|>", "<|im_end|>", eos=0, pad=0)
-    assert found(match_vocabulary(instruct, base)) == [
+    assert found(match_vocabularies(instruct, base)) == [
         (0, MatchReason.SPECIAL_CONTENT),
         (1, MatchReason.SPECIAL_CONTENT),
     ]
@@ -178,7 +178,7 @@ def test_special_tokens_pair_by_content_before_role() -> None:
 def test_special_tokens_pair_by_role_before_thetable() -> None:
     output = special("<|im_end|>", "<|other|>", eos=0)
     model = special("<end_of_turn>", "<eos>", eos=1)
-    assert found(match_vocabulary(output, model)) == [
+    assert found(match_vocabularies(output, model)) == [
         (1, MatchReason.SPECIAL_ROLE),
         (-1, MatchReason.MISSING_SPECIAL),
     ]
@@ -187,31 +187,31 @@ def test_special_tokens_pair_by_role_before_thetable() -> None:
 def test_unknown_and_padding_tokens_pair_last() -> None:
     """A text separator that serves as unknown token too has the model's separator, not its unknown token."""
     output = special("<|endoftext|>", unk=0)
-    assert found(match_vocabulary(output, special("<unk>", "</s>", unk=0))) == [(1, MatchReason.SPECIAL_EQUIVALENT)]
-    assert found(match_vocabulary(output, special("<nothing>", unk=0))) == [(0, MatchReason.SPECIAL_ROLE)]
+    assert found(match_vocabularies(output, special("<unk>", "</s>", unk=0))) == [(1, MatchReason.SPECIAL_EQUIVALENT)]
+    assert found(match_vocabularies(output, special("<nothing>", unk=0))) == [(0, MatchReason.SPECIAL_ROLE)]
 
 
 def test_an_end_of_text_that_pads_is_no_padding() -> None:
     output = special("<|stop|>", eos=0, pad=0)
-    assert found(match_vocabulary(output, special("[PAD]", pad=0))) == [(-1, MatchReason.MISSING_SPECIAL)]
-    assert found(match_vocabulary(output, special("[PAD]", "x", pad=0, eos=1))) == [(1, MatchReason.SPECIAL_ROLE)]
+    assert found(match_vocabularies(output, special("[PAD]", pad=0))) == [(-1, MatchReason.MISSING_SPECIAL)]
+    assert found(match_vocabularies(output, special("[PAD]", "x", pad=0, eos=1))) == [(1, MatchReason.SPECIAL_ROLE)]
 
 
 def test_several_special_tokens_may_share_a_row() -> None:
     output = special("<pad>", "<eos>", eos=1, pad=0)
     model = special("<|endoftext|>", eos=0, pad=0)
-    assert match_vocabulary(output, model).rows.tolist() == [0, 0]
+    assert match_vocabularies(output, model).rows.tolist() == [0, 0]
 
 
 def test_gaps_truncation_and_counts() -> None:
     output = Vocabulary({1: Token(1, "a", b"a", ORDINARY), 3: Token(3, "b", b"b", ORDINARY)}, {})
     model = vocabulary(("a", b"a", ORDINARY), ("b", b"b", ORDINARY))
-    assert match_vocabulary(output, model).rows.tolist() == [-1, 0, -1, 1]
-    match = match_vocabulary(output, model.truncated(1))
+    assert match_vocabularies(output, model).rows.tolist() == [-1, 0, -1, 1]
+    match = match_vocabularies(output, model.truncated(1))
     assert match.rows.tolist() == [-1, 0, -1, -1]
     assert match.counts() == {MatchReason.NO_TOKEN: 2, MatchReason.SAME_STRING: 1, MatchReason.MISSING: 1}
     assert (match.rows.dtype, match.reasons.dtype) == (torch.int64, torch.int8)
-    assert match_vocabulary(output.truncated(0), model).rows.shape == (0,)
+    assert match_vocabularies(output.truncated(0), model).rows.shape == (0,)
 
 
 def test_table_of_equivalents_is_sound() -> None:
@@ -265,13 +265,13 @@ def vocabularies(draw: st.DrawFn) -> Vocabulary:
 @given(vocabularies())
 def test_any_vocabulary_matches_itself(own: Vocabulary) -> None:
     expected = [id_ if id_ in own.tokens else -1 for id_ in range(own.size)]
-    assert match_vocabulary(own, own).rows.tolist() == expected
+    assert match_vocabularies(own, own).rows.tolist() == expected
 
 
 @given(vocabularies(), vocabularies())
 def test_matches_are_sound_and_complete(output: Vocabulary, model: Vocabulary) -> None:
     """Anchors have equal bytes, text pairs with text, and no text that the model has is missing."""
-    match = match_vocabulary(output, model)
+    match = match_vocabularies(output, model)
     has = {token.data for token in model.tokens.values() if token.kind in (ORDINARY, BYTE)}
     for id_, (row, reason) in enumerate(found(match)):
         assert (reason is MatchReason.NO_TOKEN) == (id_ not in output.tokens)
@@ -306,7 +306,7 @@ def test_the_order_of_ids_does_not_matter(output: Vocabulary, model: Vocabulary,
 
     other_output, new = renumbered(output)
     other_model, _ = renumbered(model)
-    before, after = match_vocabulary(output, model), match_vocabulary(other_output, other_model)
+    before, after = match_vocabularies(output, model), match_vocabularies(other_output, other_model)
     # Of several rows with the same bytes the smallest is taken, so that how many atoms there are may differ.
     written = [
         {own.tokens[id_].data for id_ in match.atoms().tolist()}

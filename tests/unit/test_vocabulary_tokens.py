@@ -13,7 +13,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.vocabulary.byte_encoding import BYTE_ALPHABET, as_text, read_scheme
-from mergekit_omp.vocabulary.matching import match_vocabulary
+from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary, read_vocabulary
@@ -372,7 +372,7 @@ def test_any_tokenizer_is_read_matched_and_split_or_refused(
         output, model = read_vocabulary(output_tokenizer), read_vocabulary(model_tokenizer)
     except OmpError:
         assume(False)
-    match = match_vocabulary(output, model)
+    match = match_vocabularies(output, model)
     text = {TokenKind.ORDINARY, TokenKind.BYTE}
     for id_ in match.atoms().tolist():
         anchor, own = output.tokens[id_], model.tokens[int(match.rows[id_])]
