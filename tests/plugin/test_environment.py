@@ -50,7 +50,7 @@ def test_other_recipes_plan_to_the_same_tasks(models: list[str]) -> None:
     assert with_ours == without
 
 
-@pytest.mark.parametrize("missing", ["plugin.py", "methods.py", "names.py"])
+@pytest.mark.parametrize("missing", ["patches.py", "merge_methods.py", "parameters.py", "compat.py"])
 def test_half_removed(tmp_path: Path, missing: str) -> None:
     """An uninstall that went wrong: torch and mergekit work, and say at most a warning.
 
