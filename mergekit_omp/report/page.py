@@ -315,7 +315,7 @@ def _details(record: Record) -> str:
         revision = f"; revision {model['revision']}" if model["revision"] else ""
         rows.append((" and ".join(model["roles"]), f"{model['name']} ({about}{revision})"))
     for solve in record["solves"]:
-        how = ", ".join(f"{key} = {solve[key]}" for key in ("k", "normalize_atoms", "scan_every") if key in solve)
+        how = ", ".join(f"{key} = {solve[key]}" for key in ("k", "normalize_atoms") if key in solve)
         rows.append(("solve", f"{solve['tensor']} of {solve['donor']}: {how}; {_duration(solve['seconds'])}"))
     for tensor in record["tensors"]:
         settings = ", ".join(f"{name} = {value}" for name, value in tensor["parameters"].items())

@@ -232,7 +232,6 @@ def _describe_solve(solve: "SolveCodes", solution: Solution) -> dict[str, Any]:
         "vocabulary_axis": solve.vocabulary_axis,
         "k": solve.k,
         "normalize_atoms": solve.normalize_atoms,
-        "scan_every": solve.scan_every,
         "seconds": round(solution.seconds, 2),
         "residuals": _describe_residuals(codes.relative_residuals),
         "usage": {

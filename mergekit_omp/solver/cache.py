@@ -42,7 +42,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def solve_with_cache(
-    targets: Tensor, atoms: Tensor, k: int, *, normalize_atoms: bool = False, scan_every: int = 1, **how: Any
+    targets: Tensor, atoms: Tensor, k: int, *, normalize_atoms: bool = False, **how: Any
 ) -> SparseCodes:
     """:func:`mergekit_omp.solver.solve_omp`, or what it once returned for the same arguments.
 
@@ -51,7 +51,7 @@ def solve_with_cache(
     Raises:
         OmpError: as ``solve_omp`` does, and where an environment variable cannot be understood.
     """
-    choices = {"normalize_atoms": normalize_atoms, "scan_every": scan_every}
+    choices = {"normalize_atoms": normalize_atoms}
     folder = cache_folder()
     if folder is None or len(targets) * len(atoms) * targets.shape[1] * min(k, len(atoms)) < WORTH_KEEPING:
         return solve_omp(targets, atoms, k, **choices, **how)

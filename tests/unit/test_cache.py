@@ -63,7 +63,6 @@ def test_whatever_changes_the_codes_is_another_entry(solves: list[int]) -> None:
     for variant in (
         lambda: cache.solve_with_cache(targets, atoms, 4),
         lambda: cache.solve_with_cache(targets, atoms, 3, normalize_atoms=True),
-        lambda: cache.solve_with_cache(targets, atoms, 3, scan_every=4),
         lambda: cache.solve_with_cache(other, atoms, 3),
         lambda: cache.solve_with_cache(targets, atoms.flip(0), 3),
         lambda: cache.solve_with_cache(targets[:-1], atoms, 3),
