@@ -28,6 +28,7 @@ from mergekit_omp.report.samples import readable
 from mergekit_omp.report.warnings import advice
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
+from mergekit_omp.solver.memory import ProblemShape
 from mergekit_omp.vocabulary.matching import MatchReason
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 from mergekit_omp.vocabulary.tokens import TokenKind
@@ -247,8 +248,8 @@ def _timed(solve: Solve, device: str | None) -> Solve:
 
 
 def _plan(solve: Solve, device: torch.device) -> SolvePlan:
-    shape = (solve.targets, solve.atoms, solve.dim, solve.k)
-    return plan_solve(device, *shape, memory_budget=solve.memory_budget)
+    shape = ProblemShape(solve.targets, solve.atoms, solve.dim, solve.k)
+    return plan_solve(device, shape, memory_budget=solve.memory_budget)
 
 
 def _peak_memory(

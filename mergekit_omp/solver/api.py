@@ -62,15 +62,14 @@ def solve_omp(
         LOG.warning("k is %d, but %s has only %d atoms: all of them are used.", k, name, len(atoms))
         k = len(atoms)
     devices = list(devices) if devices else [targets.device]
-    parts = [part for part in torch.arange(len(targets)).tensor_split(len(devices)) if len(part)]
+    parts = [part for part in targets.tensor_split(len(devices)) if len(part)]
     if not parts:
         return SparseCodes(torch.empty(0, k, dtype=torch.int64), torch.empty(0, k), torch.empty(0))
 
     def solve(device: torch.device, part: Tensor) -> SparseCodes:
-        rows = targets[int(part[0]) : int(part[-1]) + 1]
         return solve_on(
             device,
-            rows,
+            part,
             atoms,
             k,
             normalize_atoms=normalize_atoms,

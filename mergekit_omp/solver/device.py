@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mergekit_omp.solver.codes import SparseCodes, concatenate
 from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
-from mergekit_omp.solver.memory import budget_on
+from mergekit_omp.solver.memory import ProblemShape, budget_on
 from mergekit_omp.solver.scan import search as scan_search
 from mergekit_omp.solver.scan.int8 import Int8Screen
 from mergekit_omp.solver.scan.screening import FloatScreen, Screen
@@ -46,8 +46,8 @@ def solve_on(
     if scale is not None:
         atoms = atoms / scale[:, None]
         norms = atoms.norm(dim=1)
-    shape = (len(targets), *atoms.shape, k)
-    plan = plan_solve(device, *shape, memory_budget=budget, sharing=sharing)
+    shape = ProblemShape(len(targets), *atoms.shape, k)
+    plan = plan_solve(device, shape, memory_budget=budget, sharing=sharing)
     LOG.info("OMP of %d targets over %d atoms, d = %d, k = %d, on %s: %s", *shape, device, plan)
     solver = _solver(plan, atoms, norms, k)
 

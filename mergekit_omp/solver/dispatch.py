@@ -11,14 +11,8 @@ from types import ModuleType
 
 import torch
 
-from mergekit_omp.solver.memory import (
-    budget_on,
-    gram_chunk,
-    gram_matrix_bytes,
-    pairs_at_a_time,
-    scan_chunk,
-    scan_matrix_bytes,
-)
+from mergekit_omp.solver import memory
+from mergekit_omp.solver.memory import ProblemShape
 from mergekit_omp.solver.scan import int8
 
 LOG = logging.getLogger(__name__)
@@ -68,54 +62,35 @@ class SolvePlan:
 
 
 def plan_solve(
-    device: torch.device,
-    targets: int,
-    atoms: int,
-    dim: int,
-    k: int,
-    *,
-    memory_budget: int | None = None,
-    sharing: int = 1,
+    device: torch.device, shape: ProblemShape, *, memory_budget: int | None = None, sharing: int = 1
 ) -> SolvePlan:
-    """Decide how so many targets are solved on a device.
+    """Decide how a problem is solved on a device.
 
     Args:
         device: where to work.
-        targets: B.
-        atoms: N.
-        dim: d.
-        k: the sparsity.
+        shape: of the problem, without copies of atoms.
         memory_budget: bytes that may be held there beside the inputs; by default a share of what is free.
         sharing: solves that run on this device at a time, and share the budget and the cores.
     """
-    budget = budget_on(device, memory_budget) // sharing
+    budget = memory.budget_on(device, memory_budget) // sharing
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
-    pairs = pairs_at_a_time(budget, atoms, threads)
-    dtype, speedup = scan_dtype(device), gram_speedup(device, targets, atoms, dim, k)
-    if speedup > 1:
-        chunk = gram_chunk(budget, targets, atoms, dim, k, threads=threads)
-        if chunk > 0:
-            matrix = gram_matrix_bytes(atoms, dim, threads)
-            return SolvePlan("gram", torch.int16, threads, chunk, pairs, matrix, speedup)
-    chunk = scan_chunk(
-        device,
-        budget,
-        targets,
-        atoms,
-        dim,
-        k,
-        threads=threads,
-        pairs=pairs,
-        correlation_bytes=CORRELATION_BYTES[dtype],
-    )
-    return SolvePlan("scan", dtype, threads, chunk, pairs, scan_matrix_bytes(atoms, dim), 1.0)
+    pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
+    speedup = gram_speedup(device, shape)
+    chunk = memory.gram_chunk(budget, shape, threads) if speedup > 1 else 0
+    if chunk > 0:
+        matrix_bytes = memory.gram_matrix_bytes(shape, threads)
+        return SolvePlan("gram", torch.int16, threads, chunk, pairs, matrix_bytes, speedup)
+    dtype = scan_dtype(device)
+    chunk = memory.scan_chunk(device, budget, shape, threads, pairs, CORRELATION_BYTES[dtype])
+    return SolvePlan("scan", dtype, threads, chunk, pairs, memory.scan_matrix_bytes(shape), 1.0)
 
 
-def gram_speedup(device: torch.device, targets: int, atoms: int, dim: int, k: int) -> float:
+def gram_speedup(device: torch.device, shape: ProblemShape) -> float:
     """Return the time of a scan in each step over that with a Gram matrix; 1 where the matrix does not pay.
 
     Whether there is room for it is another question.
     """
+    targets, atoms, dim, k = shape
     scans = SCAN_COST[scan_dtype(device)] * targets * atoms * dim * k
     gram = GRAM_BUILD_COST * atoms**2 * dim + targets * atoms * (dim + GRAM_STEP_COST * k**2)
     if device.type != "cpu" or scans - gram <= GRAM_MIN_GAIN or gram_search() is None:

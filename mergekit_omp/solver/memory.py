@@ -1,7 +1,6 @@
-"""Compute how many targets at a time fit into a memory budget. All sizes are in bytes.
+"""Compute how many targets at a time fit into a memory budget. All sizes are in bytes."""
 
-Letters: N atoms, d dimensions, k sparsity.
-"""
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -33,6 +32,15 @@ KEPT_BLOCK = 2**25
 cleared, which takes a third of the time of the product that fills it."""
 
 
+class ProblemShape(NamedTuple):
+    """How many ``targets`` are approximated by ``atoms`` of ``dim`` dimensions, with at most ``k`` for each target."""
+
+    targets: int
+    atoms: int
+    dim: int
+    k: int
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on a device now."""
     if device.type == "cuda":
@@ -53,77 +61,54 @@ def pairs_at_a_time(budget: int, atoms: int, threads: int) -> int:
     return max(atoms, min(LARGEST_PAIRS, budget // (8 * threads * PAIR_BYTES)))
 
 
-def scan_matrix_bytes(atoms: int, dim: int) -> int:
+def scan_matrix_bytes(shape: ProblemShape) -> int:
     """Return what the atoms take in float32, and a rounded copy, which int8 holds twice while it is packed."""
-    return atoms * dim * 6
+    return shape.atoms * shape.dim * 6
 
 
 def scan_chunk(
-    device: torch.device,
-    budget: int,
-    targets: int,
-    atoms: int,
-    dim: int,
-    k: int,
-    *,
-    threads: int,
-    pairs: int,
-    correlation_bytes: int,
+    device: torch.device, budget: int, shape: ProblemShape, threads: int, pairs: int, correlation_bytes: int
 ) -> int:
     """Return how many targets each thread takes at a time when every step scans all atoms.
 
     Args:
         device: where to work.
         budget: bytes that may be held there.
-        targets: targets that this device solves.
-        atoms: N.
-        dim: d.
-        k: the sparsity.
+        shape: of the problem that this device solves.
         threads: chunks that are worked on at a time.
         pairs: of a target and an atom that each thread may hold.
         correlation_bytes: bytes of one correlation in the screen's dtype.
     """
-    room = budget - scan_matrix_bytes(atoms, dim) - atoms * 64
+    room = budget - scan_matrix_bytes(shape) - shape.atoms * 64
     room = room // threads - PAIR_BYTES * pairs
     room -= 16 * block_numbers(device)  # of float64 least squares
-    places = atoms + group_size(device)
+    places = shape.atoms + group_size(device)
     most = min(LARGEST_CHUNK.get(device.type, 512), LARGEST_SCAN // places)
     if device.type == "cpu":
         most = min(most, KEPT_BLOCK // (correlation_bytes * places))
-    return _even(min(room // _scan_target_bytes(places, dim, k, correlation_bytes), most), targets, threads)
+    # Of one target, counted generously: the pursuit, and its copy when finished targets are dropped; the correlations,
+    # with what is held of each group.
+    each = 4 * (2 * shape.k * shape.dim + 8 * shape.dim) + places * (correlation_bytes + 1) + 8 * shape.k
+    return _even(min(room // each, most), shape.targets, threads)
 
 
-def _scan_target_bytes(places: int, dim: int, k: int, correlation_bytes: int) -> int:
-    """The most that is alive at a time for one target, counted generously, beside pairs."""
-    state = 4 * (2 * k * dim + 8 * dim)  # the pursuit, and the copy when finished targets are dropped
-    scan = places * (correlation_bytes + 1)  # with what is held of each group
-    return state + scan + 8 * k
-
-
-def gram_matrix_bytes(atoms: int, dim: int, threads: int) -> int:
-    """Return what a Gram matrix of N atoms holds, with its atoms, and while it is built."""
+def gram_matrix_bytes(shape: ProblemShape, threads: int) -> int:
+    """Return what a Gram matrix holds, with its atoms, and while it is built."""
+    _, atoms, dim, _ = shape
     return padded(atoms) * (2 * atoms + 32) + 4 * dim * atoms + threads * 4 * BLOCK * (BLOCK + 2 * dim)
 
 
-def gram_chunk(budget: int, targets: int, atoms: int, dim: int, k: int, *, threads: int) -> int:
+def gram_chunk(budget: int, shape: ProblemShape, threads: int) -> int:
     """Return how many targets each thread takes at a time with a Gram matrix; 0 where the budget has no room for it.
 
     The arguments are those of :func:`scan_chunk`.
     """
-    room = (budget - gram_matrix_bytes(atoms, dim, threads)) // threads
-    none = _gram_thread_bytes(0, atoms, dim, k)
-    chunk = min(GRAM_CHUNK, (room - none) // (_gram_thread_bytes(1, atoms, dim, k) - none))
+    targets, atoms, dim, k = shape
+    room = (budget - gram_matrix_bytes(shape, threads)) // threads
+    workspace = k * (8 * k + 4 * dim + 12 * TILE) + 200 * dim + 2**20
+    each = 4 * (padded(atoms) + 2 * BLOCK) + 24 * dim + 32 * k
+    chunk = min(GRAM_CHUNK, (room - workspace) // each)
     return _even(chunk, targets, threads) if chunk > 0 else 0
-
-
-def _gram_thread_bytes(targets: int, atoms: int, dim: int, k: int) -> int:
-    """What a thread holds that solves so many targets at a time by a Gram matrix."""
-    return (
-        targets * (4 * (padded(atoms) + 2 * BLOCK) + 24 * dim + 32 * k)
-        + k * (8 * k + 4 * dim + 12 * TILE)
-        + 200 * dim
-        + 2**20
-    )
 
 
 def _even(chunk: int, targets: int, threads: int) -> int:

@@ -5,7 +5,6 @@ inside one operation do.
 """
 
 import logging
-import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -34,29 +33,24 @@ def map_in_threads(work: Callable[[Piece], Result], pieces: Iterable[Piece], thr
 def map_chunks(solve: Callable[[Tensor], Result], targets: Tensor, chunk: int, threads: int) -> list[Result]:
     """Return ``solve`` of chunks of the targets (B, d), in order.
 
-    After a CUDA out-of-memory error the chunks are half as large from then on.
+    On a GPU, which has one thread, the chunks are half as large from an out-of-memory error on.
 
     Raises:
         torch.cuda.OutOfMemoryError: a single target does not fit.
     """
-    sizes, lock = [chunk], threading.Lock()
-
-    def solve_or_halve(rows: Tensor) -> list[Result]:
-        solved, start = [], 0
-        while start < len(rows):
-            part = rows[start : start + sizes[-1]]
-            try:
-                solved.append(solve(part))
-                start += len(part)
-                continue
-            except torch.cuda.OutOfMemoryError:
-                if len(part) == 1:
-                    raise
-                with lock:
-                    sizes.append(max(1, min(sizes[-1], len(part) // 2)))
-                LOG.warning("Out of memory with %d targets at a time: going on with %d.", len(part), sizes[-1])
-            torch.cuda.empty_cache()  # blocks of the larger size; the exception, which held them, is gone
-        return solved
-
-    parts = targets.split(chunk) if threads > 1 else [targets]
-    return [result for part in map_in_threads(solve_or_halve, parts, threads) for result in part]
+    if threads > 1:
+        return map_in_threads(solve, targets.split(chunk), threads)
+    solved, start = [], 0
+    while start < len(targets):
+        part = targets[start : start + chunk]
+        try:
+            solved.append(solve(part))
+            start += len(part)
+            continue
+        except torch.cuda.OutOfMemoryError:
+            if len(part) == 1:
+                raise
+            chunk = len(part) // 2
+            LOG.warning("Out of memory with %d targets at a time: going on with %d.", len(part), chunk)
+        torch.cuda.empty_cache()  # blocks of the larger size; the exception, which held them, is gone
+    return solved

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from sklearn.linear_model import orthogonal_mp
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.solver import dispatch, solve_omp
+from mergekit_omp.solver import dispatch, memory, solve_omp
 from mergekit_omp.solver.dispatch import plan_solve
 from mergekit_omp.solver.gram import search as gram_search
 from mergekit_omp.solver.gram.layout import UNIT, padded
 from mergekit_omp.solver.gram.matrix import Gram, build_gram
 from mergekit_omp.solver.least_squares import least_squares
-from mergekit_omp.solver.memory import GRAM_CHUNK, KEPT_BLOCK, gram_matrix_bytes, scan_chunk
+from mergekit_omp.solver.memory import GRAM_CHUNK, KEPT_BLOCK, ProblemShape, gram_matrix_bytes, scan_chunk
 from mergekit_omp.solver.reference import reference_omp
 from mergekit_omp.solver.scan import int8, projection
 from mergekit_omp.solver.scan import search as scan_search
@@ -60,8 +60,8 @@ def force(monkeypatch: pytest.MonkeyPatch, way: str | None = None, chunk: int | 
     elif way is not None:
         monkeypatch.setattr(dispatch, "scan_dtype", lambda _: getattr(torch, way))
     if chunk is not None:
-        monkeypatch.setattr(dispatch, "scan_chunk", lambda *_, **__: chunk)
-        monkeypatch.setattr(dispatch, "gram_chunk", lambda *_, **__: chunk)
+        monkeypatch.setattr(memory, "scan_chunk", lambda *_: chunk)
+        monkeypatch.setattr(memory, "gram_chunk", lambda *_: chunk)
 
 
 @pytest.mark.parametrize("common", [0.0, 2.0], ids=["isotropic", "common-direction"])
@@ -241,7 +241,8 @@ def test_low_precision_settings_of_torch_do_not_reach_the_solver(setting: str) -
 
 
 def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A fault that is injected: chunks of more than five targets run out of memory."""
+    """A fault that is injected: chunks of more than five targets run out of memory, in one thread as on a GPU."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     targets, atoms = random_rows(40, 32, 25), random_rows(200, 32, 26)
     expected = solve_omp(targets, atoms, 6)
     honest = scan_search.find_supports
@@ -263,7 +264,7 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
 
 def test_any_device_of_torch_has_a_chunk_size() -> None:
     """mergekit runs on Intel's accelerators too."""
-    plan = plan_solve(torch.device("xpu"), 10_000, 39_237, 576, 64, memory_budget=2**34)
+    plan = plan_solve(torch.device("xpu"), ProblemShape(10_000, 39_237, 576, 64), memory_budget=2**34)
     assert (plan.method, plan.dtype, plan.threads) == ("scan", torch.float32, 1)
     assert plan.chunk > 400
 
@@ -271,8 +272,8 @@ def test_any_device_of_torch_has_a_chunk_size() -> None:
 @pytest.mark.parametrize("targets", [1, 100, 768, 10_000])
 @pytest.mark.parametrize("atoms", [500, 39_237, 128_000])
 def test_threads_finish_together_and_scans_stay_in_kept_blocks(targets: int, atoms: int) -> None:
-    how = {"threads": (threads := 2), "pairs": atoms, "correlation_bytes": (size := 2)}
-    chunk = scan_chunk(CPU, 2**36, targets, atoms, 640, 64, **how)
+    threads, size = 2, 2
+    chunk = scan_chunk(CPU, 2**36, ProblemShape(targets, atoms, 640, 64), threads, atoms, size)
     assert chunk * atoms * size <= KEPT_BLOCK
     assert -(-targets // chunk) % threads == 0 or targets < threads
     assert chunk > min(targets / threads, KEPT_BLOCK / (atoms * size), 256) / 2
@@ -289,7 +290,7 @@ def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, 
     Targets that are orthogonal to all atoms are the worst case: every atom may be the best one.
     """
     if way == GRAM:
-        mib += gram_matrix_bytes(atoms, dim, 2) // 2**20
+        mib += gram_matrix_bytes(ProblemShape(300, atoms, dim, k), 2) // 2**20
     script = f"""
         import torch
         from benchmarks.memory import peak, start_of_peak
@@ -347,7 +348,7 @@ def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, o
 
 def test_a_cpu_without_fast_integers_scans_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "is_supported", lambda: False)
-    assert plan_solve(CPU, 10, 100, 8, 4).dtype == torch.float32
+    assert plan_solve(CPU, ProblemShape(10, 100, 8, 4)).dtype == torch.float32
 
 
 def test_apply_is_the_weighted_sum_whatever_the_chunk() -> None:
@@ -431,23 +432,23 @@ def test_what_was_proposed_is_verified(steps: int, list_length: int) -> None:
 
 
 def test_the_plan_takes_what_is_fastest_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape, budget = (10_000, 30_000, 576, 64), 2**33
-    plan = plan_solve(CPU, *shape, memory_budget=budget)
+    shape, budget = ProblemShape(10_000, 30_000, 576, 64), 2**33
+    plan = plan_solve(CPU, shape, memory_budget=budget)
     assert (plan.method, plan.dtype) == ("gram", torch.int16)
     assert GRAM_CHUNK / 2 < plan.chunk <= GRAM_CHUNK
     assert 2 * 30_000**2 < plan.matrix_bytes < budget
     assert plan.speedup > 1
     for other in (
-        plan_solve(CPU, 100, *shape[1:], memory_budget=budget),  # few targets
-        plan_solve(CPU, *shape, memory_budget=2**30),
-        plan_solve(CPU, *shape, memory_budget=2 * budget, sharing=16),
-        plan_solve(torch.device("xpu"), *shape, memory_budget=budget),
+        plan_solve(CPU, shape._replace(targets=100), memory_budget=budget),
+        plan_solve(CPU, shape, memory_budget=2**30),
+        plan_solve(CPU, shape, memory_budget=2 * budget, sharing=16),
+        plan_solve(torch.device("xpu"), shape, memory_budget=budget),
     ):
         assert other.method == "scan"
         assert other.speedup == 1
-        assert 0 < other.chunk < shape[0]
+        assert 0 < other.chunk < shape.targets
     monkeypatch.setattr(dispatch, "gram_search", lambda: None)
-    assert plan_solve(CPU, *shape, memory_budget=budget).method == "scan", "numba is missing"
+    assert plan_solve(CPU, shape, memory_budget=budget).method == "scan", "numba is missing"
 
 
 def test_the_log_says_what_ran(caplog: pytest.LogCaptureFixture, way: str) -> None:

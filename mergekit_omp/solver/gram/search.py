@@ -36,27 +36,11 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from mergekit_omp.solver.gram.candidates import (
-    Candidates,
-    append,
-    append_tile,
-    beats,
-    best_candidate,
-    empty_candidates,
-    exact_correlation,
-    shorten,
-)
-from mergekit_omp.solver.gram.cholesky import ActiveSet, empty_active_set, extend, refit
-from mergekit_omp.solver.gram.kernels import (
-    ROWS,
-    add_rows_to_one,
-    add_rows_to_two,
-    any_may_reach,
-    compiled,
-    copy_tile,
-    entry_point,
-    widen_tile,
-)
+from mergekit_omp.solver.gram import candidates as candidate_list
+from mergekit_omp.solver.gram import cholesky, kernels
+from mergekit_omp.solver.gram.candidates import Candidates, exact_correlation
+from mergekit_omp.solver.gram.cholesky import ActiveSet
+from mergekit_omp.solver.gram.kernels import ROWS, compiled, entry_point
 from mergekit_omp.solver.gram.layout import TILE, UNIT
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.tolerances import ROUNDING, ZERO
@@ -140,7 +124,7 @@ def _workspace(dim: int, k: int, most_steps: int) -> Workspace:
         correlations=np.zeros(most_steps),
     )
     sums, rows = np.zeros((most_steps, TILE), np.float32), np.zeros((ROWS, TILE), np.float32)
-    return Workspace(draft, empty_active_set(dim, k), empty_candidates(k), sums, rows)
+    return Workspace(draft, cholesky.empty_active_set(dim, k), candidate_list.empty_candidates(k), sums, rows)
 
 
 @entry_point
@@ -179,7 +163,7 @@ def _solve_one(target: ndarray, inner: ndarray, gram: Gram, work: Workspace, lis
         undone = wrong < draft.count[0] - 1 or complete
         proposed, active.size[0] = active.size[0], verified + last
         for slot in range(active.size[0], proposed):  # what was undone correlated with nothing that followed
-            append(gram, active, candidates, active.support[slot], inner[active.support[slot]])
+            candidate_list.append(gram, active, candidates, active.support[slot], inner[active.support[slot]])
         steps = min(max(last + 1, FEWEST_STEPS) if undone else 2 * steps, len(draft.errors))
         if candidates.length[0] > 1.5 * list_length:
             threshold = min(RAISE * threshold, HIGHEST_THRESHOLD)
@@ -189,7 +173,7 @@ def _solve_one(target: ndarray, inner: ndarray, gram: Gram, work: Workspace, lis
         complete = _propose(target, gram, work, draft.choices[last], draft.correlations[last], steps)
         if draft.count[0] == 0:
             break
-    return refit(active, target, draft.residuals[0])
+    return cholesky.refit(active, target, draft.residuals[0])
 
 
 @compiled
@@ -197,8 +181,7 @@ def _draft_first_step(target: ndarray, inner: ndarray, gram: Gram, work: Workspa
     draft = work.draft
     work.active.size[0], draft.count[0] = 0, 1
     draft.residuals[0] = target
-    draft.weights[0] = 0
-    draft.errors[0] = _cosine_error(len(target), 0, 0.0)
+    _weigh(gram, work, 0)
     draft.choices[0] = np.argmax(np.abs(inner) * gram.norms)
     draft.correlations[0] = exact_correlation(gram, draft.choices[0], target)
 
@@ -210,13 +193,13 @@ def _propose(target: ndarray, gram: Gram, work: Workspace, choice: int, correlat
     draft.count[0] = 0
     for step in range(steps):
         useful = correlation > ZERO * gram.norms[choice]
-        if not useful or not extend(active, target, choice, gram.atoms[choice]):
+        if not useful or not cholesky.extend(active, target, choice, gram.atoms[choice]):
             return step == 0  # nothing helps if this does not, but a drafted choice has to be verified first
-        residual_norm = refit(active, target, draft.residuals[step])
+        residual_norm = cholesky.refit(active, target, draft.residuals[step])
         if active.size[0] == len(active.coefficients) or residual_norm <= ZERO:
             return True
         _weigh(gram, work, step)
-        choice, correlation = best_candidate(
+        choice, correlation = candidate_list.best_candidate(
             gram, active, work.candidates, draft.weights[step], draft.residuals[step], draft.errors[step]
         )
         draft.choices[step], draft.correlations[step] = choice, correlation
@@ -226,7 +209,12 @@ def _propose(target: ndarray, gram: Gram, work: Workspace, choice: int, correlat
 
 @compiled
 def _weigh(gram: Gram, work: Workspace, step: int) -> None:
-    """Write the weights of the active atoms' rows of the matrix in a step's cosines, and the bound on their errors."""
+    """Write the weights of the active atoms' rows of the matrix in a step's cosines, and bound the cosines' errors.
+
+    A cosine is that of the target less those of the matrix, whose weights have absolute values that add up to
+    ``total``. Each was a sum of d float32 products, those of the matrix were rounded to 1 / UNIT, and the terms are
+    added in float32.
+    """
     draft, active = work.draft, work.active
     size, total = active.size[0], 0.0
     for slot in range(size):
@@ -234,18 +222,8 @@ def _weigh(gram: Gram, work: Workspace, step: int) -> None:
         total += abs(weight)
         draft.weights[step, slot] = -weight / UNIT
     draft.weights[step, size:] = 0
-    draft.errors[step] = _cosine_error(draft.residuals.shape[1], size, total)
-
-
-@compiled
-def _cosine_error(dim: int, size: int, total: float) -> float:
-    """Bound the error of a residual's cosine with an atom, for a target of norm 1.
-
-    It is the target's cosine less ``size`` cosines of the matrix, whose weights have absolute values that add up to
-    ``total``. Each was a sum of ``dim`` float32 products, those of the matrix were rounded to 1 / UNIT, and the terms
-    are added in float32.
-    """
-    return (1 + total) * (dim + size + 32) * (ROUNDING / 2) + total * 0.5 / UNIT
+    operations = draft.residuals.shape[1] + size + 32
+    draft.errors[step] = (1 + total) * operations * (ROUNDING / 2) + total * 0.5 / UNIT
 
 
 @compiled
@@ -267,11 +245,11 @@ def _verify(inner: ndarray, gram: Gram, work: Workspace, threshold: float) -> in
         for step in range(min(wrong + 1, count)):
             if _correct(gram, draft, work.sums[step], step, start):
                 wrong = min(wrong, step)
-        append_tile(gram, active, candidates, tile, work.sums[count - 1], start, least)
+        candidate_list.append_tile(gram, active, candidates, tile, work.sums[count - 1], start, least)
         while candidates.length[0] > TILE:
             mean = np.mean(candidates.correlations[: candidates.length[0]])
             least = max(np.float32(1.1) * least, np.float32(0.5) * mean)
-            shorten(active, candidates, least)
+            candidate_list.shorten(active, candidates, least)
     return wrong
 
 
@@ -280,14 +258,14 @@ def _scan_tile(inner: ndarray, gram: Gram, work: Workspace, start: int) -> None:
     """Compute the cosines of a tile's atoms with the residual of each drafted step."""
     sums, rows, weights, count = work.sums, work.rows, work.draft.weights, work.draft.count[0]
     for step in range(count):
-        copy_tile(inner, sums[step])
+        kernels.copy_tile(inner, sums[step])
     for slot in range(0, work.active.size[0], ROWS):
         for row in range(ROWS):
-            widen_tile(gram.cosines[work.active.support[slot + row], start : start + TILE], rows[row])
+            kernels.widen_tile(gram.cosines[work.active.support[slot + row], start : start + TILE], rows[row])
         for step in range(0, count - 1, 2):
-            add_rows_to_two(sums[step], sums[step + 1], rows, weights, step, slot)
+            kernels.add_rows_to_two(sums[step], sums[step + 1], rows, weights, step, slot)
         if count % 2:
-            add_rows_to_one(sums[count - 1], rows, weights, count - 1, slot)
+            kernels.add_rows_to_one(sums[count - 1], rows, weights, count - 1, slot)
 
 
 @compiled
@@ -297,7 +275,7 @@ def _correct(gram: Gram, draft: Draft, cosines: ndarray, step: int, start: int) 
     Atoms that the bound on their cosines does not rule out are correlated again in float64.
     """
     inverse_norms, error = gram.inverse_norms[start : start + TILE], draft.errors[step]
-    if not any_may_reach(cosines, inverse_norms, draft.correlations[step], error):
+    if not kernels.any_may_reach(cosines, inverse_norms, draft.correlations[step], error):
         return False
     before = draft.choices[step]
     for column in range(TILE):
@@ -305,6 +283,6 @@ def _correct(gram: Gram, draft: Draft, cosines: ndarray, step: int, start: int) 
         may_reach = abs(cosines[column]) + error >= np.float32(draft.correlations[step]) * inverse_norms[column]
         if may_reach and atom < len(gram.atoms) and atom != draft.choices[step]:
             correlation = exact_correlation(gram, atom, draft.residuals[step])
-            if beats(correlation, atom, draft.correlations[step], draft.choices[step]):
+            if candidate_list.beats(correlation, atom, draft.correlations[step], draft.choices[step]):
                 draft.correlations[step], draft.choices[step] = correlation, atom
     return draft.choices[step] != before
