@@ -61,14 +61,16 @@ def beats(correlation: float, atom: int, best: float, choice: int) -> bool:
 
 
 @compiled
-def append(gram: Gram, active: ActiveSet, candidates: Candidates, atom: int, inner: float) -> None:
-    """Append an atom, whose cosine with the target is ``inner``."""
-    place, size = candidates.length[0], active.size[0]
-    candidates.atoms[place] = atom
-    candidates.inner[place] = inner
-    for slot in range(size):
-        candidates.cosines[slot, place] = gram.cosines[active.support[slot], atom]
-    candidates.length[0] = place + 1
+def append(gram: Gram, active: ActiveSet, candidates: Candidates, inner: ndarray, atoms: ndarray) -> None:
+    """Append atoms int64 (n,); ``inner`` (P,) are the cosines of the target with all atoms."""
+    first, size = candidates.length[0], active.size[0]
+    for index in range(len(atoms)):
+        atom, place = atoms[index], first + index
+        candidates.atoms[place] = atom
+        candidates.inner[place] = inner[atom]
+        for slot in range(size):
+            candidates.cosines[slot, place] = gram.cosines[active.support[slot], atom]
+    candidates.length[0] = first + len(atoms)
 
 
 @compiled
@@ -77,7 +79,8 @@ def append_tile(
 ) -> None:
     """Append the atoms of a tile that correlate more than ``least`` with the residual.
 
-    ``inner`` and ``cosines`` float32 (TILE,) are the cosines of target and residual with the atoms from ``start`` on.
+    ``inner`` (P,) are the cosines of the target with all atoms, ``cosines`` float32 (TILE,) those of the residual with
+    the atoms from ``start`` on.
     """
     first = end = candidates.length[0]
     least, norms, atoms = np.float32(least), gram.norms[start : start + TILE], candidates.atoms
@@ -89,10 +92,13 @@ def append_tile(
             for column in range(left, left + GROUP):
                 atoms[end] = column
                 end += abs(cosines[column]) * norms[column] > least
+    if end == first:
+        return
     for place in range(first, end):
         column = atoms[place]
         candidates.correlations[place] = abs(cosines[column]) * norms[column]
-        append(gram, active, candidates, start + column, inner[column])
+        atoms[place] = start + column
+    append(gram, active, candidates, inner, atoms[first:end])
 
 
 @compiled

@@ -162,8 +162,8 @@ def _solve_one(target: ndarray, inner: ndarray, gram: Gram, work: Workspace, lis
         last = min(wrong, draft.count[0] - 1)
         undone = wrong < draft.count[0] - 1 or complete
         proposed, active.size[0] = active.size[0], verified + last
-        for slot in range(active.size[0], proposed):  # what was undone correlated with nothing that followed
-            candidate_list.append(gram, active, candidates, active.support[slot], inner[active.support[slot]])
+        # The last scan left out what was undone, since it was in the support.
+        candidate_list.append(gram, active, candidates, inner, active.support[active.size[0] : proposed])
         steps = min(max(last + 1, FEWEST_STEPS) if undone else 2 * steps, len(draft.errors))
         if candidates.length[0] > 1.5 * list_length:
             threshold = min(RAISE * threshold, HIGHEST_THRESHOLD)
@@ -237,15 +237,16 @@ def _verify(inner: ndarray, gram: Gram, work: Workspace, threshold: float) -> in
     wrong = count = draft.count[0]
     least = np.float32(threshold * draft.correlations[count - 1])
     candidates.length[0] = 0
-    for slot in range(active.size[0], -(-active.size[0] // ROWS) * ROWS):
-        active.support[slot] = active.support[0]  # whole ROWS are added, these with weight 0
+    support, sums = active.support[: -(-active.size[0] // ROWS) * ROWS], work.sums[:count]
+    support[active.size[0] :] = active.support[0]  # whole ROWS are added, these with weight 0
     for start in range(0, len(inner), TILE):
-        tile = inner[start : start + TILE]
-        _scan_tile(tile, gram, work, start)
+        _scan_tile(inner, gram.cosines, support, draft.weights, start, sums, work.rows)
+        inverse_norms = gram.inverse_norms[start : start + TILE]
         for step in range(min(wrong + 1, count)):
-            if _correct(gram, draft, work.sums[step], step, start):
-                wrong = min(wrong, step)
-        candidate_list.append_tile(gram, active, candidates, tile, work.sums[count - 1], start, least)
+            correlation, error = draft.correlations[step], draft.errors[step]
+            if kernels.any_may_reach(sums[step], inverse_norms, correlation, error):
+                wrong = min(wrong, _correct(gram, draft, sums[step], step, start))
+        candidate_list.append_tile(gram, active, candidates, inner, sums[count - 1], start, least)
         while candidates.length[0] > TILE:
             mean = np.mean(candidates.correlations[: candidates.length[0]])
             least = max(np.float32(1.1) * least, np.float32(0.5) * mean)
@@ -254,14 +255,19 @@ def _verify(inner: ndarray, gram: Gram, work: Workspace, threshold: float) -> in
 
 
 @compiled
-def _scan_tile(inner: ndarray, gram: Gram, work: Workspace, start: int) -> None:
-    """Compute the cosines of a tile's atoms with the residual of each drafted step."""
-    sums, rows, weights, count = work.sums, work.rows, work.draft.weights, work.draft.count[0]
+def _scan_tile(
+    inner: ndarray, cosines: ndarray, support: ndarray, weights: ndarray, start: int, sums: ndarray, rows: ndarray
+) -> None:
+    """Compute the cosines ``sums`` (n, TILE) of the atoms from ``start`` on with the residual of each drafted step.
+
+    (Of many arrays only those that are used: a call for each tile is slow with more.)
+    """
+    count = len(sums)
     for step in range(count):
-        kernels.copy_tile(inner, sums[step])
-    for slot in range(0, work.active.size[0], ROWS):
+        kernels.copy_tile(inner[start : start + TILE], sums[step])
+    for slot in range(0, len(support), ROWS):
         for row in range(ROWS):
-            kernels.widen_tile(gram.cosines[work.active.support[slot + row], start : start + TILE], rows[row])
+            kernels.widen_tile(cosines[support[slot + row], start : start + TILE], rows[row])
         for step in range(0, count - 1, 2):
             kernels.add_rows_to_two(sums[step], sums[step + 1], rows, weights, step, slot)
         if count % 2:
@@ -269,20 +275,17 @@ def _scan_tile(inner: ndarray, gram: Gram, work: Workspace, start: int) -> None:
 
 
 @compiled
-def _correct(gram: Gram, draft: Draft, cosines: ndarray, step: int, start: int) -> bool:
-    """Replace a step's choice by a better atom of a tile; return whether there is one.
+def _correct(gram: Gram, draft: Draft, cosines: ndarray, step: int, start: int) -> int:
+    """Replace a step's choice by a better atom of a tile; return the step where there is one, or else their number.
 
     Atoms that the bound on their cosines does not rule out are correlated again in float64.
     """
-    inverse_norms, error = gram.inverse_norms[start : start + TILE], draft.errors[step]
-    if not kernels.any_may_reach(cosines, inverse_norms, draft.correlations[step], error):
-        return False
-    before = draft.choices[step]
+    before, error = draft.choices[step], draft.errors[step]
     for column in range(TILE):
         atom = start + column
-        may_reach = abs(cosines[column]) + error >= np.float32(draft.correlations[step]) * inverse_norms[column]
-        if may_reach and atom < len(gram.atoms) and atom != draft.choices[step]:
+        least = np.float32(draft.correlations[step]) * gram.inverse_norms[atom]
+        if abs(cosines[column]) + error >= least and atom < len(gram.atoms) and atom != draft.choices[step]:
             correlation = exact_correlation(gram, atom, draft.residuals[step])
             if candidate_list.beats(correlation, atom, draft.correlations[step], draft.choices[step]):
                 draft.correlations[step], draft.choices[step] = correlation, atom
-    return draft.choices[step] != before
+    return step if draft.choices[step] != before else draft.count[0]
