@@ -44,8 +44,6 @@ GEMM_ROWS = {"cpu": 192, "cuda": 4096}
 CHECKED = 4
 """Targets of each row of the table that are solved again in float64."""
 
-FASTER = "ours, scan_every: 8"
-
 HEAD = """# The solver against other implementations
 
 Written by `python -m benchmarks.solver{options}` on {machine}.
@@ -60,19 +58,18 @@ target, and the set-up of each method (copies, Gram matrix, rounded atoms) is in
 
 - *ratio*: time per target of `batch_omp` over that of the row.
 - *peak*: memory above what was held with the data loaded, resident on a CPU, allocated on a GPU. Ours takes up to 60 %
-  of what is free for a Gram matrix, or on a GPU for many targets at a time; `memory_budget` bounds it. With less, all
-  atoms are looked at in each step, as on a GPU, and targets are taken in smaller chunks.
+  of what is free for a Gram matrix, or on a GPU for many targets at a time; `memory_budget` bounds it. With less,
+  every step scans all atoms, as on a GPU, and targets are taken in smaller chunks.
 - *same support*: share of the targets (those solved by both) whose set of atoms is `batch_omp`'s.
 - *as float64*: of {checked} targets, those on which the two differ first, how many supports are those of a plain
-  float64 OMP. The last digits of float32 decide now and then between atoms; ours settles such choices in float64.
+  float64 OMP. The last digits of float32 decide now and then between atoms; ours decides such choices in float64.
 - *residual*: mean ‖x - x̂‖ / ‖x‖ over the targets that `batch_omp` solved too (its own in its line).
 - `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan (float16 on a GPU, {dtype} on this
   CPU): the limit of any method that multiplies all atoms with the residual at each step. Ours is faster where it has a
   Gram matrix. Not measured on the CPU at k = 256, where it is four times that of k = 64.
 
-`ours, scan_every: 8` looks at all atoms less often, which is off by default: its supports are others, with the
-residuals that its lines tell. `batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`), with one batch, of the 512
-targets that mergekit takes at a time (on the CPU at k = 256 a quarter of that). `omp-gpu` is
+`batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`), with one batch, of the 512 targets that mergekit takes at a
+time (on the CPU at k = 256 a quarter of that). `omp-gpu` is
 `orthogonal-matching-pursuit-gpu` {omp_gpu}; it takes atoms for normalised, so that its supports differ. `sklearn` is
 `sklearn.linear_model.orthogonal_mp_gram`.
 """
@@ -135,11 +132,11 @@ def _on_gpu(case: Case) -> tuple[Tensor, Tensor]:
     return atoms.to(case.device), targets.to(case.device)
 
 
-def ours(atoms: Tensor, targets: Tensor, k: int, scan_every: int = 1) -> Tensor:
+def ours(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
     """This package."""
     from mergekit_omp.solver import solve_omp
 
-    return solve_omp(targets, atoms, k, scan_every=scan_every).indices
+    return solve_omp(targets, atoms, k).indices
 
 
 def batch_omp(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
@@ -166,20 +163,23 @@ def omp_gpu(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
 
 def gemms(atoms: Tensor, targets: Tensor, k: int) -> Callable[[], Tensor]:
     """k plain products and nothing else: what they need is set up before."""
-    from mergekit_omp.solver.dispatch import _screen
-    from mergekit_omp.solver.scan.int8 import DIGITS, Int8Screen, _multiply
+    from mergekit_omp.solver.device import make_screen
+    from mergekit_omp.solver.dispatch import scan_dtype
+    from mergekit_omp.solver.scan.int8 import DIGITS, Int8Screen
+    from mergekit_omp.solver.scan.int8 import multiply as multiply_int8
 
-    screen, rows_at_a_time = _screen(atoms), GEMM_ROWS[atoms.device.type]
+    screen = make_screen(atoms, atoms.norm(dim=1), scan_dtype(atoms.device))
+    rows_at_a_time = GEMM_ROWS[atoms.device.type]
     if isinstance(screen, Int8Screen):
         left = torch.randint(1, 256, (len(targets), atoms.shape[1] + len(DIGITS)), dtype=torch.uint8)
 
         def multiply(rows: Tensor) -> Tensor:
-            return _multiply(rows, screen._packed, screen._steps, screen._zeros, screen._bias)
+            return multiply_int8(rows, screen._packed, screen._steps, screen._zeros, screen._bias)
     else:
-        left = targets.to(screen.low.dtype)
+        left = targets.to(screen.rounded.dtype)
 
         def multiply(rows: Tensor) -> Tensor:
-            return rows @ screen.low.T
+            return rows @ screen.rounded.T
 
     def run() -> Tensor:
         for rows in left.split(rows_at_a_time):
@@ -203,7 +203,6 @@ def whole(solve: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[Tensor, T
 METHODS: dict[str, Callable[[Tensor, Tensor, int], Callable[[], Tensor]]] = {
     "batch_omp": whole(batch_omp),
     "ours": whole(ours),
-    FASTER: whole(partial(ours, scan_every=8)),
     "k GEMMs": gemms,
     "omp-gpu": whole(omp_gpu),
     "sklearn": whole(sklearn),
@@ -212,15 +211,17 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], Callable[[], Tensor]]] = {
 
 def measure(method: str, case: Case) -> Result:
     """Run one method in this process."""
-    from mergekit_omp.solver.gram import matrix as gram
-    from mergekit_omp.solver.gram import search as speculation
+    from mergekit_omp.solver.dispatch import gram_search
     from mergekit_omp.solver.least_squares import refit
 
     atoms, targets = problem(case)
     on_gpu = case.device != "cpu"
     METHODS[method](atoms[:64], targets[:2], 2)()  # imports, and what a library sets up once
-    if not on_gpu and gram.is_supported():
-        speculation.solve(targets[:2], gram.Gram(atoms[:64], lanes=1), 2)  # numba compiles once for an installation
+    if not on_gpu and (search := gram_search()) is not None:
+        from mergekit_omp.solver.gram.matrix import build_gram
+
+        gram = build_gram(atoms[:64], atoms[:64].norm(dim=1), threads=1)
+        search.solve(targets[:2], gram, 2)  # numba compiles once for an installation
     run = METHODS[method](atoms, targets, case.k)
     before = start_of_peak(on_gpu)
     start = time.perf_counter()
@@ -307,7 +308,6 @@ def table(grid: list[Case], methods: Iterable[str]) -> Iterator[str]:
             many = MANY
         counts = {
             "ours": many,
-            FASTER: many if on_gpu else few,
             "k GEMMs": GEMM_ROWS[case.device] * max(1, 64 // case.k),
             "omp-gpu": 64,
             "sklearn": 4,
@@ -416,7 +416,7 @@ def main() -> None:
         omp_gpu_version = "(not installed)"
     vnni = "with" if int8.is_supported() else "without"
     machine = f"{torch.get_num_threads()} CPU threads {vnni} 8-bit products, torch {torch.__version__}"
-    sides = ["batch_omp", "ours", FASTER, "k GEMMs"]
+    sides = ["batch_omp", "ours", "k GEMMs"]
     dtype = "int8" if int8.is_supported() else "float32"
     head = HEAD.format(
         options="".join(f" {word}" for word in sys.argv[1:]),

@@ -44,7 +44,6 @@ def main() -> None:
         ways = {
             "mergekit-tokensurgeon": ["mergekit-tokensurgeon", str(base), str(donor), "OUT", "-k", str(options.k)],
             "omp, the default": written(recipe, {"k": options.k}, work / "default.yml"),
-            "omp, scan_every: 8": written(recipe, {"k": options.k, "scan_every": 8}, work / "faster.yml"),
             "omp, reconstruction: combination": written(
                 recipe, {"k": options.k, "reconstruction": "combination"}, work / "combination.yml"
             ),

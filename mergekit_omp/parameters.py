@@ -87,12 +87,6 @@ class OmpParameters(BaseModel, frozen=True):
     normalize_atoms: StrictBool = Field(
         default=False, description="Choose anchors by the cosine with the residual instead of the inner product."
     )
-    scan_every: Annotated[int, Field(ge=1, strict=True)] = Field(
-        default=1,
-        description="At most how many anchors are chosen from one look at all of them: 1 is exact OMP; 8 finds others "
-        "that leave as little, and is faster only on a GPU, or where memory is short or tokens are few (README, How "
-        "fast).",
-    )
     reconstruction: Reconstruction = Field(
         default=Reconstruction.REGRESSION,
         description="How codes become rows: `regression` also uses the donor's row and the model's own pieces of the "

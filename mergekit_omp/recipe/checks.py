@@ -18,6 +18,11 @@ from mergekit_omp.recipe.keys import did_you_mean
 LARGEST_PADDING = 2**16
 """Hardware asks for multiples of some hundreds at most; larger values are almost certainly a typo."""
 
+REMOVED_PARAMETERS = {
+    "scan_every": "every solve is exact now, and about as fast; leave it out",
+}
+"""Parameters of earlier versions, and why a recipe does not need them any more."""
+
 _GENERATION_TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # transformers' own, unknown to Jinja
 
 
@@ -68,6 +73,8 @@ def _check_parameters(config: MergeConfiguration) -> None:
     known = [p.name for p in merge_methods.get(config.merge_method).spec.parameters]
     for place, settings in parameter_scopes(config):
         for name, setting in settings.items():
+            if name in REMOVED_PARAMETERS and name not in known:
+                raise OmpError(f"{place}.{name} was removed: {REMOVED_PARAMETERS[name]}.")
             if name not in known:
                 raise OmpError(
                     f"{place}.{name} is not a parameter of {config.merge_method}{did_you_mean(name, known)}; "

@@ -19,8 +19,8 @@ from mergekit_omp.report.record import match_counts
 from mergekit_omp.report.samples import readable
 from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.solver import solve_omp
-from mergekit_omp.solver.dispatch import gain_of_gram, gram_chunk
-from mergekit_omp.solver.memory import budget_on, gram_bytes
+from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
+from mergekit_omp.solver.memory import ProblemShape
 from mergekit_omp.vocabulary.matching import MatchReason
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 from mergekit_omp.vocabulary.tokens import TokenKind
@@ -43,7 +43,6 @@ class Solve:
         atoms: anchors to approximate them with.
         dim: width of the donor.
         k: sparsity.
-        scan_every: the least that a tensor asks for.
         memory_budget: bytes that the solver may take, the least that a tensor asks for; None for its default.
         seconds: an estimate for all of its matrices on this machine; None where it was not asked for.
     """
@@ -55,7 +54,6 @@ class Solve:
     atoms: int
     dim: int
     k: int
-    scan_every: int
     memory_budget: int | None = None
     seconds: float | None = None
 
@@ -145,7 +143,6 @@ def _solves(transplant: Transplant) -> Iterator[Solve]:
             atoms=len(problem.atom_ids),
             dim=hidden_size(donor.config) or 0,
             k=min(max(settings_of(config, "k")), len(problem.atom_ids)),
-            scan_every=min(settings_of(config, "scan_every")),
             memory_budget=min(map(_bytes, filter(None, settings_of(config, "memory_budget"))), default=None),
         )
 
@@ -168,23 +165,20 @@ def _timed(solve: Solve, device: str | None) -> Solve:
 
     def seconds(targets: int) -> float:
         begun = time.perf_counter()
-        solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k, scan_every=solve.scan_every)
+        solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k)
         return time.perf_counter() - begun
 
     seconds(1)  # to warm up
     alone, together = seconds(1), seconds(_PROBE_TARGETS)  # to set up takes as long for one as for many
     each = max(0.0, together - alone) / (_PROBE_TARGETS - 1)
-    scale = solve.matrices * solve.atoms / atoms
-    if _bytes_of_gram(solve, rows.device):  # for which a probe is too small
-        scale /= gain_of_gram(rows.device, solve.targets, solve.atoms, solve.dim, solve.k)
+    # The probe is too small for a Gram matrix.
+    scale = solve.matrices * solve.atoms / atoms / _plan(solve, rows.device).speedup
     return Solve(**asdict(solve) | {"seconds": (alone + each * solve.targets) * scale})
 
 
-def _bytes_of_gram(solve: Solve, device: torch.device) -> int:
-    """What the solver takes for a Gram matrix; 0 where it does without one."""
-    lanes, shape = torch.get_num_threads(), (solve.targets, solve.atoms, solve.dim, solve.k)
-    used = gram_chunk(device, budget_on(device, solve.memory_budget), *shape, solve.scan_every, lanes)
-    return gram_bytes(solve.atoms, solve.dim, lanes) if used else 0
+def _plan(solve: Solve, device: torch.device) -> SolvePlan:
+    shape = ProblemShape(solve.targets, solve.atoms, solve.dim, solve.k)
+    return plan_solve(device, shape, memory_budget=solve.memory_budget)
 
 
 def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
@@ -195,9 +189,8 @@ def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
         stored = _itemsize(_config(donor))
         matrix = _rows(donor) * solve.dim * stored
         gathered = (solve.atoms + solve.targets) * solve.dim * stored
-        device = torch.device(transplant.options.device or "cpu")
-        rounded = _bytes_of_gram(solve, device) or solve.atoms * solve.dim * 6
-        solver = rounded + solve.targets * solve.k * 12
+        matrices = _plan(solve, torch.device(transplant.options.device or "cpu")).matrix_bytes
+        solver = matrices + solve.targets * solve.k * 12
         needs.append(matrix + gathered + solver)
     vocabulary = max(
         (_rows(model) + len(transplant.vocabulary.tokens)) * (hidden_size(_config(model)) or 0) * 4

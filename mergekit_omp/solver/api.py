@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver.codes import SparseCodes, concatenate
-from mergekit_omp.solver.dispatch import solve_on
+from mergekit_omp.solver.device import solve_on
 from mergekit_omp.solver.tolerances import full_precision
 
 LOG = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ def solve_omp(
     k: int,
     *,
     normalize_atoms: bool = False,
-    scan_every: int = 1,
     memory_budget: int | None = None,
     devices: Sequence[torch.device] | None = None,
     progress: Callable[[int], None] | None = None,
@@ -40,9 +39,8 @@ def solve_omp(
         atoms: (N, d) of any floating dtype.
         k: the sparsity, at least 1; more than N means N, with a warning.
         normalize_atoms: select by the angle |⟨r, a⟩| / ‖a‖ instead of |⟨r, a⟩|.
-        scan_every: 1 looks at all atoms for each one that is chosen, which is exact. With more, up to so many are
-            chosen from a shortlist between two looks.
-        memory_budget: bytes that the solve may hold on a device at a time, beside its input.
+        memory_budget: bytes that the solve may hold on a device at a time, beside its input; by default 60 % of what
+            is free there.
         devices: where to work; the targets are split over them. Default: the device of ``targets``.
         progress: called with the number of targets finished since the last call.
         name: what the rows are, for error messages.
@@ -72,22 +70,19 @@ def solve_omp(
         LOG.warning("k is %d, but %s has only %d atoms: all of them are used.", k, name, len(atoms))
         k = len(atoms)
     devices = list(devices) if devices else [targets.device]
-    parts = [part for part in torch.arange(len(targets)).tensor_split(len(devices)) if len(part)]
+    parts = [part for part in targets.tensor_split(len(devices)) if len(part)]
     if not parts:
         return SparseCodes(torch.empty(0, k, dtype=torch.int64), torch.empty(0, k), torch.empty(0))
 
     def solve(device: torch.device, part: Tensor) -> SparseCodes:
-        rows = targets[int(part[0]) : int(part[-1]) + 1]
-        sharing = devices.count(device)
         return solve_on(
             device,
-            rows,
+            part,
             atoms,
             k,
             normalize_atoms=normalize_atoms,
-            scan_every=scan_every,
-            budget=memory_budget,
-            sharing=sharing,
+            memory_budget=memory_budget,
+            sharing=devices.count(device),
             progress=progress,
         )
 
@@ -99,7 +94,7 @@ def solve_omp(
 
 
 def not_finite(rows: Tensor) -> Tensor:
-    """Indices int64 of the rows (B, …) that hold NaN or infinity."""
+    """Return the indices int64 of the rows (B, …) that hold NaN or infinity."""
     rows = rows[:, None].flatten(1)
     suspects = (~torch.isfinite(rows.sum(1, dtype=torch.float32))).nonzero().flatten()  # finite rows too, by overflow
     return suspects[~torch.isfinite(rows[suspects]).all(dim=1)]

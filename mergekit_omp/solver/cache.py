@@ -106,7 +106,7 @@ def _key(targets: Tensor, atoms: Tensor, k: int, normalize_atoms: bool) -> str:
     digest = hashlib.sha256(repr((_FORMAT, k, normalize_atoms)).encode())
     for rows in (targets, atoms):
         digest.update(repr((str(rows.dtype), tuple(rows.shape))).encode())
-        digest.update(memoryview(rows.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B"))
+        digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B"))
     return digest.hexdigest()
 
 

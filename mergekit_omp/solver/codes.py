@@ -48,7 +48,7 @@ class SparseCodes:
 
 
 def concatenate(parts: Sequence[SparseCodes]) -> SparseCodes:
-    """The codes of all parts, in order."""
+    """Join the codes of all parts, in order."""
     return SparseCodes(
         torch.cat([part.indices for part in parts]),
         torch.cat([part.coefficients for part in parts]),

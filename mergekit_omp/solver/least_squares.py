@@ -1,33 +1,36 @@
-"""Least-squares coefficients on a chosen support, in float64."""
+"""Least-squares coefficients on a support, in float64.
+
+Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
+"""
 
 import torch
 from torch import Tensor
 
 
-def held(device: torch.device) -> int:
-    """Numbers of atoms held in float64 at a time: on a CPU what its cache holds, on a GPU enough for a few targets."""
+def block_numbers(device: torch.device) -> int:
+    """Return how many float64 numbers to gather at a time: what a CPU's cache holds, or enough to keep a GPU busy."""
     return 2**23 if device.type == "cuda" else 2**18
 
 
-def _at_a_time(targets: Tensor, k: int) -> int:
-    """Targets (B, d) at a time. A GPU is kept busy by many, and has room for a quarter of those that it solves: their
-    pursuit took as much."""
+def _targets_at_a_time(targets: Tensor, k: int) -> int:
+    """A GPU is kept busy by many targets (B, d), and has room for a quarter of them: their pursuit took as much."""
     count, dim = targets.shape
-    numbers = held(targets.device)
+    numbers = block_numbers(targets.device)
     if targets.device.type == "cuda":
         numbers = max(numbers, min(4 * numbers, count * k * dim // 4))
     return max(1, numbers // max(1, k * dim))
 
 
 def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients (B, k) of the targets (B, d) on their support (B, k), and residuals (B, d), all in float64.
+    """Fit the targets (B, d) by the atoms (N, d) of their support (B, k).
 
-    Unused slots (-1) get the coefficient 0.
+    Returns:
+        Coefficients (B, k), 0 where a slot is unused (-1), and residuals (B, d), both float64.
     """
     coefficients = torch.empty_like(support, dtype=torch.float64)
     residuals = torch.empty_like(targets, dtype=torch.float64)
-    step = _at_a_time(targets, support.shape[1])
-    all_used = bool((support >= 0).all())  # once, since a GPU has to be waited for
+    step = _targets_at_a_time(targets, support.shape[1])
+    all_used = bool((support >= 0).all())  # asked once, since a GPU has to be waited for
     for start in range(0, len(targets), step):
         part = slice(start, start + step)
         coefficients[part], residuals[part] = _solve(targets[part].double(), atoms, support[part], all_used)
@@ -35,16 +38,18 @@ def least_squares(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tens
 
 
 def _solve(targets: Tensor, atoms: Tensor, support: Tensor, all_used: bool) -> tuple[Tensor, Tensor]:
-    """As :func:`least_squares`, at once. Normal equations square the condition number; one step of refinement with the
-    residual itself gives the digits back."""
+    """As :func:`least_squares`, at once.
+
+    Normal equations square the condition number; one step of iterative refinement gives the digits back.
+    """
     used = support >= 0
     chosen = atoms[support.clamp(min=0)].double()  # (B, k, d)
     if not all_used:
         chosen.mul_(used[:, :, None])
     gram = torch.bmm(chosen, chosen.transpose(1, 2))
-    gram.diagonal(dim1=1, dim2=2).add_((~used).double())  # what is not used is an atom of its own
+    gram.diagonal(dim1=1, dim2=2).add_((~used).double())  # an unused slot is an equation of its own
     factor = torch.linalg.cholesky(gram)
-    residual, coefficients = targets, 0.0
+    residual, coefficients = targets, targets.new_zeros(support.shape)
     for _ in range(2):
         change = torch.cholesky_solve(torch.bmm(chosen, residual[:, :, None]), factor)
         coefficients = coefficients + change.squeeze(2)
@@ -53,7 +58,7 @@ def _solve(targets: Tensor, atoms: Tensor, support: Tensor, all_used: bool) -> t
 
 
 def refit(targets: Tensor, atoms: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 coefficients (B, k) of the targets (B, d) on their support (B, k), and relative residuals (B,)."""
+    """Return float32 coefficients (B, k) of the targets (B, d) on their support, and relative residuals (B,)."""
     coefficients, residual = least_squares(targets, atoms, support)
     norm = targets.double().norm(dim=1)
     relative = residual.norm(dim=1) / norm.where(norm > 0, torch.ones_like(norm))

@@ -89,7 +89,6 @@ def _plan_solve(
         vocabulary_axis=axis,
         k=parameters.k,
         normalize_atoms=parameters.normalize_atoms,
-        scan_every=parameters.scan_every,
         memory_budget=parameters.memory_budget,
         all_devices=transplant.options.multi_gpu,
         quiet=transplant.options.quiet,

@@ -84,7 +84,6 @@ class SolveCodes(Task[Solution]):
     vocabulary_axis: int
     k: int
     normalize_atoms: bool
-    scan_every: int
     memory_budget: int | None
     all_devices: bool  # split the targets over every accelerator, as --multi-gpu asks
     quiet: bool
@@ -115,7 +114,6 @@ class SolveCodes(Task[Solution]):
                 rows[problem.atom_rows.to(rows.device)],
                 self.k,
                 normalize_atoms=self.normalize_atoms,
-                scan_every=self.scan_every,
                 memory_budget=self.memory_budget,
                 devices=_all_like(rows.device) if self.all_devices else None,
                 progress=bar.update,

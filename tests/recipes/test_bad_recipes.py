@@ -431,6 +431,10 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         lambda w: w.recipe(parameters={"K": 5}),
         "parameters.K is not a parameter of omp (did you mean k?); it has scale, {parameters}.",
     ),
+    "parameters: one of an earlier version": (
+        lambda w: w.recipe(parameters={"k": 5, "scan_every": 8}),
+        "parameters.scan_every was removed: every solve is exact now, and about as fast; leave it out.",
+    ),
     "parameters: one that the inner method needs": (
         lambda w: w.recipe(**SLERP, base_model=str(w.other), models=w.models(w.other, w.base)),
         "mergekit refuses the recipe: Missing required parameter t for model.embed_tokens.weight.",

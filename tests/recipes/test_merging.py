@@ -27,7 +27,6 @@ from mergekit.merge_methods import TensorGroup, merge_method
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from mergekit_omp.report.record import read_record
 from mergekit_omp.tasks import tasks
 
 EMBED = "model.embed_tokens.weight"
@@ -371,8 +370,7 @@ def test_run_options_change_nothing(models: dict[str, Path], tmp_path: Path, opt
 def test_how_to_solve_reaches_the_solver(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A budget in the recipe bounds the solve and changes nothing of its answer; --multi-gpu asks for every device;
-    with ``scan_every`` other anchors may be chosen, and the record says so."""
+    """A budget in the recipe bounds the solve and changes nothing of its answer; --multi-gpu asks for every device."""
     asked: list[dict[str, Any]] = []
     original = tasks.solve_with_cache
 
@@ -385,9 +383,5 @@ def test_how_to_solve_reaches_the_solver(
     tight = transplant(models["a"], models["tied_donor"], tmp_path / "tight", memory_budget="1MiB")
     assert asked[0]["memory_budget"] == 2**20
     assert asked[0]["devices"] is None
-    assert asked[0]["scan_every"] == 1
     assert all(torch.equal(free[name], tensor) for name, tensor in tight.items())
     assert tasks._all_like(torch.device("cpu")) is None
-    transplant(models["a"], models["tied_donor"], tmp_path / "fast", scan_every=8)
-    assert asked[-1]["scan_every"] == 8
-    assert [solve["scan_every"] for solve in read_record(tmp_path / "fast")["solves"]] == [8]

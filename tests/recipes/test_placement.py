@@ -48,7 +48,7 @@ def elsewhere(execute: Callable) -> Callable:
         *({"approximation": name} for name in FROM_NOTHING),
         {"magikarp": True},
         {"numerals": "digits"},
-        {"new_vocab_noise": 0.1, "reconstruction": "combination", "scan_every": 3},
+        {"new_vocab_noise": 0.1, "reconstruction": "combination"},
     ],
     ids=str,
 )

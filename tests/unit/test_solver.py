@@ -4,7 +4,6 @@ import logging
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,104 +11,67 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.solver_cases import embedding, random_rows, supports
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from sklearn.linear_model import orthogonal_mp
 
-import mergekit_omp.solver.dispatch as device_module
 from mergekit_omp.errors import OmpError
-from mergekit_omp.solver import SparseCodes, solve_omp
-from mergekit_omp.solver.gram import matrix as gram
-from mergekit_omp.solver.gram import search as speculation
-from mergekit_omp.solver.gram.matrix import Gram
+from mergekit_omp.solver import dispatch, memory, solve_omp
+from mergekit_omp.solver.dispatch import plan_solve
+from mergekit_omp.solver.gram import search as gram_search
+from mergekit_omp.solver.gram.layout import UNIT, padded
+from mergekit_omp.solver.gram.matrix import Gram, build_gram
 from mergekit_omp.solver.least_squares import least_squares
-from mergekit_omp.solver.memory import GRAM_CHUNK, KEPT_BLOCK, chunk_size, gram_bytes, gram_chunk_size
+from mergekit_omp.solver.memory import GRAM_CHUNK, KEPT_BLOCK, ProblemShape, gram_matrix_bytes, scan_chunk
+from mergekit_omp.solver.reference import reference_omp
 from mergekit_omp.solver.scan import int8, projection
+from mergekit_omp.solver.scan import search as scan_search
 from mergekit_omp.solver.scan.int8 import Int8Screen
-from mergekit_omp.solver.scan.screening import FloatScreen, Look, Screen
-from mergekit_omp.solver.scan.shortlist import SIZE
+from mergekit_omp.solver.scan.screening import FloatScreen
 
 CPU = torch.device("cpu")
-
-
-def reference_omp(target: np.ndarray, atoms: np.ndarray, k: int) -> list[int]:
-    """OMP in float64, one target at a time: add argmax |⟨r, a⟩|, refit by least squares, until r is zero."""
-    support: list[int] = []
-    residual = target
-    while len(support) < min(k, len(atoms)) and np.linalg.norm(residual) > 1e-6 * np.linalg.norm(target):
-        support.append(int(np.argmax(np.abs(atoms @ residual))))
-        coefficients = np.linalg.lstsq(atoms[support].T, target, rcond=None)[0]
-        residual = target - atoms[support].T @ coefficients
-    return support
-
-
-def random_rows(count: int, dim: int, seed: int, common: float = 0.0) -> torch.Tensor:
-    """Gaussian rows of different lengths; with ``common`` they share a direction, as embeddings do."""
-    draw = torch.Generator().manual_seed(seed)
-    lengths = 0.5 + 2 * torch.rand(count, 1, generator=draw)
-    return lengths * (torch.randn(count, dim, generator=draw) + common * torch.randn(dim, generator=draw))
-
-
-def embedding(folder: Path) -> torch.Tensor:
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "pt") as weights:
-            if "model.embed_tokens.weight" in weights.keys():  # noqa: SIM118
-                return weights.get_tensor("model.embed_tokens.weight")
-    raise AssertionError(f"no embedding in {folder}")
-
-
-def supports(codes: SparseCodes) -> list[list[int]]:
-    return [[atom for atom in row if atom >= 0] for row in codes.indices.tolist()]
-
 
 SCREENS = {
     "int8": Int8Screen,
     "float16": partial(FloatScreen, dtype=torch.float16),
     "float32": partial(FloatScreen, dtype=torch.float32),
 }
-
-
 GRAM = "gram"
 
 
 @pytest.fixture(params=[*SCREENS, GRAM])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every way to solve exactly, whatever this machine would choose."""
+    """Every way to solve, whatever this machine would choose."""
     force(monkeypatch, request.param)
     return request.param
 
 
-@pytest.fixture(params=SCREENS)
-def screen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every way to look at all atoms, whatever this machine would choose."""
-    force(monkeypatch, request.param)
-    return request.param
-
-
-def skip_where_missing(screen: str | None) -> None:
-    if screen == "int8" and not int8.is_supported():
+def skip_where_missing(way: str | None) -> None:
+    if way == "int8" and not int8.is_supported():
         pytest.skip("this CPU or torch does not multiply 8-bit integers")
 
 
-def force(monkeypatch: pytest.MonkeyPatch, screen: str | None = None, chunk: int | None = None) -> None:
-    skip_where_missing(screen)
-    if screen == GRAM:
-        monkeypatch.setattr(device_module, "gain_of_gram", lambda *_: 2.0)
-    elif screen is not None:
-        monkeypatch.setattr(device_module, "_screen", SCREENS[screen])
+def force(monkeypatch: pytest.MonkeyPatch, way: str | None = None, chunk: int | None = None) -> None:
+    """Solve by a Gram matrix or a screen, and so many targets at a time."""
+    skip_where_missing(way)
+    if way == GRAM:
+        monkeypatch.setattr(dispatch, "gram_speedup", lambda *_: 2.0)
+    elif way is not None:
+        monkeypatch.setattr(dispatch, "scan_dtype", lambda _: getattr(torch, way))
     if chunk is not None:
-        monkeypatch.setattr(device_module, "chunk_size", lambda *_: chunk)
-        monkeypatch.setattr(device_module, "gram_chunk_size", lambda *_: chunk)
+        monkeypatch.setattr(memory, "scan_chunk", lambda *_: chunk)
+        monkeypatch.setattr(memory, "gram_chunk", lambda *_: chunk)
 
 
 @pytest.mark.parametrize("common", [0.0, 2.0], ids=["isotropic", "common-direction"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_supports_are_those_of_a_float64_reference(way: str, common: float, dtype: torch.dtype) -> None:
     atoms, targets = random_rows(3000, 96, 0, common).to(dtype), random_rows(40, 96, 1, common).to(dtype)
-    codes = solve_omp(targets, atoms, 24)
-    expected = [reference_omp(x, atoms.double().numpy(), 24) for x in targets.double().numpy()]
-    assert supports(codes) == expected
+    codes, expected = solve_omp(targets, atoms, 24), reference_omp(targets, atoms, 24)
+    assert torch.equal(codes.indices, expected.indices)
+    torch.testing.assert_close(codes.coefficients, expected.coefficients, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(codes.relative_residuals, expected.relative_residuals)
 
 
 def test_same_as_scikit_learn(way: str) -> None:
@@ -128,9 +90,7 @@ def test_real_rows(model: str, way: str, request: pytest.FixtureRequest) -> None
     rows = embedding(request.getfixturevalue(model))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     atoms, targets = rows[order[:6000]].float(), rows[order[6000:6008]].float()
-    codes = solve_omp(targets, atoms, 32)
-    expected = [reference_omp(x, atoms.double().numpy(), 32) for x in targets.double().numpy()]
-    assert supports(codes) == expected
+    assert torch.equal(solve_omp(targets, atoms, 32).indices, reference_omp(targets, atoms, 32).indices)
 
 
 def test_normalized_atoms_are_selected_by_angle() -> None:
@@ -151,66 +111,6 @@ def test_exact_copies_and_multiples_stop_after_one_step(way: str) -> None:
     assert (codes.indices[:2, 1:] == -1).all()
     assert (codes.coefficients[:2, 1:] == 0).all()
     assert (codes.relative_residuals < 1e-6).sum() >= 2
-
-
-class TestScanEvery:
-    """More than one atom from one look at all of them."""
-
-    @pytest.mark.parametrize("model", ["smollm2_dir", "gemma3_dir"])
-    def test_residuals_are_as_small_for_a_third_of_the_looks(
-        self, model: str, screen: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        rows = embedding(request.getfixturevalue(model))
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        atoms, targets = rows[order[:12_000]].float(), rows[order[12_000:12_064]].float()
-        looks: list[int] = []
-        for screen_class in (FloatScreen, Int8Screen):
-
-            def counted(self: Screen, residuals: torch.Tensor, look: Callable = screen_class.look) -> Look:
-                looks.append(len(residuals))
-                return look(self, residuals)
-
-            monkeypatch.setattr(screen_class, "look", counted)
-        exact = solve_omp(targets, atoms, 64)
-        assert sum(looks) == 64 * 64
-        looks.clear()
-        fast = solve_omp(targets, atoms, 64, scan_every=8)
-        assert 64 * 8 < sum(looks) < 64 * 64 / 3
-        assert not torch.equal(fast.indices, exact.indices), "the choices are others"
-        assert fast.relative_residuals.mean() < 1.015 * exact.relative_residuals.mean()
-
-    def test_a_list_of_all_atoms_is_exact(self, screen: str) -> None:
-        atoms, targets = random_rows(SIZE, 40, 70, 2.0), random_rows(30, 40, 71, 2.0)
-        exact, fast = solve_omp(targets, atoms, 20), solve_omp(targets, atoms, 20, scan_every=20)
-        assert torch.equal(fast.indices, exact.indices)
-
-    def test_a_list_of_copies_is_not_worked_through(self) -> None:
-        """Rows of tokens that were never trained differ by noise: of a list full of them one is enough."""
-        plain = torch.eye(128)[:100]
-        copies = torch.eye(128)[100] + 1e-5 * random_rows(4 * SIZE, 128, 72)
-        target = 3 * plain[:32].sum(0) + copies[0] + 0.5 * plain[50:58].sum(0)
-        atoms = torch.cat([plain, copies])
-        for scan_every in (1, 12):
-            codes = solve_omp(target[None], atoms, 41, scan_every=scan_every)
-            assert (codes.indices >= 100).sum() == 1
-            assert codes.relative_residuals.item() < 0.01
-
-    def test_chunks_and_devices_give_the_same_codes(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        atoms, targets = random_rows(2000, 64, 74, 2.0), random_rows(61, 64, 75, 2.0)
-        whole = solve_omp(targets, atoms, 40, scan_every=6)
-        for chunk, devices in [(1, [CPU]), (7, [CPU]), (61, [CPU] * 3)]:
-            force(monkeypatch, None, chunk)
-            codes = solve_omp(targets, atoms, 40, scan_every=6, devices=devices)
-            assert torch.equal(codes.indices, whole.indices)
-
-    def test_targets_that_end_early_leave_the_others_alone(self, screen: str) -> None:
-        atoms = random_rows(500, 64, 76)
-        targets = torch.cat([atoms[5:6], random_rows(3, 64, 77), atoms[7:8] + atoms[11:12]])
-        together = solve_omp(targets, atoms, 16, scan_every=4)
-        alone = [solve_omp(target[None], atoms, 16, scan_every=4).indices[0] for target in targets]
-        assert torch.equal(together.indices, torch.stack(alone))
-        assert supports(together)[0] == [5]
-        assert set(supports(together)[4]) >= {7, 11}
 
 
 def test_zero_rows(way: str) -> None:
@@ -286,7 +186,7 @@ def test_chunks_devices_and_ways_give_the_same_codes(monkeypatch: pytest.MonkeyP
     atoms, targets = random_rows(2000, 64, 21, 2.0), random_rows(61, 64, 22, 2.0)
     force(monkeypatch, "float32", 61)
     whole = solve_omp(targets, atoms, 40)
-    for screen, chunk, devices in [
+    for way, chunk, devices in [
         (GRAM, 1, [CPU]),
         (GRAM, 13, [CPU] * 3),
         (None, 1, [CPU]),
@@ -295,7 +195,7 @@ def test_chunks_devices_and_ways_give_the_same_codes(monkeypatch: pytest.MonkeyP
         ("float32", 64, [CPU] * 2),
     ]:
         monkeypatch.undo()
-        force(monkeypatch, screen, chunk)
+        force(monkeypatch, way, chunk)
         codes = solve_omp(targets, atoms, 40, devices=devices)
         assert torch.equal(codes.indices, whole.indices)
         torch.testing.assert_close(codes.coefficients, whole.coefficients, rtol=1e-6, atol=1e-6)
@@ -341,10 +241,11 @@ def test_low_precision_settings_of_torch_do_not_reach_the_solver(setting: str) -
 
 
 def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A fault that is injected: chunks of more than five targets run out of memory."""
+    """A fault that is injected: chunks of more than five targets run out of memory, in one thread as on a GPU."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     targets, atoms = random_rows(40, 32, 25), random_rows(200, 32, 26)
     expected = solve_omp(targets, atoms, 6)
-    honest = device_module.find_supports
+    honest = scan_search.find_supports
     sizes: list[int] = []
 
     def short_of_memory(rows: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -353,7 +254,7 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (injected)")
         return honest(rows, *rest)
 
-    monkeypatch.setattr(device_module, "find_supports", short_of_memory)
+    monkeypatch.setattr(scan_search, "find_supports", short_of_memory)
     force(monkeypatch, chunk=40)
     codes = solve_omp(targets, atoms, 6)
     assert torch.equal(codes.indices, expected.indices)
@@ -363,37 +264,39 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
 
 def test_any_device_of_torch_has_a_chunk_size() -> None:
     """mergekit runs on Intel's accelerators too."""
-    assert chunk_size(torch.device("xpu"), 2**34, 10_000, 39_237, 576, 64, lanes=1, score_bytes=4) > 400
+    plan = plan_solve(torch.device("xpu"), ProblemShape(10_000, 39_237, 576, 64), memory_budget=2**34)
+    assert (plan.method, plan.dtype, plan.threads) == ("scan", torch.float32, 1)
+    assert plan.chunk > 400
 
 
 @pytest.mark.parametrize("targets", [1, 100, 768, 10_000])
 @pytest.mark.parametrize("atoms", [500, 39_237, 128_000])
-def test_lanes_finish_together_and_scores_stay_in_kept_blocks(targets: int, atoms: int) -> None:
-    chunk = chunk_size(CPU, 2**36, targets, atoms, 640, 64, lanes := 2, score_bytes := 2)
-    assert chunk * atoms * score_bytes <= KEPT_BLOCK
-    assert -(-targets // chunk) % lanes == 0 or targets < lanes
-    assert chunk > min(targets / lanes, KEPT_BLOCK / (atoms * score_bytes), 256) / 2
+def test_threads_finish_together_and_scans_stay_in_kept_blocks(targets: int, atoms: int) -> None:
+    threads, size = 2, 2
+    chunk = scan_chunk(CPU, 2**36, ProblemShape(targets, atoms, 640, 64), threads, atoms, size)
+    assert chunk * atoms * size <= KEPT_BLOCK
+    assert -(-targets // chunk) % threads == 0 or targets < threads
+    assert chunk > min(targets / threads, KEPT_BLOCK / (atoms * size), 256) / 2
 
 
 @pytest.mark.parametrize(
     ("atoms", "dim", "k", "mib"), [(20_000, 128, 16, 150), (4_000, 1024, 64, 200), (2_000, 512, 256, 400)]
 )
 @pytest.mark.parametrize("rows", ["random", "orthogonal"])
-@pytest.mark.parametrize("way", ["looks", GRAM])
+@pytest.mark.parametrize("way", ["scan", GRAM])
 def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, rows: str, way: str) -> None:
     """Peak resident memory of a process of its own, above what it held before the solve.
 
     Targets that are orthogonal to all atoms are the worst case: every atom may be the best one.
     """
     if way == GRAM:
-        mib += gram_bytes(atoms, dim, 2) // 2**20
+        mib += gram_matrix_bytes(ProblemShape(300, atoms, dim, k), 2) // 2**20
     script = f"""
         import torch
-        import mergekit_omp.solver.dispatch as device_module
         from benchmarks.memory import peak, start_of_peak
-        from mergekit_omp.solver import solve_omp
+        from mergekit_omp.solver import dispatch, solve_omp
 
-        device_module.gain_of_gram = lambda *_: {2.0 if way == GRAM else 1.0}
+        dispatch.gram_speedup = lambda *_: {2.0 if way == GRAM else 1.0}
         draw = torch.Generator().manual_seed(0)
         atoms, targets = torch.randn({atoms}, {dim}, generator=draw), torch.randn(300, {dim}, generator=draw)
         if {rows == "orthogonal"}:
@@ -424,18 +327,18 @@ def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, o
     atoms[:, seed % dim] *= outlier
     residuals[:3, (seed // 2) % dim] *= outlier
     exact = (residuals.double() @ atoms.double().T).abs()
-    look = SCREENS[screen](atoms).look(residuals.clone())
-    errors = look.unit[:, None, None] * (look.rounding * look.scores.abs().double() + look.errors[:, None])
-    magnitudes = look.unit[:, None, None] * look.scores.abs().double()
-    assert sorted(look.order[look.order >= 0].tolist()) == list(range(count))
-    within = (exact[:, look.order] - magnitudes).abs() <= errors
-    assert within[:, look.order >= 0].all()
+    found = SCREENS[screen](atoms, atoms.norm(dim=1)).scan(residuals.clone(), residuals.norm(dim=1))
+    values, order = found.values.abs().double(), found.order
+    errors = found.unit[:, None, None] * (found.rounding * values + found.errors[:, None])
+    assert sorted(order[order >= 0].tolist()) == list(range(count))
+    within = (exact[:, order] - found.unit[:, None, None] * values).abs() <= errors
+    assert within[:, order >= 0].all()
     for most in (10**6, 150, 1):
         pairs: list[tuple[int, int]] = []
-        for some, rows, found in look.candidates(most):
-            assert set(rows.tolist()) == set(range(some.stop - some.start)), "each residual has a candidate"
-            assert len(rows) <= most or some.stop - some.start == 1
-            pairs += zip((rows + some.start).tolist(), found.tolist(), strict=True)
+        for part, rows, atom in found.candidates(most):
+            assert set(rows.tolist()) == set(range(part.stop - part.start)), "each residual has a candidate"
+            assert len(rows) <= most or part.stop - part.start == 1
+            pairs += zip((rows + part.start).tolist(), atom.tolist(), strict=True)
         assert len(set(pairs)) == len(pairs)
         assert set(zip(range(9), exact.argmax(1).tolist(), strict=True)) <= set(pairs)
         if most == 10**6:
@@ -443,11 +346,9 @@ def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, o
         assert pairs == expected
 
 
-def test_screen_of_a_cpu_without_fast_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_without_fast_integers_scans_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "is_supported", lambda: False)
-    screen = device_module._screen(random_rows(10, 8, 34))
-    assert isinstance(screen, FloatScreen)
-    assert screen.low.dtype == torch.float32
+    assert plan_solve(CPU, ProblemShape(10, 100, 8, 4)).dtype == torch.float32
 
 
 def test_apply_is_the_weighted_sum_whatever_the_chunk() -> None:
@@ -475,12 +376,11 @@ def test_relative_residual_is_that_of_the_combination() -> None:
     k=st.integers(1, 48),
     seed=st.integers(0, 10_000),
     common=st.sampled_from([0.0, 3.0]),
-    scan_every=st.integers(1, 9),
 )
-def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, common: float, scan_every: int) -> None:
+def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, common: float) -> None:
     """At most k distinct atoms; the residual is orthogonal to them; more atoms never make it larger."""
     atoms, targets = random_rows(count, dim, seed, common), random_rows(7, dim, seed + 1, common)
-    codes = solve_omp(targets, atoms, k, scan_every=scan_every)
+    codes = solve_omp(targets, atoms, k)
     last, zero = torch.full((7,), torch.inf, dtype=torch.float64), 1e-12 * targets.norm(dim=1)
     for row in supports(codes):
         assert len(set(row)) == len(row) <= min(k, count, dim)
@@ -491,6 +391,10 @@ def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, c
     chosen = atoms[codes.indices.clamp(min=0)].double() * (codes.indices >= 0)[:, :, None]
     inner = torch.einsum("bkd,bd->bk", torch.nn.functional.normalize(chosen, dim=2), residual)
     assert (inner.abs().amax(1) <= 1e-7 * targets.norm(dim=1)).all()
+
+
+def gram_of(atoms: torch.Tensor, threads: int = 1) -> Gram:
+    return build_gram(atoms, atoms.norm(dim=1), threads)
 
 
 @settings(max_examples=20, deadline=None)
@@ -506,34 +410,82 @@ def test_gram_is_the_matrix_of_cosines(count: int, dim: int, seed: int, size: fl
     atoms[seed % count] = 0
     unit = torch.nn.functional.normalize(atoms.double() / size)
     atoms[seed % count, 0] = 1e-40  # as good as none
-    matrix = Gram(atoms, lanes=2)
-    cosines = torch.from_numpy(matrix.cosines).double() / gram.UNIT
+    gram = gram_of(atoms, threads=2)
+    cosines = torch.from_numpy(gram.cosines).double() / UNIT
     error = (cosines[:, :count] - unit @ unit.T).abs().max().item()
-    assert error <= 0.5 / gram.UNIT + (dim + 16) * 2**-24
+    assert error <= 0.5 / UNIT + (dim + 16) * 2**-24
     assert (cosines[:, count:] == 0).all()
-    inner = matrix.inner(torch.nn.functional.normalize(random_rows(3, dim, seed + 1)))
-    assert inner.shape == (3, gram.padded(count))
+    targets = torch.nn.functional.normalize(random_rows(3, dim, seed + 1).double())
+    inner = gram.cosines_with(targets.float())
+    assert inner.shape == (3, padded(count))
     assert (inner[:, count:] == 0).all()
+    assert (inner[:, :count] - targets @ unit.T).abs().max() <= (dim + 16) * 2**-24
 
 
-@pytest.mark.parametrize("listed", [1, 200])
+@pytest.mark.parametrize("list_length", [1, 200])
 @pytest.mark.parametrize("steps", [1, 2, 8, 30])
-def test_what_was_speculated_is_verified(steps: int, listed: int) -> None:
-    """With a shortlist too short to hold what OMP takes, most steps are undone, and the answer is the same."""
+def test_what_was_proposed_is_verified(steps: int, list_length: int) -> None:
+    """With a candidate list too short to hold what OMP takes, most steps are undone, and the answer is the same."""
     atoms, targets = random_rows(3000, 96, 80, 1.0), random_rows(12, 96, 81, 1.0)
-    expected = [reference_omp(x, atoms.double().numpy(), 24) for x in targets.double().numpy()]
-    support, _, _ = speculation.solve(targets, Gram(atoms, lanes=1), 24, ahead=steps, listed=listed)
-    assert support.tolist() == expected
+    support, _, _ = gram_search.solve(targets, gram_of(atoms), 24, most_steps=steps, list_length=list_length)
+    assert torch.equal(support, reference_omp(targets, atoms, 24).indices)
 
 
-def test_without_numba_or_room_all_atoms_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = (10_000, 30_000, 576, 64)
-    assert device_module.gain_of_gram(CPU, *shape) > 1
-    assert GRAM_CHUNK / 2 < gram_chunk_size(2**33, *shape, lanes=2) <= GRAM_CHUNK
-    assert gram_chunk_size(2**33, 100, *shape[1:], lanes=4) == 25
-    assert gram_chunk_size(2**30, *shape, lanes=2) == 0
-    monkeypatch.setattr(gram, "is_supported", lambda: False)
-    assert device_module.gain_of_gram(CPU, *shape) == 1
+def test_the_plan_takes_what_is_fastest_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, budget = ProblemShape(10_000, 30_000, 576, 64), 2**33
+    plan = plan_solve(CPU, shape, memory_budget=budget)
+    assert (plan.method, plan.dtype) == ("gram", torch.int16)
+    assert GRAM_CHUNK / 2 < plan.chunk <= GRAM_CHUNK
+    assert 2 * 30_000**2 < plan.matrix_bytes < budget
+    assert plan.speedup > 1
+    for other in (
+        plan_solve(CPU, shape._replace(targets=100), memory_budget=budget),
+        plan_solve(CPU, shape, memory_budget=2**30),
+        plan_solve(CPU, shape, memory_budget=2 * budget, sharing=16),
+        plan_solve(torch.device("xpu"), shape, memory_budget=budget),
+    ):
+        assert other.method == "scan"
+        assert other.speedup == 1
+        assert 0 < other.chunk < shape.targets
+    monkeypatch.setattr(dispatch, "gram_search", lambda: None)
+    assert plan_solve(CPU, shape, memory_budget=budget).method == "scan", "numba is missing"
+
+
+def test_the_log_says_what_ran(caplog: pytest.LogCaptureFixture, way: str) -> None:
+    with caplog.at_level(logging.INFO):
+        solve_omp(random_rows(50, 32, 23), random_rows(200, 32, 24), 4)
+    [line] = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    how = "gram in int16" if way == GRAM else f"scan in {way}"
+    assert line.startswith(f"OMP of 50 targets over 200 atoms, d = 32, k = 4, on cpu: {how}, ")
+    assert "targets at a time" in line
+    assert line.endswith("MiB for matrices")
+
+
+def test_a_solve_warns_of_nothing_and_sets_no_filter() -> None:
+    """A process of its own, in which torch has warned of nothing yet and warnings are errors."""
+    script = """
+        import warnings
+        import torch
+        before = list(warnings.filters)
+        from mergekit_omp.solver import solve_omp
+
+        solve_omp(torch.eye(8)[:5], torch.eye(8), 2, devices=[torch.device("cpu")] * 3)
+        assert warnings.filters == before
+    """
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(script)]
+    subprocess.run(command, check=True)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), size=st.sampled_from([1e-12, 1.0, 1e12]), normalize=st.booleans())
+def test_reference_is_scikit_learns(seed: int, size: float, normalize: bool) -> None:
+    """Of unit atoms; others are scaled, and the coefficients with them."""
+    atoms, targets = torch.nn.functional.normalize(random_rows(60, 24, seed).double()), random_rows(3, 24, seed + 1)
+    scale = size * (0.5 + torch.arange(60)[:, None] % 7) if normalize else size
+    codes = reference_omp(targets, scale * atoms, 8, normalize_atoms=normalize)
+    expected = torch.from_numpy(orthogonal_mp(atoms.T.numpy(), targets.double().T.numpy(), n_nonzero_coefs=8).T)
+    found = torch.zeros(3, 60, dtype=torch.float64).scatter_(1, codes.indices, codes.coefficients.double())
+    torch.testing.assert_close(found * (scale * torch.ones(60, 1)).T, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_kernel_that_does_not_compile_is_not_used(
@@ -541,23 +493,23 @@ def test_a_kernel_that_does_not_compile_is_not_used(
 ) -> None:
     """A fault that is injected: Triton is there, and finds no C compiler."""
 
-    def take(*_: object) -> None:
+    def orthogonalize(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler. (injected)")
 
     name = "mergekit_omp.solver.scan.gpu_kernel"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(take=take))
-    monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "projection_kernel", sys.modules[name], raising=False)
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(orthogonalize=orthogonalize))
+    monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "gpu_kernel", sys.modules[name], raising=False)
     assert projection.find_kernel.__wrapped__(CPU) is None
     assert "a fifth longer" in caplog.text
     assert "C compiler" in caplog.text
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), screen=st.sampled_from([None, *SCREENS, GRAM]))
-def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, screen: str | None) -> None:
+@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), way=st.sampled_from([None, *SCREENS, GRAM]))
+def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, way: str | None) -> None:
     atoms, targets = random_rows(300, 32, seed, 1.0), random_rows(20, 32, seed + 1, 1.0)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        force(patch, screen, chunk)
+        force(patch, way, chunk)
         shuffled = solve_omp(targets, atoms[order], 12)
     assert torch.equal(order[shuffled.indices], solve_omp(targets, atoms, 12).indices)

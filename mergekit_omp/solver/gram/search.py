@@ -1,523 +1,291 @@
-"""Exact steps that look at all atoms for several of them at once.
+"""Batched OMP: propose several steps from a candidate list and verify them in one scan.
 
-After t steps the scores of all atoms are ⟨a, x⟩ - Σⱼ cⱼ ⟨a, aⱼ⟩, over the t atoms of the support. With the inner
-products of a :class:`~mergekit_omp.solver.gram.matrix.Gram` that takes t multiplications a score, but t rows of the
-matrix have to be read for it, which takes longer. So a target speculates: it takes several steps with atoms of a
-shortlist, those that scored highest when it last looked at all, and then reads the rows once to verify all these
-steps. The look's scores are off by no more than a bound; every atom that may beat the one that was taken is scored
-again in float64. Where one does, the steps from there on are undone, and it is taken instead. What is found is what a
-look in each step finds.
+After t steps the correlations of a residual with all atoms are ⟨a, x⟩ - Σⱼ cⱼ ⟨a, aⱼ⟩, over the t atoms of the
+support. With the cosines of a :class:`~mergekit_omp.solver.gram.matrix.Gram` that takes t products a correlation, but
+t rows of the matrix have to be read for it, which takes longer than the products. So several steps share one scan, as
+several tokens share one forward pass of the large model in speculative decoding (Leviathan et al. 2023):
 
-Everything that decides is float64: least squares by the Cholesky factor of the support's own inner products,
-residuals, and the scores of atoms that compete.
+    draft = [the best atom for the target]
+    repeat:
+        # Verify: one scan of all atoms computes the correlations at every drafted step.
+        wrong = first step of the draft at which another atom is better, or none
+        candidates = the atoms that correlate most with the last residual
+        if none is wrong and the draft was complete: return
+        # Undo what came after that step, and put the better atom into it.
+        support = the verified atoms
+        # Propose: the list has what the next steps select, most of the time.
+        draft = []
+        until the draft is long enough, or complete:
+            support += choice; refit; choice = best of the candidates
+            draft += [choice]
 
-Letters in shapes: B targets, N atoms, P atoms and what fills them up to whole tiles, d dimensions, k sparsity, n steps
-that are verified at once, M atoms of a shortlist.
+Long drafts make few scans, and short ones waste less when a step is wrong: the length doubles when all is right, and
+falls back to what was right otherwise.
+
+The support is that of OMP with a scan in each step, since everything that decides is float64: the least-squares fit by
+the Cholesky factor of the active atoms' own inner products, residuals, and the correlations of atoms that compete. The
+scan's cosines, in 16-bit integers and float32, only rule atoms out, by a bound on their error.
+
+Letters in shapes: B targets, N atoms, P atoms padded to whole tiles, d dimensions, k sparsity, n steps of a draft.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from numpy import ndarray
 from torch import Tensor
 
-from mergekit_omp.solver.gram.matrix import TILE, UNIT, Gram
-from mergekit_omp.solver.scan.projection import DEPENDENT
-from mergekit_omp.solver.scan.state import ZERO
-from mergekit_omp.solver.scan.tie_break import TIE
+from mergekit_omp.solver.gram import candidates as candidate_list
+from mergekit_omp.solver.gram import cholesky, kernels
+from mergekit_omp.solver.gram.candidates import Candidates, exact_correlation
+from mergekit_omp.solver.gram.cholesky import ActiveSet
+from mergekit_omp.solver.gram.kernels import ROWS, compiled, entry_point
+from mergekit_omp.solver.gram.layout import TILE, UNIT
+from mergekit_omp.solver.gram.matrix import Gram
+from mergekit_omp.solver.tolerances import ROUNDING, ZERO
 
-FEWEST, STEPS = 4, 8
-"""After a wrong step, so many are verified at once at least; and the most ever. More of them are undone too often."""
+MOST_STEPS, FEWEST_STEPS = 8, 4
+"""Steps of the longest draft, as more are undone too often; and of one after a wrong step."""
 
-LISTED = 200
-"""About as many atoms as a shortlist has."""
+LIST_LENGTH = 200
+"""Candidates that the threshold aims at."""
 
-HALF_UNIT = 0.5 / UNIT
-ROUNDOFF = 2.0**-24
-"""Relative error of one float32 operation."""
+FIRST_THRESHOLD, HIGHEST_THRESHOLD = 0.6, 0.95
+"""Share of the best correlation that a candidate exceeds: at first, and at most. It adapts from scan to scan."""
 
-ROWS = 4
-"""Rows of the matrix that are added at a time."""
-
-GROUP = 32
-"""Atoms of which few enough groups have one for the shortlist, which vector instructions tell."""
-
-SQUARE = 32
-"""Rows and columns that are transposed at a time, in a core's first cache."""
-
-# Sums may be reordered, as all vector instructions need; NaN and infinity keep their meaning.
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"})
+RAISE, LOWER = 1.04, 0.96
+"""Factors on the threshold after a list that was more than 1.5 times as long as it should be, or less than 0.75."""
 
 
-class Problem(NamedTuple):
-    """The arrays of a :class:`Gram`, and the largest norm."""
+class Draft(NamedTuple):
+    """Proposed steps of one target, which has norm 1.
 
-    atoms: ndarray
-    norms: ndarray
-    reach: ndarray
-    cosines: ndarray
-    largest: float
-
-
-class Steps(NamedTuple):
-    """What is known after each of some steps, which are to be verified.
-
-    ``residuals`` float64 (steps, d), of a target of norm 1; ``weights`` float32 (steps, k), what the support's rows
-    are multiplied with; ``errors`` float32 (steps,), the bound on a look's cosines; ``choices`` int64 and ``scores``
-    float64 (steps,), the atom that was taken next, and |⟨residual, atom⟩| in units of the largest norm.
+    Attributes:
+        length: int64 (1,), n; of the other arrays, so many places count.
+        residuals: float64 (n, d), before each step.
+        weights: float32 (n, k), of the support's rows of the Gram matrix in the cosines of the residual.
+        errors: float32 (n,), the bound on the errors of these cosines.
+        choices: int64 (n,), the atom that the step selects.
+        correlations: float64 (n,), its |⟨residual, atom⟩|, in units of the largest norm.
     """
 
+    length: ndarray
     residuals: ndarray
     weights: ndarray
     errors: ndarray
     choices: ndarray
-    scores: ndarray
+    correlations: ndarray
 
 
-class Solution(NamedTuple):
-    """The support int64 (k,), its atoms float32 (k, d), the Cholesky factor (k, k) of their inner products, its
-    solution with those of the target (k,), and the coefficients (k,), in float64."""
+class Workspace(NamedTuple):
+    """What the solve of one target after the other writes to; ``sums`` (n, TILE) and ``rows`` are of the scan."""
 
-    support: ndarray
-    atoms: ndarray
-    factor: ndarray
-    solved: ndarray
-    coefficients: ndarray
-
-
-class Shortlist(NamedTuple):
-    """``atoms`` int64 (M,), their cosines with the target ``inner`` and estimated ``scores`` float32 (M,), their
-    ``cosines`` float32 (k, M) with the support's atoms, and room for more."""
-
-    atoms: ndarray
-    inner: ndarray
-    scores: ndarray
-    cosines: ndarray
+    draft: Draft
+    active: ActiveSet
+    candidates: Candidates
+    sums: ndarray
+    rows: ndarray
 
 
 def solve(
-    targets: Tensor, gram: Gram, k: int, *, ahead: int = STEPS, listed: int = LISTED
+    targets: Tensor, gram: Gram, k: int, *, most_steps: int = MOST_STEPS, list_length: int = LIST_LENGTH
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The codes of targets.
+    """Solve a batch of targets on the CPU.
 
     Args:
         targets: float32 (B, d).
-        gram: of all atoms, no two of which are equal.
+        gram: of all atoms.
         k: the sparsity.
-        ahead: the most steps that are verified at once.
-        listed: about as many atoms as a shortlist has. Neither changes what is found.
+        most_steps: of a draft.
+        list_length: how long candidate lists should be. Neither changes what is found.
 
     Returns:
         Support int64 (B, k) in the order of selection, -1 where the slot is unused; coefficients float32 (B, k), 0
         there; relative residuals float32 (B,).
     """
-    count, dim = targets.shape
     norms = targets.double().norm(dim=1)
     units = targets.double() / norms.where(norms > 0, torch.ones_like(norms))[:, None]
-    support = np.full((count, k), -1, np.int64)
-    coefficients, residuals = np.zeros((count, k)), np.zeros(count)
-    problem = Problem(gram.atoms.numpy(), gram.norms.numpy(), gram.reach.numpy(), gram.cosines, gram.largest)
-    steps, solution, shortlist, tile = _workspace(dim, k, ahead)
-    inner = gram.inner(units.float()).numpy()
-    for row in norms.nonzero().flatten().tolist():
-        size, residuals[row] = _pursue(
-            units[row].numpy(), inner[row], problem, steps, solution, shortlist, tile, listed
-        )
-        support[row, :size] = solution.support[:size]
-        coefficients[row, :size] = solution.coefficients[:size]
+    support = np.full((len(targets), k), -1, np.int64)
+    coefficients, residuals = np.zeros((len(targets), k)), np.zeros(len(targets))
+    inner, work = gram.cosines_with(units.float()).numpy(), _workspace(targets.shape[1], k, most_steps)
+    _solve_all(units.numpy(), inner, gram, work, list_length, support, coefficients, residuals)
     scaled = torch.from_numpy(coefficients) * norms[:, None]
     return torch.from_numpy(support), scaled.float(), torch.from_numpy(residuals).float()
 
 
-def _workspace(dim: int, k: int, ahead: int) -> tuple[Steps, Solution, Shortlist, ndarray]:
-    """What the solve of one target after the other writes to."""
-    width = -(-k // ROWS) * ROWS
-    steps = Steps(
-        residuals=np.zeros((ahead, dim)),
-        weights=np.zeros((ahead, width), np.float32),
-        errors=np.zeros(ahead, np.float32),
-        choices=np.zeros(ahead, np.int64),
-        scores=np.zeros(ahead),
+def _workspace(dim: int, k: int, most_steps: int) -> Workspace:
+    draft = Draft(
+        length=np.zeros(1, np.int64),
+        residuals=np.zeros((most_steps, dim)),
+        weights=np.zeros((most_steps, -(-k // ROWS) * ROWS), np.float32),
+        errors=np.zeros(most_steps, np.float32),
+        choices=np.zeros(most_steps, np.int64),
+        correlations=np.zeros(most_steps),
     )
-    solution = Solution(
-        support=np.zeros(width, np.int64),
-        atoms=np.zeros((k, dim), np.float32),
-        factor=np.zeros((k, k)),
-        solved=np.zeros(k),
-        coefficients=np.zeros(k),
-    )
-    room = 2 * TILE  # a list of up to a tile, and what the next tile may add; one more is written to and not counted
-    shortlist = Shortlist(
-        atoms=np.zeros(room + 1, np.int64),
-        inner=np.zeros(room, np.float32),
-        scores=np.zeros(room, np.float32),
-        cosines=np.zeros((k, room), np.float32),
-    )
-    return steps, solution, shortlist, np.zeros((ahead + ROWS, TILE), np.float32)
+    sums, rows = np.zeros((most_steps, TILE), np.float32), np.zeros((ROWS, TILE), np.float32)
+    return Workspace(draft, cholesky.empty_active_set(dim, k), candidate_list.empty_candidates(k), sums, rows)
+
+
+@entry_point
+def _solve_all(
+    units: ndarray,
+    inner: ndarray,
+    gram: Gram,
+    work: Workspace,
+    list_length: int,
+    support: ndarray,
+    coefficients: ndarray,
+    residuals: ndarray,
+) -> None:
+    """Solve targets (B, d) of norm 1 or 0, whose cosines with all atoms are ``inner`` (B, P); write the last three."""
+    for row in range(len(units)):
+        if np.any(units[row]):
+            residuals[row] = _solve_one(units[row], inner[row], gram, work, list_length)
+            for slot in range(work.active.size[0]):
+                support[row, slot] = work.active.support[slot]
+                coefficients[row, slot] = work.active.coefficients[slot]
 
 
 @compiled
-def _pursue(
-    target: ndarray,
-    inner: ndarray,
-    problem: Problem,
-    steps: Steps,
-    solution: Solution,
-    shortlist: Shortlist,
-    tile: ndarray,
-    aim: int,
-) -> tuple[int, float]:
-    """Solve one target, with shortlists of about ``aim`` atoms: the number of its atoms, and the norm of its residual.
-
-    ``size`` atoms are in the solution, the first ``first`` of which were there at the first of the ``count`` steps to
-    be verified.
-    """
-    k = len(solution.solved)
-    steps.residuals[0] = target
-    steps.weights[0] = 0
-    steps.choices[0] = np.argmax(np.abs(inner) * problem.norms)
-    steps.scores[0] = _score(problem, steps.choices[0], target)
-    steps.errors[0] = _error(len(target), 0, 0.0)
-    first, size, count = 0, 0, 1
-    ended = False  # the last of the steps' choices is in the solution, and no further one is needed
-    ahead, threshold = 1, 0.6
+def _solve_one(target: ndarray, inner: ndarray, gram: Gram, work: Workspace, list_length: int) -> float:
+    """Find the active set of a target (d,) of norm 1, and return the norm of its residual."""
+    draft, active, candidates = work.draft, work.active, work.candidates
+    _draft_first_step(target, inner, gram, work)
+    verified, complete = 0, False  # atoms that were active before the draft; whether the draft ends the solve
+    steps, threshold = 1, FIRST_THRESHOLD
     while True:
-        wrong, listed = _verify(inner, problem, steps, solution, shortlist, tile, size, count, threshold)
-        if ended and wrong == count:
+        wrong = _verify(inner, gram, work, threshold)
+        if complete and wrong == draft.length[0]:
             break
-        # The choice of this step is right, and what was done after it is undone.
-        right = min(wrong, count - 1)
-        tried, size = size, first + right
-        listed = _list_again(inner, problem, solution, shortlist, listed, size, tried)
-        ahead = max(right + 1, FEWEST) if wrong < count - 1 or ended else 2 * ahead
-        ahead = min(ahead, len(steps.errors))
-        if listed > 1.5 * aim:
-            threshold = min(1.04 * threshold, 0.95)
-        elif listed < 0.75 * aim:
-            threshold *= 0.96
-        choice, score = steps.choices[right], steps.scores[right]
-        first, count, ended = size + 1, 0, False
-        while count < ahead:
-            if not (
-                score > ZERO * problem.norms[choice] and _extend(target, problem.atoms[choice], solution, choice, size)
-            ):
-                # Nothing is left that helps, if no other atom does.
-                ended = count == 0
-                break
-            size += 1
-            left = _refit(target, solution, size, steps.residuals[count])
-            if size == k or left <= ZERO:
-                ended = True
-                break
-            total = 0.0
-            for slot in range(size):
-                weight = solution.coefficients[slot] * problem.norms[solution.support[slot]] * problem.largest
-                total += abs(weight)
-                steps.weights[count, slot] = -weight / UNIT
-            steps.weights[count, size:] = 0
-            steps.errors[count] = _error(len(target), size, total)
-            choice, score = _best_listed(problem, steps, shortlist, choice, listed, size, count)
-            steps.choices[count], steps.scores[count] = choice, score
-            count += 1
-        if count == 0:
+        # The choice of this step is right, or was made so; what came after it is undone.
+        last = min(wrong, draft.length[0] - 1)
+        undone = wrong < draft.length[0] - 1 or complete
+        proposed, active.size[0] = active.size[0], verified + last
+        # The last scan left out what was undone, since it was in the support.
+        candidate_list.append(gram, active, candidates, inner, active.support[active.size[0] : proposed])
+        steps = min(max(last + 1, FEWEST_STEPS) if undone else 2 * steps, len(draft.errors))
+        if candidates.length[0] > 1.5 * list_length:
+            threshold = min(RAISE * threshold, HIGHEST_THRESHOLD)
+        elif candidates.length[0] < 0.75 * list_length:
+            threshold *= LOWER
+        verified = active.size[0] + 1
+        complete = _propose(target, gram, work, draft.choices[last], draft.correlations[last], steps)
+        if draft.length[0] == 0:
             break
-    return size, _refit(target, solution, size, steps.residuals[0])
+    return cholesky.refit(active, target, draft.residuals[0])
 
 
 @compiled
-def _error(dim: int, size: int, total: float) -> float:
-    """The most that a cosine of a look is wrong, for a target of norm 1.
-
-    It is a sum of one product of the target and ``size`` rows of the matrix, whose weights have absolute values that
-    add up to ``total``: all of them were sums of ``dim`` float32 products, the rows were rounded to integers, and the
-    terms are added in float32.
-    """
-    return (1 + total) * (dim + size + 32) * ROUNDOFF + total * HALF_UNIT
+def _draft_first_step(target: ndarray, inner: ndarray, gram: Gram, work: Workspace) -> None:
+    draft = work.draft
+    work.active.size[0], draft.length[0] = 0, 1
+    draft.residuals[0] = target
+    _weigh(gram, work, 0)
+    draft.choices[0] = np.argmax(np.abs(inner) * gram.norms)
+    draft.correlations[0] = exact_correlation(gram, draft.choices[0], target)
 
 
 @compiled
-def _verify(
-    inner: ndarray,
-    problem: Problem,
-    steps: Steps,
-    solution: Solution,
-    shortlist: Shortlist,
-    tile: ndarray,
-    size: int,
-    count: int,
-    threshold: float,
-) -> tuple[int, int]:
-    """Look at all atoms for ``count`` steps, and put the best into their choices.
+def _propose(target: ndarray, gram: Gram, work: Workspace, choice: int, correlation: float, steps: int) -> bool:
+    """Select ``choice``, and draft the steps after it from the candidates; return whether no other step is needed."""
+    draft, active = work.draft, work.active
+    draft.length[0] = 0
+    for step in range(steps):
+        useful = correlation > ZERO * gram.norms[choice]
+        if not useful or not cholesky.extend(active, target, choice, gram.atoms[choice]):
+            return step == 0  # nothing helps if this does not, but a drafted choice has to be verified first
+        residual_norm = cholesky.refit(active, target, draft.residuals[step])
+        if active.size[0] == len(active.coefficients) or residual_norm <= ZERO:
+            return True
+        _weigh(gram, work, step)
+        choice, correlation = candidate_list.best_candidate(
+            gram, active, work.candidates, draft.weights[step], draft.residuals[step], draft.errors[step]
+        )
+        draft.choices[step], draft.correlations[step] = choice, correlation
+        draft.length[0] += 1
+    return False
 
-    Returns:
-        The first step whose choice was another one, or ``count``; and the length of the new shortlist, of atoms that
-        score more than ``threshold`` times what the last step's choice does.
+
+@compiled
+def _weigh(gram: Gram, work: Workspace, step: int) -> None:
+    """Write the weights of the active atoms' rows of the matrix in a step's cosines, and bound the cosines' errors.
+
+    A cosine is that of the target less those of the matrix, whose weights have absolute values that add up to
+    ``total``. Each was a sum of d float32 products, those of the matrix were rounded to 1 / UNIT, and the terms are
+    added in float32.
     """
-    sums, rows = tile[:-ROWS], tile[-ROWS:]
-    for slot in range(size, -(-size // ROWS) * ROWS):
-        solution.support[slot] = solution.support[0]  # with weight 0
-    wrong, listed = count, 0
-    least = np.float32(threshold * steps.scores[count - 1])
+    draft, active = work.draft, work.active
+    size, total = active.size[0], 0.0
+    for slot in range(size):
+        weight = active.coefficients[slot] * gram.norms[active.support[slot]] * gram.largest_norm
+        total += abs(weight)
+        draft.weights[step, slot] = -weight / UNIT
+    draft.weights[step, size:] = 0
+    operations = draft.residuals.shape[1] + size + 32
+    draft.errors[step] = (1 + total) * operations * (ROUNDING / 2) + total * 0.5 / UNIT
+
+
+@compiled
+def _verify(inner: ndarray, gram: Gram, work: Workspace, threshold: float) -> int:
+    """Scan all atoms for the drafted steps, and put the best ones into their choices.
+
+    The new candidates are the atoms that correlate more than ``threshold`` times what the last step's choice does.
+    Returns the first step whose choice was another one, or how many steps there are.
+    """
+    draft, active, candidates = work.draft, work.active, work.candidates
+    wrong = count = draft.length[0]
+    least = np.float32(threshold * draft.correlations[count - 1])
+    candidates.length[0] = 0
+    support, sums = active.support[: -(-active.size[0] // ROWS) * ROWS], work.sums[:count]
+    support[active.size[0] :] = active.support[0]  # whole ROWS are added, these with weight 0
     for start in range(0, len(inner), TILE):
-        part, reach = inner[start : start + TILE], problem.reach[start : start + TILE]
-        for step in range(count):
-            _copy(part, sums[step])
-        for slot in range(0, size, ROWS):
-            for row in range(ROWS):
-                _widen(problem.cosines[solution.support[slot + row], start : start + TILE], rows[row])
-            for step in range(0, count - 1, 2):
-                _add_to_two(sums[step], sums[step + 1], rows, steps.weights, step, slot)
-            if count % 2:
-                _add_to_one(sums[count - 1], rows, steps.weights, count - 1, slot)
+        _scan_tile(inner, gram.cosines, support, draft.weights, start, sums, work.rows)
+        inverse_norms = gram.inverse_norms[start : start + TILE]
         for step in range(min(wrong + 1, count)):
-            near = _any_reaches(sums[step], reach, steps.scores[step], steps.errors[step])
-            if near and _rescore(problem, steps, sums[step], reach, step, start):
-                wrong = min(wrong, step)
-        listed = _list(problem, solution, shortlist, sums[count - 1], part, least, listed, size, start)
-        while listed > TILE:
-            least = max(np.float32(1.1) * least, np.float32(0.5) * np.mean(shortlist.scores[:listed]))
-            listed = _shorten(shortlist, least, listed, size)
-    return wrong, listed
+            correlation, error = draft.correlations[step], draft.errors[step]
+            if kernels.any_may_reach(sums[step], inverse_norms, correlation, error):
+                wrong = min(wrong, _correct(gram, draft, sums[step], step, start))
+        candidate_list.append_tile(gram, active, candidates, inner, sums[count - 1], start, least)
+        while candidates.length[0] > TILE:
+            mean = np.mean(candidates.correlations[: candidates.length[0]])
+            least = max(np.float32(1.1) * least, np.float32(0.5) * mean)
+            candidate_list.shorten(active, candidates, least)
+    return wrong
 
 
 @compiled
-def _copy(row: ndarray, out: ndarray) -> None:  # an assignment to a slice of an array takes many times as long
+def _scan_tile(
+    inner: ndarray, cosines: ndarray, support: ndarray, weights: ndarray, start: int, sums: ndarray, rows: ndarray
+) -> None:
+    """Compute the cosines ``sums`` (n, TILE) of the atoms from ``start`` on with the residual of each drafted step.
+
+    (Of many arrays only those that are used: a call for each tile is slow with more.)
+    """
+    count = len(sums)
+    for step in range(count):
+        kernels.copy_tile(inner[start : start + TILE], sums[step])
+    for slot in range(0, len(support), ROWS):
+        for row in range(ROWS):
+            kernels.widen_tile(cosines[support[slot + row], start : start + TILE], rows[row])
+        for step in range(0, count - 1, 2):
+            kernels.add_rows_to_two(sums[step], sums[step + 1], rows, weights, step, slot)
+        if count % 2:
+            kernels.add_rows_to_one(sums[count - 1], rows, weights, count - 1, slot)
+
+
+@compiled
+def _correct(gram: Gram, draft: Draft, cosines: ndarray, step: int, start: int) -> int:
+    """Replace a step's choice by a better atom of a tile; return the step where there is one, or else their number.
+
+    Atoms that the bound on their cosines does not rule out are correlated again in float64.
+    """
+    before, error = draft.choices[step], draft.errors[step]
     for column in range(TILE):
-        out[column] = row[column]
-
-
-@compiled
-def _widen(row: ndarray, out: ndarray) -> None:
-    for column in range(TILE):
-        out[column] = np.float32(row[column])
-
-
-@compiled
-def _add_to_two(one: ndarray, two: ndarray, rows: ndarray, weights: ndarray, step: int, slot: int) -> None:
-    """Add ROWS rows, with the weights of two steps, to the sums of these steps."""
-    a0, a1, a2, a3 = weights[step, slot], weights[step, slot + 1], weights[step, slot + 2], weights[step, slot + 3]
-    step += 1
-    b0, b1, b2, b3 = weights[step, slot], weights[step, slot + 1], weights[step, slot + 2], weights[step, slot + 3]
-    row0, row1, row2, row3 = rows[0], rows[1], rows[2], rows[3]
-    for column in range(TILE):
-        x0, x1, x2, x3 = row0[column], row1[column], row2[column], row3[column]
-        one[column] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        two[column] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-
-
-@compiled
-def _add_to_one(one: ndarray, rows: ndarray, weights: ndarray, step: int, slot: int) -> None:
-    a0, a1, a2, a3 = weights[step, slot], weights[step, slot + 1], weights[step, slot + 2], weights[step, slot + 3]
-    row0, row1, row2, row3 = rows[0], rows[1], rows[2], rows[3]
-    for column in range(TILE):
-        one[column] += a0 * row0[column] + a1 * row1[column] + a2 * row2[column] + a3 * row3[column]
-
-
-@compiled
-def _any_reaches(sums: ndarray, reach: ndarray, score: float, error: float) -> bool:
-    """Whether any atom of a tile may score as much; a sum, not a search, which vector instructions do faster."""
-    score, error, excess = np.float32(score), np.float32(error), np.float32(0)
-    for column in range(TILE):
-        excess += max(abs(sums[column]) + error - score * reach[column], np.float32(0))
-    return excess > 0
-
-
-@compiled
-def _rescore(problem: Problem, steps: Steps, sums: ndarray, reach: ndarray, step: int, start: int) -> bool:
-    """Score the atoms of a tile in float64 that may beat the step's choice; whether one does, and so replaces it."""
-    choice = steps.choices[step]
-    for column in range(TILE):
-        if abs(sums[column]) + steps.errors[step] >= np.float32(steps.scores[step]) * reach[column]:
-            atom = start + column
-            if atom < len(problem.atoms) and atom != steps.choices[step]:
-                score = _score(problem, atom, steps.residuals[step])
-                if _beats(score, atom, steps.scores[step], steps.choices[step]):
-                    steps.scores[step], steps.choices[step] = score, atom
-    return steps.choices[step] != choice
-
-
-@compiled
-def _score(problem: Problem, atom: int, residual: ndarray) -> float:
-    return abs(_dot(problem.atoms[atom], residual)) / problem.largest
-
-
-@compiled
-def _beats(score: float, atom: int, best: float, choice: int) -> bool:
-    """Whether an atom is to be taken before another: of equal ones, the one of the lower index."""
-    return score > best * (1 + TIE) or (score >= best * (1 - TIE) and atom < choice)
-
-
-@compiled
-def _list(
-    problem: Problem,
-    solution: Solution,
-    shortlist: Shortlist,
-    sums: ndarray,
-    inner: ndarray,
-    least: float,
-    listed: int,
-    size: int,
-    start: int,
-) -> int:
-    """Append the atoms of a tile that score more than so much to the shortlist; its new length."""
-    before, least, norms = listed, np.float32(least), problem.norms[start : start + TILE]
-    for left in range(0, TILE, GROUP):
-        excess = np.float32(0)
-        for column in range(left, left + GROUP):
-            excess += max(abs(sums[column]) * norms[column] - least, np.float32(0))
-        if excess > 0:
-            for column in range(left, left + GROUP):
-                shortlist.atoms[listed] = column
-                listed += abs(sums[column]) * norms[column] > least
-    for place in range(before, listed):
-        column = shortlist.atoms[place]
         atom = start + column
-        shortlist.atoms[place] = atom
-        shortlist.inner[place] = inner[column]
-        shortlist.scores[place] = abs(sums[column]) * norms[column]
-        for slot in range(size):
-            shortlist.cosines[slot, place] = problem.cosines[solution.support[slot], atom]
-    return listed
-
-
-@compiled
-def _list_again(
-    inner: ndarray,
-    problem: Problem,
-    solution: Solution,
-    shortlist: Shortlist,
-    listed: int,
-    size: int,
-    tried: int,
-) -> int:
-    """Append the atoms whose steps are undone, which scored nothing after them, to the shortlist; its new length."""
-    for undone in range(size, tried):
-        atom = solution.support[undone]
-        shortlist.atoms[listed] = atom
-        shortlist.inner[listed] = inner[atom]
-        for slot in range(size):
-            shortlist.cosines[slot, listed] = problem.cosines[solution.support[slot], atom]
-        listed += 1
-    return listed
-
-
-@compiled
-def _shorten(shortlist: Shortlist, least: float, listed: int, size: int) -> int:
-    """Keep the atoms of the shortlist that score more than so much; its new length."""
-    kept = 0
-    for place in range(listed):
-        if shortlist.scores[place] > least:
-            shortlist.atoms[kept] = shortlist.atoms[place]
-            shortlist.inner[kept] = shortlist.inner[place]
-            shortlist.scores[kept] = shortlist.scores[place]
-            for slot in range(size):
-                shortlist.cosines[slot, kept] = shortlist.cosines[slot, place]
-            kept += 1
-    return kept
-
-
-@compiled
-def _best_listed(
-    problem: Problem, steps: Steps, shortlist: Shortlist, taken: int, listed: int, size: int, step: int
-) -> tuple[int, float]:
-    """The best atom of the shortlist for the residual of a step, and its score; ``taken`` is the support's last."""
-    if listed == 0:
-        return taken, 0.0
-    row, scores, cosines = problem.cosines[taken], shortlist.scores, shortlist.cosines
-    for place in range(listed):
-        cosines[size - 1, place] = row[shortlist.atoms[place]]
-        scores[place] = shortlist.inner[place]
-    for slot in range(size):
-        _add(scores, steps.weights[step, slot], cosines[slot], listed)
-    best = 0
-    for place in range(listed):
-        scores[place] = abs(scores[place]) * problem.norms[shortlist.atoms[place]]
-        if scores[place] > scores[best]:
-            best = place
-    residual = steps.residuals[step]
-    choice = shortlist.atoms[best]
-    score = _score(problem, choice, residual)
-    for place in range(listed):
-        atom = shortlist.atoms[place]
-        if scores[place] + steps.errors[step] * problem.norms[atom] >= np.float32(score) and atom != choice:
-            other = _score(problem, atom, residual)
-            if _beats(other, atom, score, choice):
-                choice, score = atom, other
-    return choice, score
-
-
-@compiled
-def _extend(target: ndarray, atom: ndarray, solution: Solution, index: int, size: int) -> bool:
-    """Add an atom to the solution, after ``size`` others; False where it is in their span."""
-    row = solution.factor[size]
-    exact = atom.astype(np.float64)
-    for slot in range(size):
-        known = _dot(solution.factor[slot, :slot], row[:slot])
-        row[slot] = (_dot(solution.atoms[slot], exact) - known) / solution.factor[slot, slot]
-    whole = _dot(exact, exact)
-    outside = whole - _dot(row[:size], row[:size])
-    if not outside > DEPENDENT**2 * whole:
-        return False
-    row[size] = math.sqrt(outside)
-    solution.solved[size] = (_dot(exact, target) - _dot(row[:size], solution.solved[:size])) / row[size]
-    solution.support[size] = index
-    solution.atoms[size] = atom
-    return True
-
-
-@compiled
-def _refit(target: ndarray, solution: Solution, size: int, residual: ndarray) -> float:
-    """Least-squares coefficients on the first atoms of the solution, the residual (d,) that is left, and its norm."""
-    coefficients = solution.coefficients
-    coefficients[:size] = solution.solved[:size]
-    for slot in range(size - 1, -1, -1):
-        coefficients[slot] /= solution.factor[slot, slot]
-        _add(coefficients, -coefficients[slot], solution.factor[slot], slot)
-    residual[:] = target
-    slot = 0
-    while slot + ROWS <= size:
-        _take_four(residual, coefficients, solution.atoms, slot)
-        slot += ROWS
-    while slot < size:
-        _add(residual, -coefficients[slot], solution.atoms[slot], len(residual))
-        slot += 1
-    return math.sqrt(_dot(residual, residual))
-
-
-@compiled
-def _take_four(residual: ndarray, coefficients: ndarray, atoms: ndarray, slot: int) -> None:
-    c0, c1, c2, c3 = coefficients[slot], coefficients[slot + 1], coefficients[slot + 2], coefficients[slot + 3]
-    a0, a1, a2, a3 = atoms[slot], atoms[slot + 1], atoms[slot + 2], atoms[slot + 3]
-    for place in range(len(residual)):
-        residual[place] -= c0 * a0[place] + c1 * a1[place] + c2 * a2[place] + c3 * a3[place]
-
-
-@compiled
-def _dot(one: ndarray, other: ndarray) -> float:
-    total = 0.0
-    for place in range(len(one)):
-        total += np.float64(one[place]) * other[place]
-    return total
-
-
-@compiled
-def _add(out: ndarray, factor: float, row: ndarray, count: int) -> None:
-    for place in range(count):
-        out[place] += factor * row[place]
-
-
-@compiled
-def store(product: ndarray, row: int, column: int, cosines: ndarray) -> None:
-    """Round a block of a symmetric matrix to integers, and write it to both of its places."""
-    height, width = product.shape
-    for i in range(height):
-        for j in range(width):
-            cosines[row + i, column + j] = np.int16(np.floor(product[i, j] + np.float32(0.5)))
-    for top in range(0, height, SQUARE):
-        for left in range(0, width, SQUARE):
-            for j in range(column + left, column + min(left + SQUARE, width)):
-                for i in range(row + top, row + min(top + SQUARE, height)):
-                    cosines[j, i] = cosines[i, j]
+        least = np.float32(draft.correlations[step]) * gram.inverse_norms[atom]
+        if abs(cosines[column]) + error >= least and atom < len(gram.atoms) and atom != draft.choices[step]:
+            correlation = exact_correlation(gram, atom, draft.residuals[step])
+            if candidate_list.beats(correlation, atom, draft.correlations[step], draft.choices[step]):
+                draft.correlations[step], draft.choices[step] = correlation, atom
+    return step if draft.choices[step] != before else draft.length[0]

@@ -1,4 +1,4 @@
-"""A step of a pursuit on a GPU, which reads the basis once: each row is used twice while it is in registers.
+"""Orthogonalise on a GPU in one kernel, which reads the basis once: each row is used twice while it is in registers.
 
 Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mergekit_omp.solver.scan.projection import CANCELLED, DEPENDENT
+from mergekit_omp.solver.tolerances import CANCELLED, DEPENDENT
 
 LARGEST = 2**14
 """Dimensions up to which a row fits into the registers of a program."""
@@ -19,19 +19,19 @@ COMPILING = threading.Lock()
 """Each GPU has a thread; Triton does not promise that two of them may compile at once."""
 
 
-def take(
-    atoms: Tensor, choice: Tensor, whole: Tensor, wanted: Tensor, basis: Tensor, size: int, residual: Tensor
+def orthogonalize(
+    atoms: Tensor, choice: Tensor, atom_norm: Tensor, useful: Tensor, basis: Tensor, size: int, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`mergekit_omp.solver.scan.projection.take`."""
+    """See :func:`mergekit_omp.solver.scan.projection.orthogonalize`."""
     count, dim = residual.shape
-    length, weight = torch.empty_like(whole), torch.empty_like(whole)
+    length, weight = torch.empty_like(atom_norm), torch.empty_like(atom_norm)
     width = max(16, triton.next_power_of_2(dim))
     with COMPILING, torch.cuda.device_of(residual):
-        _take[(count,)](
+        _orthogonalize[(count,)](
             atoms.contiguous(),
             choice.contiguous(),
-            whole.contiguous(),
-            wanted.contiguous(),
+            atom_norm.contiguous(),
+            useful.contiguous(),
             basis,
             residual,
             length,
@@ -50,55 +50,55 @@ def take(
 
 
 @triton.jit
-def _outside(atom, rows_at, size, dim, places, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """What of an atom (d,) is outside the span of rows (size, d)."""
-    rest = atom
+def _component_outside(vector, basis_at, size, dim, columns, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """Subtract from a vector (d,) its projection on the span of orthonormal rows (size, d)."""
+    component = vector
     for first in range(0, size, ROWS):
         row = first + tl.arange(0, ROWS)
-        there = (row < size)[:, None] & (places < dim)[None, :]
-        seen = tl.load(rows_at + row[:, None] * dim + places[None, :], mask=there, other=0.0)
-        shadow = tl.sum(seen * atom[None, :], axis=1)
-        rest -= tl.sum(seen * shadow[:, None], axis=0)
-    return rest
+        inside = (row < size)[:, None] & (columns < dim)[None, :]
+        rows = tl.load(basis_at + row[:, None] * dim + columns[None, :], mask=inside, other=0.0)
+        products = tl.sum(rows * vector[None, :], axis=1)
+        component -= tl.sum(rows * products[:, None], axis=0)
+    return component
 
 
 @triton.jit(do_not_specialize=["size"])
-def _take(
+def _orthogonalize(
     atoms,
     choice,
-    whole,
-    wanted,
+    atom_norm,
+    useful,
     basis,
     residual,
     length,
     weight,
     size,
     dim,
-    basis_step,
-    residual_step,
+    basis_stride,
+    residual_stride,
     CANCELLED,
     DEPENDENT,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One target a program."""
+    """Work on one target a program."""
     target = tl.program_id(0).to(tl.int64)
-    places = tl.arange(0, WIDTH)
-    inside = places < dim
-    rows_at = basis + target * basis_step
-    norm = tl.load(whole + target)
-    rest = tl.load(atoms + tl.load(choice + target) * dim + places, mask=inside, other=0.0)
-    rest = _outside(rest, rows_at, size, dim, places, WIDTH, ROWS)
-    long = tl.sqrt(tl.sum(rest * rest, axis=0))
+    columns = tl.arange(0, WIDTH)
+    inside = columns < dim
+    basis_at = basis + target * basis_stride
+    norm = tl.load(atom_norm + target)
+    component = tl.load(atoms + tl.load(choice + target) * dim + columns, mask=inside, other=0.0)
+    component = _component_outside(component, basis_at, size, dim, columns, WIDTH, ROWS)
+    long = tl.sqrt(tl.sum(component * component, axis=0))
     if long < CANCELLED * norm:
-        rest = _outside(rest, rows_at, size, dim, places, WIDTH, ROWS)
-        long = tl.sqrt(tl.sum(rest * rest, axis=0))
-    taken = tl.load(wanted + target) & (long > DEPENDENT * norm)
+        component = _component_outside(component, basis_at, size, dim, columns, WIDTH, ROWS)
+        long = tl.sqrt(tl.sum(component * component, axis=0))
+    taken = tl.load(useful + target) & (long > DEPENDENT * norm)
     long = tl.where(taken, long, 0.0)
-    direction = rest * tl.where(taken, 1.0 / tl.maximum(long, 1e-38), 0.0)
-    left = tl.load(residual + target * residual_step + places, mask=inside, other=0.0)
-    amount = tl.sum(direction * left, axis=0)
-    tl.store(rows_at + size * dim + places, direction, mask=inside)
-    tl.store(residual + target * residual_step + places, left - amount * direction, mask=inside)
+    direction = component * tl.where(taken, 1.0 / tl.maximum(long, 1e-38), 0.0)
+    before = tl.load(residual + target * residual_stride + columns, mask=inside, other=0.0)
+    amount = tl.sum(direction * before, axis=0)
+    tl.store(basis_at + size * dim + columns, direction, mask=inside)
+    tl.store(residual + target * residual_stride + columns, before - amount * direction, mask=inside)
     tl.store(length + target, long)
     tl.store(weight + target, amount)

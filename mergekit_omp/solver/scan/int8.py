@@ -1,4 +1,4 @@
-"""The screen of CPUs that multiply 8-bit integers several times faster than float32 numbers.
+"""Screen atoms in 8-bit integers, which some CPUs multiply several times faster than float32 numbers.
 
 Letters in shapes: B targets, N atoms, d dimensions.
 """
@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mergekit_omp.solver.scan.screening import TINY, Look, Screen
+from mergekit_omp.solver.scan.screening import TINY, Correlations, Screen
 
 LEVELS = 126.5
 """Steps from zero to the largest number of a row; with the dither, codes stay within ±127."""
@@ -17,14 +17,12 @@ LEVELS = 126.5
 ZERO_POINT = 128
 """What oneDNN's unsigned codes of the left factor mean by zero."""
 
-COST = 0.3
-"""What a multiplication of this screen takes of the time of one of a plain float32 product."""
-
 CERTAINTY = math.sqrt(2 * math.log(2e20))
-"""How many standard deviations a sum of rounding errors is off but with a probability of 10⁻²⁰."""
+"""Standard deviations that a sub-Gaussian sum of rounding errors exceeds with a probability of 10⁻²⁰: of
+2 exp(-t² / 2)."""
 
 DIGITS = [127, 1, 0, 0]
-"""The atoms' codes in the columns that add a number to all scores: its digits to the base of 127."""
+"""The atoms' codes in the columns that add a number to all correlations: its digits to the base of 127."""
 
 
 class Int8Screen(Screen):
@@ -38,15 +36,13 @@ class Int8Screen(Screen):
 
         (Δᵣ² ‖a‖² + ‖r̂‖² Δₐ²) / 12,
 
-    and leave ± :data:`CERTAINTY` standard deviations once in 10²⁰ scores. (The solve of a large pair looks at some
-    10¹¹.) Residuals do not depend on the dither as long as that holds: every choice made within the bound is the exact
-    one.
+    and leave ± :data:`CERTAINTY` standard deviations once in 10²⁰ correlations. (The solve of a large pair estimates
+    some 10¹¹.) Residuals do not depend on the dither as long as that holds: every choice made within the bound is the
+    exact one.
     """
 
-    score_bytes = 2
-
-    def __init__(self, atoms: Tensor) -> None:
-        super().__init__(atoms)
+    def __init__(self, atoms: Tensor, norms: Tensor) -> None:
+        super().__init__(atoms, norms)
         draw = torch.Generator().manual_seed(0)
         dim = atoms.shape[1]
         self._rotation = _rotation(dim, draw)
@@ -66,8 +62,8 @@ class Int8Screen(Screen):
         self._zeros = torch.zeros(len(codes), dtype=torch.int64)
         self._packed = torch.ops.onednn.qlinear_prepack(codes, [64, codes.shape[1]])
 
-    def look(self, residuals: Tensor) -> Look:
-        """See :meth:`Screen.look`."""
+    def scan(self, residuals: Tensor, norms: Tensor) -> Correlations:
+        """See :meth:`Screen.scan`."""
         codes, steps = _round(self._rotate(residuals), self._dither)
         # What the atoms' shift adds, ⟨r̂, ½ - u⟩, is the same for all but for their steps: columns of its own add it.
         shift = codes @ self._shift + self._shift_of_dither
@@ -76,14 +72,14 @@ class Int8Screen(Screen):
         left = torch.empty(len(codes), codes.shape[1] + len(DIGITS), dtype=torch.uint8)
         left[:, : codes.shape[1]] = codes.add_(ZERO_POINT)
         left[:, codes.shape[1] :] = digits + ZERO_POINT
-        scores = _multiply(left, self._packed, self._steps, self._zeros, self._bias)
-        # In steps, the unit of the scores; not less than the norm of r̂.
-        norm = residuals.norm(dim=1) / steps + math.sqrt(residuals.shape[1])
+        values = multiply(left, self._packed, self._steps, self._zeros, self._bias)
+        # In steps, the unit of the values; not less than the norm of r̂.
+        norm = norms / steps + math.sqrt(residuals.shape[1])
         deviations = CERTAINTY / math.sqrt(12)
-        # Of each residual, what times the norm of an atom, and what times its step, is a bound; their squares add up.
-        reach = torch.stack([deviations + self.summing * norm, deviations * norm + missed.abs()], dim=1)
-        errors = (reach.square_() @ self._squares).add_(TINY).sqrt_()
-        return Look(scores.unflatten(1, self.order.shape), errors, steps, self.order)
+        # Factors of an atom's norm and of its step in the bound; the squares of the two terms add up.
+        factors = torch.stack([deviations + self.summing * norm, deviations * norm + missed.abs()], dim=1)
+        errors = (factors.square_() @ self._squares).add_(TINY).sqrt_()
+        return Correlations(values.unflatten(1, self.order.shape), errors, steps, self.order)
 
     def _rotate(self, rows: Tensor) -> Tensor:
         left, right = self._rotation
@@ -91,14 +87,14 @@ class Int8Screen(Screen):
 
 
 def _digits(numbers: Tensor) -> Tensor:
-    """(B, len(DIGITS)), within ±127, of numbers (B,); the nearest that there are."""
+    """Write numbers (B,) in digits (B, len(DIGITS)) within ±127; the nearest that there are."""
     high = (numbers / DIGITS[0]).round().clamp(-127, 127)
     low = (numbers - DIGITS[0] * high).round().clamp(-127, 127)
     return torch.stack([high, low, torch.zeros_like(low), torch.zeros_like(low)], dim=1)
 
 
 def _rotation(dim: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two orthogonal matrices, whose Kronecker product is a rotation of d dimensions for some 2 √d products a number.
+    """Draw two orthogonal matrices, whose Kronecker product rotates d dimensions for some 2 √d products a number.
 
     Each is a discrete Hartley transform with random signs: its entries have about the same size, so that no coordinate
     stays large.
@@ -116,12 +112,12 @@ def _hartley(size: int) -> Tensor:
 
 
 def _round(rows: Tensor, dither: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers (B, d) within ±127, in place of the rows, and the steps (B,) they count; ``dither`` is (d,)."""
+    """Round rows to whole numbers (B, d) within ±127 in place, with a ``dither`` (d,); return them and steps (B,)."""
     steps = (rows.abs().amax(1) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
     return rows.div_(steps[:, None]).add_(dither).floor_(), steps
 
 
-def _multiply(codes: Tensor, packed: Tensor, steps: Tensor, zeros: Tensor, bias: Tensor) -> Tensor:
+def multiply(codes: Tensor, packed: Tensor, steps: Tensor, zeros: Tensor, bias: Tensor) -> Tensor:
     """⟨code of b, code of n⟩ stepsₙ + biasₙ (B, N) in bfloat16; summed in integers."""
     return torch.ops.onednn.qlinear_pointwise(
         codes, 1.0, ZERO_POINT, packed, steps, zeros, bias, 1.0, 0, torch.bfloat16, "none", [], ""
@@ -130,7 +126,7 @@ def _multiply(codes: Tensor, packed: Tensor, steps: Tensor, zeros: Tensor, bias:
 
 @cache
 def is_supported() -> bool:
-    """Whether this CPU and this torch multiply 8-bit integers, fast and exactly.
+    """Tell whether this CPU and this torch multiply 8-bit integers, fast and exactly.
 
     Without VNNI instructions the pairwise sums saturate, which the largest codes show.
     """
@@ -141,7 +137,7 @@ def is_supported() -> bool:
         packed = torch.ops.onednn.qlinear_prepack(codes, [2, 64])
         left = (codes.int() + ZERO_POINT).to(torch.uint8)
         bias = torch.tensor([0.0, 1.0])
-        product = _multiply(left, packed, torch.full((2,), 1 / 127**2), torch.zeros(2, dtype=torch.int64), bias)
+        product = multiply(left, packed, torch.full((2,), 1 / 127**2), torch.zeros(2, dtype=torch.int64), bias)
     except (AttributeError, RuntimeError):  # a torch without oneDNN, or with another signature
         return False
     return torch.equal(product.float(), torch.tensor([[64.0, 1.0], [0.0, 65.0]]))

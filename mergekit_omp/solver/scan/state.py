@@ -1,6 +1,6 @@
-"""The pursuit of a batch of targets: supports, orthonormal bases and residuals, extended one atom at a time.
+"""State of the pursuit of a batch of targets: supports, orthonormal bases and residuals, extended one atom at a time.
 
-Letters in shapes: B targets, N atoms, d dimensions, k sparsity, Q pairs of a target and an atom.
+Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
 """
 
 from copy import copy
@@ -8,22 +8,20 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from mergekit_omp.solver.scan.projection import take
+from mergekit_omp.solver.scan.projection import orthogonalize
+from mergekit_omp.solver.tolerances import ROUNDING, ZERO
 
-ROUNDING = torch.finfo(torch.float32).eps
-"""Relative spacing of float32 numbers."""
-
-ZERO = 8 * ROUNDING
-"""A residual or a score of this share of the target's norm is rounding."""
+PER_TARGET = ("targets", "norm", "support", "residual", "residual_norm", "basis", "done", "_squared_error")
 
 
-class Pursuit:
+class PursuitState:
     """State of B targets in float32, all after the same number of steps.
 
     Attributes:
         support: int64 (B, k), atoms in the order of selection, -1 where there is none yet.
         size: steps that were taken.
         residual: (B, d), the target less its projection on the span of its support.
+        residual_norm: (B,).
         basis: (B, k, d), orthonormal rows that span the support; the first ``size`` count.
         done: bool (B,), nothing is left to select. Such a target is not to be extended.
     """
@@ -31,38 +29,37 @@ class Pursuit:
     def __init__(self, targets: Tensor, atoms: Tensor, atom_norms: Tensor, k: int) -> None:
         count, dim = targets.shape
         self.targets, self.atoms, self.atom_norms, self.k = targets, atoms, atom_norms, k
-        self.norm = targets.norm(dim=1)
+        self.norm = self.residual_norm = targets.norm(dim=1)
         self.support = torch.full((count, k), -1, dtype=torch.int64, device=targets.device)
         self.size = 0
         self.residual = targets.clone()
         self.basis = targets.new_empty(count, k, dim)
         self.done = self.norm == 0
-        # Square of the rounding error in the residual, in units of ROUNDING.
-        self._blur = self.norm**2
+        self._squared_error = self.norm**2  # of the rounding error in the residual, in units of ROUNDING
 
-    def view(self, rows: Tensor | slice) -> "Pursuit":
-        """The state of some targets only: a copy for a mask, and the same memory for a slice."""
+    def view(self, rows: Tensor | slice) -> "PursuitState":
+        """Return the state of some targets only: a copy for a mask, and the same memory for a slice."""
         part = copy(self)
-        for field, value in vars(self).items():
-            if isinstance(value, Tensor) and not field.startswith("atom"):
-                setattr(part, field, value[rows])
+        for name in PER_TARGET:
+            setattr(part, name, getattr(self, name)[rows])
         return part
 
     def noise(self) -> Tensor:
-        """(B,): rounding error of a score with an atom of norm 1, on the safe side."""
-        return 8 * ROUNDING * self._blur.sqrt()
+        """Bound the rounding error (B,) of the correlation with an atom of norm 1."""
+        return 8 * ROUNDING * self._squared_error.sqrt()
 
-    def extend(self, choice: Tensor, score: Tensor) -> None:
-        """Add the atom ``choice`` (B,), of ``score`` (B,), to each target.
+    def extend(self, choice: Tensor, correlation: Tensor) -> None:
+        """Add the atom ``choice`` (B,), of ``correlation`` (B,) with the residual, to each support.
 
         Where it is orthogonal to the residual, or in the support's span already, nothing is left that helps: the
         target is done.
         """
-        whole = self.atom_norms[choice]
-        wanted = score > ZERO * self.norm * whole
-        length, weight = take(self.atoms, choice, whole, wanted, self.basis, self.size, self.residual)
-        go = length > 0
-        self.support[:, self.size] = choice.where(go, self.support[:, self.size])
-        self._blur += (weight * whole / length).where(go, torch.zeros_like(length)) ** 2
+        atom_norm = self.atom_norms[choice]
+        useful = correlation > ZERO * self.norm * atom_norm
+        length, weight = orthogonalize(self.atoms, choice, atom_norm, useful, self.basis, self.size, self.residual)
+        added = length > 0
+        self.support[:, self.size] = choice.where(added, self.support[:, self.size])
+        self._squared_error += (weight * atom_norm / length).where(added, torch.zeros_like(length)) ** 2
         self.size += 1
-        self.done = ~go | (self.size >= self.k) | (self.residual.norm(dim=1) <= ZERO * self.norm)
+        self.residual_norm = self.residual.norm(dim=1)
+        self.done = ~added | (self.size >= self.k) | (self.residual_norm <= ZERO * self.norm)
