@@ -121,6 +121,14 @@ def vocabulary_of(model: ModelReference, trust_remote_code: bool) -> Vocabulary:
     return vocabulary.truncated(vocabulary_size(model, trust_remote_code))
 
 
+def donor_rows(output: OutputTokenizer) -> int | None:
+    """Rows of the model that ``tokenizer.source`` names; None where it names none, or a tokenizer alone."""
+    source = output.tokenizer_source
+    if not isinstance(source, ModelReference) or is_tokenizer_alone(source):
+        return None
+    return vocabulary_size(source, output.trust_remote_code)
+
+
 def build_output_tokenizer(output: OutputTokenizer) -> PreTrainedTokenizerBase:
     """The tokenizer that the recipe's ``tokenizer:`` section asks for, as a new object."""
     source, trust = output.tokenizer_source, output.trust_remote_code

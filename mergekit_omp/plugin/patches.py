@@ -116,17 +116,20 @@ def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
         return wrapped(*args, **kwargs)
     from mergekit.tokenizer import PermutedVocabulary
 
+    from mergekit_omp.output.tied_head import is_redundant_head
     from mergekit_omp.recipe.checks import check_recipe
     from mergekit_omp.tasks.plan import plan_realignment
 
     output = check_recipe(planner.config, planner.options)
     result = wrapped(*args, **kwargs)
     planner._tokenizer_task = output
+    weights = [weight for weight, _ in planner._tensors]
     planner._tensors = [
         (weight, task.model_copy(update={"gather_tensors": plan_realignment(task, output, planner.options)}))
         if isinstance(task.gather_tensors, PermutedVocabulary)
         else (weight, task)
         for weight, task in planner._tensors
+        if not is_redundant_head(weight, weights, task.model_order, planner.options.trust_remote_code)
     ]
     return result
 
@@ -192,7 +195,8 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     config, options = call.arguments["merge_config"], call.arguments["options"]
     from mergekit_omp.checkpoints import tokenizers as vocabularies
     from mergekit_omp.failures import told
-    from mergekit_omp.output.config import finish_output, staged
+    from mergekit_omp.output.config import finish_output
+    from mergekit_omp.output.staging import staged
     from mergekit_omp.recipe.checks import check_inputs, check_recipe
     from mergekit_omp.report.record import complete_record
 

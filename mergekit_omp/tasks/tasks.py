@@ -21,6 +21,7 @@ from pydantic import BaseModel
 from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
 from mergekit_omp.checkpoints.tokenizers import (
     OutputTokenizer,
+    donor_rows,
     match_of,
     output_vocabulary,
     shared_output_tokenizer,
@@ -301,7 +302,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             [new.problem for new in prepared],
             [new.make(views[each.model], is_head) for new in prepared],
             parameters=each.parameters,
-            size=output_rows(output_vocabulary(self.output), self.pad_to_multiple_of),
+            size=output_rows(output_vocabulary(self.output), self.pad_to_multiple_of, donor_rows(self.output)),
             free_rows=vocabulary_of(each.model, self.output.trust_remote_code).free_rows(len(views[each.model])),
             overrides=self._override_rows(match, views),
         )
@@ -393,10 +394,21 @@ def _warn_of_orphans(each: RealignedInput) -> None:
         )
 
 
-def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None) -> int:
-    """Rows that the output's embedding has: one for every id up to the highest, and padding."""
-    multiple = pad_to_multiple_of or 1
-    return -(-vocabulary.size // multiple) * multiple
+def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None, donor_rows: int | None) -> int:
+    """Rows that the output's embedding has: one for every id up to the highest, and padding.
+
+    A draft model must have its target's number of rows: vLLM refuses any other, llama.cpp one that differs by more
+    than 128.
+
+    Args:
+        vocabulary: the output vocabulary.
+        pad_to_multiple_of: the recipe's, which wins; None where it has none.
+        donor_rows: the rows of the model that ``tokenizer.source`` names; None where it names none, or a tokenizer
+            alone.
+    """
+    if pad_to_multiple_of:
+        return -(-vocabulary.size // pad_to_multiple_of) * pad_to_multiple_of
+    return max(vocabulary.size, donor_rows or 0)
 
 
 def describe_match(match: MatchVocabulary) -> str:
