@@ -72,9 +72,7 @@ def _stored_pair(weights: Iterable[WeightInfo], loader: LazyTensorLoader) -> tup
 
 def _is_vocabulary_matrix(weight: WeightInfo, role: VocabularyRole) -> bool:
     return (
-        weight.vocabulary_axis is not None
-        and weight.name.endswith(".weight")
-        and vocabulary_role(weight.name) is role
+        weight.vocabulary_axis is not None and weight.name.endswith(".weight") and vocabulary_role(weight.name) is role
     )
 
 

@@ -265,7 +265,7 @@ def find_file(model: ModelReference, name: str) -> Path | None:
         found = cached_file(model.model.path, name, revision=model.model.revision)
     except OSError:  # no such file, no such model, no access, no network
         return None
-    return Path(found)
+    return None if found is None else Path(found)
 
 
 def read_settings(model: ModelReference, name: str) -> dict[str, Any]:
