@@ -17,7 +17,7 @@ import transformers
 from mergekit.common import ModelReference
 from transformers.utils import cached_file
 
-from mergekit_omp.vocabulary.tokens import Vocabulary
+from mergekit_omp.vocabulary.tokens import ROLES, Vocabulary
 
 LOG = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ TOKENIZER = "tokenizer.json"
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
 _PARTS = ("normalizer", "pre_tokenizer", "decoder")
 _VERSION_5_KEYS = ("backend", "is_local", "local_files_only", "model_specific_special_tokens")
+_ROLE_KEYS = tuple(f"{role}_token" for role in ROLES)
 _ADDING_ROLES = ("bos", "eos")
 _OBEDIENT_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "CohereTokenizer")
 """Classes of transformers 4 whose ``add_bos_token`` and ``add_eos_token`` win over tokenizer.json's template."""
@@ -86,14 +87,15 @@ def make_readable_by_both(settings: dict[str, Any], described: Mapping[str, Any]
     """
     if not settings.get("auto_map"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    named = dict(settings.get("model_specific_special_tokens") or {})
-    extra = settings.pop("extra_special_tokens", None)
+    special = {token["content"] for token in described.get("added_tokens", []) if token["special"]}
+    named = {key: token for key, token in settings.items() if key.endswith("_token") and key not in _ROLE_KEYS}
+    extra = settings.pop("extra_special_tokens", None) or []
     if isinstance(extra, Mapping):
         named |= extra
-    elif extra:
-        settings["additional_special_tokens"] = extra
-    if named:
-        settings["extra_special_tokens"] = {name: _content(token) for name, token in named.items()}
+    elif listed := [token for token in extra if _content(token) in special]:
+        settings["additional_special_tokens"] = listed
+    if named := {name: _content(token) for name, token in named.items() if isinstance(token, (str, Mapping))}:
+        settings["extra_special_tokens"] = named
     for key in _VERSION_5_KEYS:
         settings.pop(key, None)
     # transformers 4 adds token_type_ids otherwise, which causal models refuse.
