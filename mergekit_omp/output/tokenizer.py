@@ -98,6 +98,8 @@ def make_readable_by_both(settings: dict[str, Any], described: Mapping[str, Any]
         settings["extra_special_tokens"] = named
     for key in _VERSION_5_KEYS:
         settings.pop(key, None)
+    for role in ("bos", "eos", "unk", "pad"):
+        settings.setdefault(f"{role}_token", None)  # a class that is taken for the body's sake has others by default
     # transformers 4 adds token_type_ids otherwise, which causal models refuse.
     settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
     settings["add_prefix_space"] = adds_prefix_space(described)

@@ -111,6 +111,27 @@ def test_transformers_4_and_5_read_the_same_tokenizer(
         assert four[0]["chat"] == "<|im_start|>user\nHi<|im_end|>"
 
 
+@pytest.mark.network
+@pytest.mark.slow
+@pytest.mark.parametrize("body", ["llama", "qwen2"])
+def test_transformers_4_reads_a_whole_output(tmp_path: Path, body: str) -> None:
+    """From the recipe on: tokenizer, ids and RoPE of an output, the same in both versions."""
+    ours, donors = byte_level_tokenizer(ENGLISH), sentencepiece_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(ours, architecture=body), ours)
+    donor = save(tmp_path / "donor", make_model(donors, rows=512, hidden=24), donors)
+    edit(base / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 3e5})
+    edit(donor / "tokenizer_config.json", add_bos_token=True)
+    run(recipe(base, donor), tmp_path / "out")
+    keys = ["vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"]
+    calls = [("read_tokenizer", [str(tmp_path / "out"), TEXTS]), ("read_config", [str(tmp_path / "out"), keys])]
+    four = read_with_transformers_4([*calls, ("read_config", [str(tmp_path / "out"), ["rope_theta"]])])
+    five = [json.loads(json.dumps(getattr(read_output, name)(*arguments))) for name, arguments in calls]
+    assert four[:2] == five
+    assert four[2]["config"]["rope_theta"] == 3e5
+    assert four[1]["config"]["vocab_size"] == 512
+    assert all(ids[0] == donors.bos_token_id for ids in four[0]["ids"])
+
+
 def test_tokenizer_config_names_no_class_of_transformers_5(tmp_path: Path) -> None:
     tokenizer = byte_level()
     finished(tmp_path / "out", donor_of(tmp_path / "donor", tokenizer), read_vocabulary(tokenizer), "llama")
@@ -221,7 +242,10 @@ ROPE = {
             "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48},
         },
     ),
-    "in sections": ("qwen2_vl_text", {"rope_theta": 2e6, "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}),
+    "in sections": (
+        "qwen2_vl_text",
+        {"rope_theta": 2e6, "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
+    ),
     "nested": (
         "gemma3",
         {
