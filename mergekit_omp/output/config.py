@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from mergekit_omp.checkpoints.architecture import architecture_of, vocabulary_size
 from mergekit_omp.checkpoints.tokenizers import OutputTokenizer, donor_rows, match_of, output_vocabulary, vocabulary_of
 from mergekit_omp.output.legacy_keys import add_legacy_keys
-from mergekit_omp.output.tied_head import untie_where_head_differs
+from mergekit_omp.output.tied_head import tied_parts, untie_where_head_differs
 from mergekit_omp.output.tokenizer import finish_tokenizer, read_json, read_settings, write_json
 from mergekit_omp.tasks.tasks import output_rows
 from mergekit_omp.vocabulary.tokens import ROLES, Vocabulary
@@ -61,7 +61,8 @@ def finish_output(folder: Path, config: MergeConfiguration, output: OutputTokeni
     ids.translate(settings)
     set_roles(settings, roles)
     _set_vocab_size(settings, base, output.trust_remote_code, output_rows(vocabulary, multiple, donor_rows(output)))
-    untie_where_head_differs(folder, architecture_of(base, options).all_weights(), settings)
+    if any(tied_parts(settings)):
+        untie_where_head_differs(folder, architecture_of(base, options).all_weights(), settings)
     add_legacy_keys(settings, read_settings(base, CONFIG))
     write_json(folder / CONFIG, settings)
 
@@ -130,7 +131,8 @@ def _with_roles_of_config(
     """
     result: dict[str, int | None] = dict(roles)
     for role in _SET_ROLES:
-        id_ = config.get(f"{role}_token_id")
+        key = f"{role}_token_id"
+        id_ = config.get(key, config.get("text_config", {}).get(key))
         if role not in roles:
             result[role] = next(iter(of_origin.translated([id_] if isinstance(id_, int) else [])), None)
     return result

@@ -15,6 +15,15 @@ from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_rol
 _TIED = "tie_word_embeddings"
 
 
+def tied_parts(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The configuration, and the nested ones, that say that the head is the embedding."""
+    if settings.get(_TIED) is True:
+        yield settings
+    for value in settings.values():
+        if isinstance(value, dict):
+            yield from tied_parts(value)
+
+
 def untie_where_head_differs(folder: Path, weights: Iterable[WeightInfo], settings: dict[str, Any]) -> None:
     """Have a written model's configuration say that it is untied, in place, where it has a head of its own.
 
@@ -25,13 +34,10 @@ def untie_where_head_differs(folder: Path, weights: Iterable[WeightInfo], settin
         weights: the tensors of its architecture.
         settings: what its config.json says.
     """
-    tied = list(_tied_parts(settings))
-    if not tied:
-        return
     loader = LazyTensorLoader(ShardedTensorIndex.from_disk(str(folder)), lazy_unpickle=True)
     inputs, heads = _stored_pair(weights, loader)
     if inputs and heads and not any(_are_equal(loader, name, heads[0]) for name in inputs):
-        for part in tied:
+        for part in tied_parts(settings):
             part[_TIED] = False
 
 
@@ -78,12 +84,3 @@ def _is_vocabulary_matrix(weight: WeightInfo, role: VocabularyRole) -> bool:
 
 def _are_equal(loader: LazyTensorLoader, one: str, other: str) -> bool:
     return torch.equal(loader.get_tensor(one), loader.get_tensor(other))
-
-
-def _tied_parts(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The configuration, and the nested ones, that say that the head is the embedding."""
-    if settings.get(_TIED) is True:
-        yield settings
-    for value in settings.values():
-        if isinstance(value, dict):
-            yield from _tied_parts(value)

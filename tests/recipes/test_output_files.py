@@ -138,6 +138,7 @@ def test_tokenizer_config_names_no_class_of_transformers_5(tmp_path: Path) -> No
     settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(settings.get("extra_special_tokens"), list)
+    assert settings["unk_token"] is None, "not what a class has by default"
     assert settings["added_tokens_decoder"]["0"]["content"] == "<|endoftext|>"
     assert not (tmp_path / "out/plain_tokenizer.py").exists()
 
@@ -486,3 +487,16 @@ def test_converters_that_do_not_know_a_pair(tmp_path: Path) -> None:
         "llama.cpp's converter to GGUF reads a SentencePiece model for a gemma2 body, but the output tokenizer is "
         "byte-level BPE; transformers and vLLM read it."
     )
+
+
+def test_a_merge_of_tied_and_untied_models_is_untied(tmp_path: Path) -> None:
+    """The base's config.json would say that it is tied, and engines would ignore the merged head."""
+    tokenizer = byte_level_tokenizer(ENGLISH)
+    tied = save(tmp_path / "tied", make_model(tokenizer, tied=True), tokenizer)
+    untied = save(tmp_path / "untied", make_model(tokenizer, seed=1), tokenizer)
+    models = [{"model": str(model), "parameters": {"weight": 1}} for model in (tied, untied)]
+    more = {"merge_method": "omp_linear", "models": models, "base_model": str(tied)}
+    tensors = run(recipe(tied, "base", **more), tmp_path / "out")
+    before = [tensors_of(tied)[EMBED], tensors_of(untied)[HEAD]]
+    torch.testing.assert_close(tensors[HEAD], sum(before) / 2)
+    assert read(tmp_path / "out/config.json")["tie_word_embeddings"] is False
