@@ -16,6 +16,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
+from transformers.utils.hub import cached_file
 
 from mergekit_omp.errors import OmpError
 
@@ -157,3 +158,27 @@ def _problem_of_pickle(path: Path) -> str | None:
     except (RuntimeError, EOFError, ValueError):
         return "it is truncated"
     return None
+
+
+def find_file(model: ModelReference, name: str) -> Path | None:
+    """A file of a model, from its folder or the hub; None where it has none or the hub cannot be asked."""
+    try:
+        found = cached_file(model.model.path, name, revision=model.model.revision)
+    except OSError:  # no such file, no such model, no access, no network
+        return None
+    return None if found is None else Path(found)
+
+
+def read_settings(model: ModelReference, name: str) -> dict[str, Any]:
+    """What a JSON file of a model says; nothing where it has none or it is no JSON object."""
+    found = find_file(model, name)
+    try:
+        settings = read_json(found) if found else {}
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; an empty object where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

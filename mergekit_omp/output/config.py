@@ -1,91 +1,32 @@
-"""The output folder: whole or not there, and consistent with the tokenizer that it ships."""
+"""config.json and generation_config.json of the output, consistent with the tokenizer that it ships."""
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+import torch
 from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from transformers import GenerationConfig, PretrainedConfig
 
-from mergekit_omp.errors import OmpError
-from mergekit_omp.output.tokenizer import ensure_read_as_written
-from mergekit_omp.recipe.transplant import Transplant
-from mergekit_omp.vocabulary.tokens import ROLES
+from mergekit_omp.checkpoints.architecture import architecture_of
+from mergekit_omp.checkpoints.files import read_json, read_settings
+from mergekit_omp.output.legacy_keys import add_legacy_keys
+from mergekit_omp.output.tied_head import tied_parts, untie_where_head_differs
+from mergekit_omp.output.tokenizer import finish_tokenizer, write_json
+from mergekit_omp.recipe.transplant import RecipeModel, Transplant
+from mergekit_omp.vocabulary.tokens import ROLES, Vocabulary
 
 LOG = logging.getLogger(__name__)
 
-UNFINISHED = ".unfinished"
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 _GENERATION = GenerationConfig()
 
 _SET_ROLES = ("bos", "eos", "pad")
 """Roles whose ids a configuration always states, if only as None."""
-
-
-@contextmanager
-def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write a model to, which becomes ``out_path`` when the block ends without an exception.
-
-    Until then everything is under ``<out_path>.unfinished``, which a failed run removes and the next run after a
-    killed one replaces.
-
-    Raises:
-        OmpError: where ``out_path`` holds something already, cannot be written, or is being written by another run.
-    """
-    final = Path(os.path.realpath(out_path))
-    _check_free(final)
-    with _locked(final.with_name(final.name + UNFINISHED), final) as staging:
-        folder = staging / final.name  # mergekit takes the model card's title from the folder's name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        yield folder
-        _check_free(final)
-        if final.exists():
-            final.rmdir()
-        os.rename(folder, final)
-
-
-@contextmanager
-def _locked(staging: Path, final: Path) -> Iterator[Path]:
-    """The staging folder, for one run at a time, and gone afterwards."""
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(staging / "lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise OmpError(f"{final} is being written by another run; wait for it or name another folder.") from error
-    except OSError as error:
-        raise OmpError(f"{final}: the output folder cannot be made ({error.strerror}); name another one.") from error
-    try:
-        if not os.path.exists(lock.lock_file):  # the run that held it has just ended, and has removed it
-            raise OmpError(f"{final} was being written by another run until now; look at it or name another folder.")
-        yield staging
-    finally:
-        # While the lock is held, so that no other run is in there.
-        shutil.rmtree(staging, ignore_errors=True)
-        lock.release()
-
-
-def _check_free(final: Path) -> None:
-    if not final.exists():
-        return
-    if not final.is_dir():
-        raise OmpError(f"{final} is a file; name a folder that is new or empty.")
-    if os.path.ismount(final):
-        raise OmpError(f"{final} is a mount point, which a folder cannot replace; name a folder in it.")
-    present = sorted(path.name for path in final.iterdir())
-    if present:
-        raise OmpError(
-            f"{final} is not empty (it has {', '.join(present[:3])}{', …' if len(present) > 3 else ''}), "
-            "and nothing is replaced unasked; name a new folder or empty that one."
-        )
 
 
 def without_ids_of_base(settings: PretrainedConfig) -> PretrainedConfig:
@@ -100,52 +41,63 @@ def without_ids_of_base(settings: PretrainedConfig) -> PretrainedConfig:
 
 
 def finish_output(folder: Path, transplant: Transplant) -> None:
-    """Make config.json and generation_config.json of a merged model agree with its tokenizer.
+    """Make the files of a merged model agree with each other, and readable by transformers 4 and 5 alike.
 
     mergekit writes the base model's ids, one row for each token where ids may have gaps, and no
     generation_config.json.
     """
-    ids = TokenIds(transplant)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base, vocabulary = transplant.base, transplant.vocabulary
+    origin = transplant.donors[0]  # the model whose tokenizer the output's is, or begins with
+    # A token that the recipe has approximated is the same token nevertheless.
+    ids = TokenIds(vocabulary, base.vocabulary, base.alignment.own_match.rows)
+    of_origin = TokenIds(vocabulary, origin.vocabulary, origin.match.rows)
+    roles = _with_roles_of_config(ids.roles, of_origin, read_settings(origin.reference, CONFIG))
+
+    settings = read_json(folder / CONFIG)
     ids.translate(settings)
-    ids.set_roles(settings)
-    _set_vocab_size(settings, transplant)
-    _write_json(folder / "config.json", settings)
+    set_roles(settings, roles)
+    _set_vocab_size(settings, base, transplant.rows)
+    if any(tied_parts(settings)):
+        untie_where_head_differs(folder, architecture_of(base.reference, transplant.options).all_weights(), settings)
+    add_legacy_keys(settings, read_settings(base.reference, CONFIG))
+    write_json(folder / CONFIG, settings)
 
-    generation = _generation_settings(transplant.base.reference)
+    generation = _generation_settings(base.reference)
+    stated = [
+        *of_origin.translated(_stated_stop_ids(_generation_settings(origin.reference))),
+        *ids.translated(_stated_stop_ids(generation)),
+    ]
     ids.translate(generation)
-    ids.set_roles(generation)
-    generation["eos_token_id"] = _stop_ids(transplant, generation["eos_token_id"])
-    _write_json(folder / "generation_config.json", generation)
-    if not transplant.trust_remote_code:
-        _forget_code(folder / "tokenizer_config.json")
-    ensure_read_as_written(folder)
+    set_roles(generation, roles)
+    generation["eos_token_id"] = stop_ids(stated, generation["eos_token_id"], base.match.rows)
+    write_json(folder / GENERATION_CONFIG, generation)
 
-
-def _forget_code(path: Path) -> None:
-    """Remove the name of a tokenizer class that came with the donor: its code was neither run nor copied."""
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if settings.pop("auto_map", None):
-        _write_json(path, settings)
+    finish_tokenizer(
+        folder,
+        vocabulary,
+        origin.reference,
+        unchanged=transplant.tokenizer_is_unchanged,
+        trust_remote_code=transplant.trust_remote_code,
+    )
 
 
 class TokenIds:
-    """The ids of the output vocabulary that a base model's configuration should name."""
+    """The output's ids of a model's tokens, for what its configuration files name.
 
-    def __init__(self, transplant: Transplant) -> None:
-        self.roles = transplant.vocabulary.roles
-        of_base = transplant.base.vocabulary.roles
-        by_role = {id_: self.roles[role] for role, id_ in of_base.items() if role in self.roles}
-        # A token that the recipe has approximated is the same token nevertheless.
-        rows = transplant.base.alignment.own_match.rows.tolist()
-        self.by_base_id = by_role | {row: id_ for id_, row in reversed(list(enumerate(rows))) if row >= 0}
+    Args:
+        output: the output vocabulary.
+        model: the model's own.
+        rows: int64 [V], the model's row for each output id, -1 where it has none.
+    """
 
-    def set_roles(self, settings: dict[str, Any]) -> None:
-        """Set bos, eos and pad, and unk where there is one, to those of the output tokenizer."""
-        for role in _SET_ROLES:
-            settings[f"{role}_token_id"] = self.roles.get(role)
-        if "unk" in self.roles:
-            settings["unk_token_id"] = self.roles["unk"]
+    def __init__(self, output: Vocabulary, model: Vocabulary, rows: torch.Tensor) -> None:
+        self.roles = output.roles
+        by_role = {id_: self.roles[role] for role, id_ in model.roles.items() if role in self.roles}
+        self.by_row = by_role | {row: id_ for id_, row in reversed(list(enumerate(rows.tolist()))) if row >= 0}
+
+    def translated(self, ids: Iterable[int]) -> list[int]:
+        """The output's ids of some tokens of the model, those left out that the output lacks."""
+        return [self.by_row[id_] for id_ in ids if id_ in self.by_row]
 
     def translate(self, settings: dict[str, Any]) -> None:
         """Replace every token id in a configuration, nested ones included, by the output's id of the same token.
@@ -158,12 +110,36 @@ class TokenIds:
                 self.translate(value)
             elif _names_a_token(key) and isinstance(value, int) and not isinstance(value, bool):
                 role = key.removesuffix("_token_id")
-                settings[key] = self.roles.get(role, self.by_base_id.get(value))
+                settings[key] = self.roles.get(role, self.by_row.get(value))
                 if settings[key] is None and role not in ROLES:
                     LOG.warning("%s: the output vocabulary has no token for the base model's id %d", key, value)
                     settings[key] = None if hasattr(_GENERATION, key) else -1
             elif _names_a_token(key) and isinstance(value, list):
-                settings[key] = [self.by_base_id[id_] for id_ in value if id_ in self.by_base_id] or None
+                settings[key] = self.translated(value) or None
+
+
+def _with_roles_of_config(
+    roles: Mapping[str, int], of_origin: TokenIds, config: Mapping[str, Any]
+) -> dict[str, int | None]:
+    """Roles of the output tokenizer, and those that it leaves open but the config.json it comes with sets.
+
+    Qwen's tokenizers have no bos, and Qwen's config.json names one all the same.
+    """
+    result: dict[str, int | None] = dict(roles)
+    for role in _SET_ROLES:
+        key = f"{role}_token_id"
+        id_ = config.get(key, config.get("text_config", {}).get(key))
+        if role not in roles:
+            result[role] = next(iter(of_origin.translated([id_] if isinstance(id_, int) else [])), None)
+    return result
+
+
+def set_roles(settings: dict[str, Any], roles: Mapping[str, int | None]) -> None:
+    """Set bos, eos and pad, and unk where there is one, to those of the output, in place."""
+    for role in _SET_ROLES:
+        settings[f"{role}_token_id"] = roles.get(role)
+    if "unk" in roles:
+        settings["unk_token_id"] = roles["unk"]
 
 
 def _names_a_token(key: str) -> bool:
@@ -179,41 +155,43 @@ def _generation_settings(model: ModelReference) -> dict[str, Any]:
     return loaded.to_diff_dict()
 
 
-def _stop_ids(transplant: Transplant, eos: int | None) -> int | list[int] | None:
-    """Where generation stops: as the donor's own generation_config.json says, else at the tokenizer's eos.
+def _stated_stop_ids(generation: Mapping[str, Any]) -> list[int]:
+    stated = generation.get("eos_token_id")
+    return list(stated) if isinstance(stated, list) else [] if stated is None else [stated]
+
+
+def stop_ids(stated: Iterable[int], eos: int | None, rows: torch.Tensor) -> int | list[int] | None:
+    """Where generation stops: at the tokens that the models' own generation_config.json name, else at eos.
 
     And at every token with the row of one of those: equal rows have equal logits, so that the model says either. So a
     base whose bos and eos are one token says the output's bos where it means its eos.
+
+    Args:
+        stated: output ids, the donor's first, then the base's, which the body has learnt to say.
+        eos: the tokenizer's.
+        rows: int64 [V], the base's row for each output id, -1 where it has none.
     """
-    source = transplant.source
-    stated = _generation_settings(source).get("eos_token_id") if isinstance(source, ModelReference) else None
-    ids = stated if isinstance(stated, list) else [stated]
-    ids = [id_ for id_ in ids if id_ in transplant.vocabulary.tokens] or ([] if eos is None else [eos])
-    rows = transplant.base.match.rows
+    ids = list(dict.fromkeys(stated)) or ([] if eos is None else [eos])
     same = [int(id_) for stop in ids if rows[stop] >= 0 for id_ in (rows == rows[stop]).nonzero()]
     ids = list(dict.fromkeys([*ids, *same]))
     return (ids if len(ids) > 1 else ids[0]) if ids else None
 
 
-def _set_vocab_size(settings: dict[str, Any], transplant: Transplant) -> None:
+def _set_vocab_size(settings: dict[str, Any], base: RecipeModel, size: int) -> None:
     """Set the number of rows where mergekit looks for it, and wherever else a part of the model states the base's."""
-    info = arch_info_for_config(transplant.base.config)
+    info = arch_info_for_config(base.config)
     *parents, last = ((info and info.vocab_size_config_key) or "vocab_size").split(".")
     part = settings
     for parent in parents:
         part = part[parent]
     if last in part:
-        part[last] = transplant.rows
-    _replace_vocab_size(settings, transplant.base.rows, transplant.rows)
+        part[last] = size
+    _replace_vocab_size(settings, base.rows, size)
 
 
-def _replace_vocab_size(settings: dict[str, Any], old: int, new: int) -> None:
+def _replace_vocab_size(settings: dict[str, Any], old: int | None, new: int) -> None:
     for key, value in settings.items():
         if isinstance(value, dict):
             _replace_vocab_size(value, old, new)
         elif key == "vocab_size" and value == old:
             settings[key] = new
-
-
-def _write_json(path: Path, settings: dict[str, Any]) -> None:
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -107,17 +107,20 @@ def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
     if not _is_for_us(getattr(planner, "config", None)):
         return wrapped(*args, **kwargs)
     from mergekit_omp.compat import PermutedVocabulary
+    from mergekit_omp.output.tied_head import is_redundant_head
     from mergekit_omp.tasks.plan import plan_realignment
     from mergekit_omp.tasks.tasks import OutputTokenizer
 
     record = planner._omp_record = _record_of(planner)
     result = wrapped(*args, **kwargs)
     planner._tokenizer_task = OutputTokenizer(transplant=record.transplant)
+    weights = [weight for weight, _ in planner._tensors]
     planner._tensors = [
         (weight, task.model_copy(update={"gather_tensors": plan_realignment(task, record.transplant)}))
         if isinstance(task.gather_tensors, PermutedVocabulary)
         else (weight, task)
         for weight, task in planner._tensors
+        if not is_redundant_head(weight, weights, task.model_order, planner.options.trust_remote_code)
     ]
     return result
 
@@ -183,7 +186,8 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     require_supported()
     config, options = call.arguments["merge_config"], call.arguments["options"]
     from mergekit_omp.errors import explained
-    from mergekit_omp.output.config import finish_output, staged
+    from mergekit_omp.output.config import finish_output
+    from mergekit_omp.output.staging import staged
     from mergekit_omp.recipe.model_checks import check_checkpoints
     from mergekit_omp.recipe.resolve import resolve
     from mergekit_omp.report.record import Record

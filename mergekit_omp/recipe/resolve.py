@@ -58,7 +58,7 @@ def resolve(config: MergeConfiguration, options: MergeOptions) -> Transplant:
         for name, key in keys.items()
     }
     inputs, donors = ([models[name] for name in names] for names in (input_names, donor_names))
-    multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
+    multiple, source = config.tokenizer.pad_to_multiple_of if config.tokenizer else None, tokenizer_source(config)
     transplant = Transplant(
         config=config,
         options=options,
@@ -69,17 +69,28 @@ def resolve(config: MergeConfiguration, options: MergeOptions) -> Transplant:
         tokenizer_is_unchanged=output.is_unchanged,
         overrides=overrides,
         chat_template=chat_template_of(config),
-        rows=output_rows(output.vocabulary, multiple),
+        rows=output_rows(output.vocabulary, multiple, rows[source] if isinstance(source, ModelReference) else None),
         problems={model.alignment: _pose(model.alignment, donors) for model in inputs},
     )
     check_vocabularies(transplant)
     return transplant
 
 
-def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None) -> int:
-    """Rows that the output's embedding has: one for every id up to the highest, and padding."""
-    multiple = pad_to_multiple_of or 1
-    return -(-vocabulary.size // multiple) * multiple
+def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None, donor_rows: int | None) -> int:
+    """Rows that the output's embedding has: one for every id up to the highest, and padding.
+
+    A draft model must have its target's number of rows: vLLM refuses any other, llama.cpp one that differs by more
+    than 128.
+
+    Args:
+        vocabulary: the output vocabulary.
+        pad_to_multiple_of: the recipe's, which wins; None where it has none.
+        donor_rows: the rows of the model that ``tokenizer.source`` names; None where it names none, or a tokenizer
+            alone.
+    """
+    if pad_to_multiple_of:
+        return -(-vocabulary.size // pad_to_multiple_of) * pad_to_multiple_of
+    return max(vocabulary.size, donor_rows or 0)
 
 
 def _donors(config: MergeConfiguration) -> tuple[ModelReference, ...]:

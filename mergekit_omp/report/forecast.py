@@ -77,6 +77,7 @@ def forecast(transplant: Transplant, *, measure: bool = True) -> dict[str, Any]:
         "merge_method": config.merge_method,
         "tokenizer_source": str(transplant.source),
         "tokens": len(transplant.vocabulary.tokens),
+        "rows": transplant.rows,
         "device": str(options.device),
         "approximations": approximations,
         "vocabularies": [_describe_vocabulary(model) for model in transplant.models],

@@ -12,9 +12,12 @@ def describe_forecast(found: Mapping[str, Any]) -> Iterator[Part]:
     """Yield the parts of the text.
 
     Args:
-        found: as :func:`mergekit_omp.report.forecast.inspect_recipe` returns it.
+        found: as :func:`mergekit_omp.report.forecast.forecast` returns it.
     """
-    yield f"{found['merge_method']}, with the tokenizer of {found['tokenizer_source']}"
+    yield (
+        f"{found['merge_method']}, with the tokenizer of {found['tokenizer_source']}: {found['tokens']:,} tokens, "
+        f"{found['rows']:,} rows"
+    )
     yield ""
     yield heading("Vocabularies")
     vocabularies = new_table("model", "numbers as", "tokens", align="llr")

@@ -136,6 +136,7 @@ class Record:
             "merge_method": transplant.config.merge_method,
             "tokenizer_source": str(transplant.source),
             "tokens": len(transplant.vocabulary.tokens),
+            "rows": transplant.rows,
             "models": [_describe_model(model, transplant) for model in transplant.models],
             "texts": _measure_texts(folder, transplant),
             "versions": versions(),

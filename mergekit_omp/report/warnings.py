@@ -1,9 +1,13 @@
 """What a user should know about a pair of tokenizers."""
 
+import json
+
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_omp.checkpoints.files import find_file
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
-from mergekit_omp.vocabulary.chat_template import chat_template_tokens
+from mergekit_omp.report.converters import converter_note, tokenizer_kind
+from mergekit_omp.vocabulary.chat_template import absent_chat_tokens, chat_template_tokens
 from mergekit_omp.vocabulary.numerals import numeral_scheme, numeral_warning
 
 
@@ -16,6 +20,8 @@ def warnings_for(model: RecipeModel, transplant: Transplant) -> list[str]:
         ),
         _bos_warning(transplant.tokenizer, model.tokenizer),
         _chat_template_warning(model, transplant),
+        _absent_chat_tokens_warning(transplant) if model is transplant.base else None,
+        _converter_warning(transplant) if model is transplant.base else None,
     ]
     return [f"{model}: {sentence}" for sentence in warnings if sentence]
 
@@ -34,6 +40,26 @@ def _chat_template_warning(model: RecipeModel, transplant: Transplant) -> str | 
         f"the chat template writes {', '.join(map(repr, names))}, whose rows are approximated or a mean; "
         "fine-tune before chatting, or give them rows in tokenizer.tokens."
     )
+
+
+def _absent_chat_tokens_warning(transplant: Transplant) -> str | None:
+    """Name what the recipe's chat template writes as a control token and the output tokenizer reads as text."""
+    names = absent_chat_tokens(transplant.tokenizer, transplant.vocabulary, transplant.chat_template)
+    if not names:
+        return None
+    return (
+        f"chat_template: writes {', '.join(map(repr, names))}, which the output tokenizer has no token for and reads "
+        "as text; name a template of its own tokens, or add these in tokenizer.tokens."
+    )
+
+
+def _converter_warning(transplant: Transplant) -> str | None:
+    """Say where llama.cpp's converter cannot read the output tokenizer for such a body."""
+    config, backend = transplant.base.config, getattr(transplant.tokenizer, "backend_tokenizer", None)
+    if config is None or backend is None:
+        return None
+    has_file = transplant.tokenizer_is_unchanged and find_file(transplant.donors[0].reference, "tokenizer.model")
+    return converter_note(config.model_type, tokenizer_kind(json.loads(backend.to_str()), bool(has_file)))
 
 
 def _bos_warning(output: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase) -> str | None:

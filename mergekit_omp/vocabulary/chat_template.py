@@ -1,11 +1,14 @@
 """Which special tokens a tokenizer's chat template uses."""
 
 import logging
+import re
 from collections.abc import Iterator
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.vocabulary.matching import is_control
+from mergekit_omp.vocabulary.special import table
 from mergekit_omp.vocabulary.tokens import ROLES, TokenKind, Vocabulary
 
 LOG = logging.getLogger(__name__)
@@ -36,6 +39,46 @@ def chat_template_tokens(
         if (token.kind in (TokenKind.SPECIAL, TokenKind.UNUSED) or is_control(token)) and token.text in text
     }
     return found | {vocabulary.roles[role] for role in ROLES if role in vocabulary.roles and f"{role}_token" in text}
+
+
+def absent_chat_tokens(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, template: str | dict[str, str] | None
+) -> list[str]:
+    """What a chat template writes as a control token and the vocabulary has no token for, so that it becomes text.
+
+    Found are strings between ``<|`` and ``|>``, and those that the table of equivalents lists for texts and turns. Not
+    ``<tools>`` and its kind, which templates write as text on purpose.
+
+    Args:
+        tokenizer: the tokenizer.
+        vocabulary: its vocabulary.
+        template: the template, or several by name; None finds nothing.
+
+    Returns:
+        Their strings, in alphabetical order.
+    """
+    present = {token.text for token in vocabulary.tokens.values()}
+    return sorted(set(_control_pattern().findall("\n".join(_texts(tokenizer, template or {})))) - present)
+
+
+_MEANINGS = (
+    "begin_of_text",
+    "end_of_text",
+    "start_of_turn",
+    "end_of_header",
+    "end_of_turn",
+    "end_of_message",
+    "system_turn",
+    "user_turn",
+    "assistant_turn",
+    "observation_turn",
+)
+
+
+@cache
+def _control_pattern() -> re.Pattern[str]:
+    listed = sorted((text for meaning in _MEANINGS for text in table()["equivalents"][meaning]), key=len, reverse=True)
+    return re.compile("|".join([r"<[|｜][^<>\s|｜'\"{}]+[|｜]>", *map(re.escape, listed)]))
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, templates: str | dict[str, str]) -> Iterator[str]:

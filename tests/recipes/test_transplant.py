@@ -253,14 +253,15 @@ def test_ids_with_gaps(tmp_path: Path, pair: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("difference", [40, -40])
 def test_donor_matrix_with_other_rows_than_tokens(tmp_path: Path, pair: tuple[Path, Path], difference: int) -> None:
-    """More rows than tokens: the extra ones are dropped. Fewer: tokens without one are named and get the fallback."""
+    """More rows than tokens: the output has as many. Fewer: tokens without one are named and get the fallback."""
     base, _ = pair
     tokenizer = byte_level_tokenizer(PYTHON)
     tokens = len(tokenizer.get_vocab())
     donor = save(tmp_path / "donor", make_model(tokenizer, rows=tokens + difference), tokenizer)
     log = merge(recipe(base, donor), tmp_path / "out")
     embedding = tensors_of(tmp_path / "out")[EMBED]
-    assert embedding.shape[0] == tokens
+    assert embedding.shape[0] == max(tokens, tokens + difference)
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == len(embedding)
     assert ("has no row for" in log) == (difference < 0)
 
 

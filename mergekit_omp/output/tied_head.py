@@ -1,0 +1,86 @@
+"""Models that say that their LM head is their input embedding, and store one of its own nevertheless."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache
+
+from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
+
+_TIED = "tie_word_embeddings"
+
+
+def tied_parts(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The configuration, and the nested ones, that say that the head is the embedding."""
+    if settings.get(_TIED) is True:
+        yield settings
+    for value in settings.values():
+        if isinstance(value, dict):
+            yield from tied_parts(value)
+
+
+def untie_where_head_differs(folder: Path, weights: Iterable[WeightInfo], settings: dict[str, Any]) -> None:
+    """Have a written model's configuration say that it is untied, in place, where it has a head of its own.
+
+    Engines that believe ``tie_word_embeddings`` ignore that head.
+
+    Args:
+        folder: the output folder, with all tensors.
+        weights: the tensors of its architecture.
+        settings: what its config.json says.
+    """
+    loader = LazyTensorLoader(ShardedTensorIndex.from_disk(str(folder)), lazy_unpickle=True)
+    inputs, heads = _stored_pair(weights, loader)
+    if inputs and heads and not any(_are_equal(loader, name, heads[0]) for name in inputs):
+        for part in tied_parts(settings):
+            part[_TIED] = False
+
+
+def is_redundant_head(
+    weight: WeightInfo, weights: Iterable[WeightInfo], models: Iterable[ModelReference], trust_remote_code: bool
+) -> bool:
+    """Whether a weight is the head of models that all tie it, so that nothing is lost where it is not written.
+
+    Args:
+        weight: one of the tensors that a merge would write.
+        weights: all of them.
+        models: the models that are merged; their checkpoints are read where they store a head.
+        trust_remote_code: whether code that comes with a model may be run to read its configuration.
+    """
+    if not weight.optional or not _is_vocabulary_matrix(weight, VocabularyRole.HEAD):
+        return False
+    for model in models:
+        config = model.config(trust_remote_code=trust_remote_code)
+        if not getattr(config.get_text_config(), _TIED, False):
+            return False
+        loader = LoaderCache().get(model)
+        inputs, heads = _stored_pair(weights, loader)
+        if heads and not any(_are_equal(loader, name, heads[0]) for name in inputs):
+            return False
+    return True
+
+
+def _stored_pair(weights: Iterable[WeightInfo], loader: LazyTensorLoader) -> tuple[list[str], list[str]]:
+    """The names under which a checkpoint stores its input embeddings, and its head."""
+
+    def stored(role: VocabularyRole) -> list[str]:
+        names = [(w.name, *(w.aliases or ())) for w in weights if _is_vocabulary_matrix(w, role)]
+        return [name for known_as in names for name in known_as if name in loader.index.tensor_paths]
+
+    weights = list(weights)
+    return stored(VocabularyRole.INPUT), stored(VocabularyRole.HEAD)
+
+
+def _is_vocabulary_matrix(weight: WeightInfo, role: VocabularyRole) -> bool:
+    return (
+        weight.vocabulary_axis is not None and weight.name.endswith(".weight") and vocabulary_role(weight.name) is role
+    )
+
+
+def _are_equal(loader: LazyTensorLoader, one: str, other: str) -> bool:
+    return torch.equal(loader.get_tensor(one), loader.get_tensor(other))
