@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -15,16 +16,27 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from mergekit_omp.errors import OmpError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In mergekit's order of preference."""
 
+_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where a model of several parts describes its language model."""
 
-def read_config(model: ModelReference, trust_remote_code: bool, key: str) -> PretrainedConfig:
+
+def read_config(
+    model: ModelReference, trust_remote_code: bool, key: str, *, is_donor: bool = False
+) -> PretrainedConfig:
     """A model's configuration.
+
+    Args:
+        model: as the recipe names it.
+        trust_remote_code: whether code that comes with the model may run.
+        key: the recipe key that it stands under.
+        is_donor: whether only its vocabulary tensors are read, so that transformers need not know its type.
 
     Raises:
         OmpError: naming the recipe ``key`` that the model stands under, where there is none that mergekit can use.
@@ -37,7 +49,8 @@ def read_config(model: ModelReference, trust_remote_code: bool, key: str) -> Pre
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         raise OmpError(f"{key}: {model} has no config.json; name a model that has one.")
     try:
-        config = model.config(trust_remote_code=trust_remote_code)
+        read = config_of_donor if is_donor else ModelReference.config
+        config = read(model, trust_remote_code)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise OmpError(
             f"{key}: config.json of {model} cannot be read ({first_line(error)}); download the model again."
@@ -49,6 +62,31 @@ def read_config(model: ModelReference, trust_remote_code: bool, key: str) -> Pre
             'mergekit needs exactly one, such as ["LlamaForCausalLM"].'
         )
     return config
+
+
+def config_of_donor(model: ModelReference, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of a model of which only the vocabulary tensors are read, without its code.
+
+    A model type that transformers does not know has a class of its own in the repository. Of such a model the plain
+    values of config.json are taken as data: they name the sizes, and no class is needed to read two matrices.
+
+    Raises:
+        Exception: whatever transformers raises where config.json cannot be read.
+    """
+    data, _ = PretrainedConfig.get_config_dict(model.model.path, revision=model.model.revision)
+    if trust_remote_code or data.get("model_type") in CONFIG_MAPPING or model.override_architecture:
+        return model.config(trust_remote_code=trust_remote_code)
+    return _as_config(data)
+
+
+def _as_config(data: Mapping[str, Any]) -> PretrainedConfig:
+    """Make a configuration of the plain values of config.json, and of those of its language model's part."""
+    values: dict[str, Any] = {"tie_word_embeddings": False}
+    values |= {key: value for key, value in data.items() if not isinstance(value, dict)}
+    part = next((data[key] for key in _LANGUAGE_PARTS if isinstance(data.get(key), dict)), None)
+    if part is not None:
+        values["text_config"] = _as_config({"tie_word_embeddings": values["tie_word_embeddings"], **part})
+    return PretrainedConfig.from_dict(values)
 
 
 def check_weights(model: ModelReference, options: MergeOptions, key: str) -> None:
