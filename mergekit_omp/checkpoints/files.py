@@ -6,6 +6,7 @@ Only headers are read, so that it takes no time; what they declare must fit the 
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -13,7 +14,7 @@ from typing import Any
 
 import huggingface_hub
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -22,6 +23,8 @@ from mergekit_omp.errors import OmpError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In mergekit's order of preference."""
+
+_VOCABULARY_MODULE = re.compile(r"\.(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|lm_head|embed_out)\.")
 
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Where a model of several parts describes its language model."""
@@ -89,13 +92,79 @@ def _as_config(data: Mapping[str, Any]) -> PretrainedConfig:
     return PretrainedConfig.from_dict(values)
 
 
+def check_adapter(model: ModelReference, rows: int | None, options: MergeOptions, key: str) -> None:
+    """Raise an OmpError unless mergekit can merge the adapter of ``model+adapter``, which it does with PEFT.
+
+    Args:
+        model: with an adapter.
+        rows: of the model's embedding, as its config.json says.
+        options: of the run.
+        key: the recipe key that the model stands under.
+    """
+    assert model.lora
+    if not options.lora_merge_cache:
+        raise OmpError(
+            f"{key}: mergekit merges {model} into a folder first; name one with --lora-merge-cache <folder>."
+        )
+    try:
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        _, weights = (_file_of(model.lora, name, options.transformers_cache) for name in names)
+        with safe_open(weights, framework="pt") as adapter:
+            shapes = {name: adapter.get_slice(name).get_shape() for name in adapter.keys()}  # noqa: SIM118, no mapping
+    except FileNotFoundError as error:
+        if str(error).endswith(".safetensors"):
+            return  # in pickles, which PEFT reads
+        raise OmpError(f"{key}: {model.lora} has no adapter_config.json; name a PEFT adapter after the +.") from error
+    except Exception as error:  # whatever the hub's client or the header's parser raises
+        raise OmpError(
+            f"{key}: the adapter {model.lora} cannot be read ({first_line(error)}); download it again."
+        ) from error
+    other = {size for name, shape in shapes.items() if (size := _adapted_rows(name, shape)) not in (None, rows)}
+    if other and rows is not None:
+        raise OmpError(
+            f"{key}: the adapter {model.lora} has {max(other)} rows for the vocabulary, and {model.model} has {rows}: "
+            "it was trained after tokens had been added, and mergekit merges adapters into the model as it is. Resize "
+            f"the model to {max(other)} rows with transformers, merge the adapter with PEFT's merge_and_unload, save "
+            "the result with the adapter's tokenizer, and name that folder."
+        )
+
+
+def _adapted_rows(name: str, shape: list[int]) -> int | None:
+    """The vocabulary that a tensor of an adapter is for; None where it has no such axis."""
+    if not _VOCABULARY_MODULE.search(name):
+        return None
+    if ".lora_embedding_A" in name:
+        return shape[1]
+    is_matrix = name.endswith(".weight") and ".lora_" not in name
+    return shape[0] if is_matrix or ("head" in name and ".lora_B." in name) else None
+
+
+def _file_of(path: ModelPath, name: str, cache_dir: str | None) -> Path:
+    """A file of a folder or of a model on the hub.
+
+    Raises:
+        FileNotFoundError: it has none of that name.
+    """
+    folder = Path(path.path)
+    if folder.is_dir():
+        if not (folder / name).exists():
+            raise FileNotFoundError(name)
+        return folder / name
+    try:
+        return Path(huggingface_hub.hf_hub_download(path.path, name, revision=path.revision, cache_dir=cache_dir))
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        raise
+    except huggingface_hub.errors.EntryNotFoundError as error:
+        raise FileNotFoundError(name) from error
+
+
 def check_weights(model: ModelReference, options: MergeOptions, key: str) -> None:
     """Raise an OmpError unless every shard of a model is there and as long as its header says.
 
     Models on the hub are downloaded, as mergekit would a moment later.
     """
     if model.lora:
-        return  # mergekit merges it into files of its own first
+        return  # see `check_adapter`; mergekit merges it into files of its own
     try:
         folder = Path(model.local_path(cache_dir=options.transformers_cache))
     except Exception as error:  # whatever the hub's client raises

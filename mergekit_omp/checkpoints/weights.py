@@ -11,6 +11,7 @@ from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
+from safetensors import safe_open
 from transformers import PretrainedConfig
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole, architecture_of, vocabulary_role
@@ -76,6 +77,20 @@ def vocabulary_matrix(
     if VocabularyRole.INPUT in tasks and (getattr(config, "tie_word_embeddings", False) or role not in tasks):
         return tasks[VocabularyRole.INPUT]
     return tasks.get(role) or next(iter(tasks.values()))
+
+
+def stored_rows(model: ModelReference, options: MergeOptions, key: str) -> int | None:
+    """Rows of a model's input embedding as the checkpoint has them; None where no header tells.
+
+    Raises:
+        OmpError: as :func:`vocabulary_matrix`.
+    """
+    task, axis = vocabulary_matrix(model, VocabularyRole.INPUT, options, key)
+    index = LoaderCache().get(model).index
+    if not index.is_safetensors:
+        return None
+    with safe_open(os.path.join(index.base_path, index.tensor_paths[task.tensor]), framework="pt") as shard:
+        return shard.get_slice(task.tensor).get_shape()[axis]
 
 
 def _vocabulary_tensors(

@@ -627,6 +627,20 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "there to the rows that the checkpoint has."
         ),
     ),
+    "config.json: a vocab_size below the rows": (
+        lambda w: w.bad_base(configure(vocab_size=300)),
+        (
+            "models[0].model: config.json of {bad} says vocab_size 300, but its tokenizer has 493 tokens and its "
+            "embedding 493 rows; set vocab_size there to 493."
+        ),
+    ),
+    "config.json: a vocab_size below the rows of the donor": (
+        lambda w: w.bad_donor(configure(vocab_size=300)),
+        (
+            "tokenizer.source: config.json of {bad} says vocab_size 300, but its tokenizer has 376 tokens and its "
+            "embedding 376 rows; set vocab_size there to 376."
+        ),
+    ),
     "config.json: a billion layers": (
         lambda w: w.bad_base(configure(num_hidden_layers=10**9, layer_types=DROP)),
         (
