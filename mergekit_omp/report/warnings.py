@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_omp.checkpoints.architecture import position_settings
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.vocabulary.chat_template import chat_template_tokens
 from mergekit_omp.vocabulary.numerals import numeral_scheme, numeral_warning
@@ -16,6 +17,7 @@ def warnings_for(model: RecipeModel, transplant: Transplant) -> list[str]:
         ),
         _bos_warning(transplant.tokenizer, model.tokenizer),
         _chat_template_warning(model, transplant),
+        _position_warning(model, transplant.base),
     ]
     return [f"{model}: {sentence}" for sentence in warnings if sentence]
 
@@ -33,6 +35,21 @@ def _chat_template_warning(model: RecipeModel, transplant: Transplant) -> str | 
     return (
         f"the chat template writes {', '.join(map(repr, names))}, whose rows are approximated or a mean; "
         "fine-tune before chatting, or give them rows in tokenizer.tokens."
+    )
+
+
+def _position_warning(model: RecipeModel, base: RecipeModel) -> str | None:
+    """Name the settings of positions in which an input differs from the base, whose settings the output gets."""
+    if model.config is None or base.config is None:
+        return None
+    ours, theirs = position_settings(model.config), position_settings(base.config)
+    differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    others = [f"{key} {ours.get(key)} instead of {theirs.get(key)}" for key in differ]
+    if not others:
+        return None
+    return (
+        f"it was trained with other positions than {base}: {', '.join(others)}. The output has those of {base}, so "
+        "expect what this model adds to suffer, above all in long texts."
     )
 
 
