@@ -168,10 +168,16 @@ def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dic
 
 def _model_out_config(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
     settings = wrapped(*args, **kwargs)
-    if not _is_for_us(inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("config")):
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    config = call.arguments.get("config")
+    if not _is_for_us(config):
         return settings
     from mergekit_omp.output.config import without_ids_of_base
+    from mergekit_omp.output.layers import with_layers_of_slices
+    from mergekit_omp.recipe.blocks import models_in_order
 
+    original = models_in_order(config)[0].config(call.arguments.get("trust_remote_code", False))
+    with_layers_of_slices(settings, original, config)
     return without_ids_of_base(settings)
 
 
@@ -207,6 +213,7 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     config, options = call.arguments["merge_config"], call.arguments["options"]
     from mergekit_omp.errors import explained
     from mergekit_omp.output.config import finish_output, staged
+    from mergekit_omp.output.processor import copy_processor
     from mergekit_omp.recipe.model_checks import check_checkpoints
     from mergekit_omp.recipe.resolve import resolve
     from mergekit_omp.report.record import Record
@@ -224,6 +231,7 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
             with _recording(record):
                 result = wrapped(*call.args, **call.kwargs)
             finish_output(folder, transplant)
+            copy_processor(folder, transplant)
             record.write(folder, time.perf_counter() - started)
         log_summary(record)
     return result
