@@ -3,6 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.checkpoints.architecture import position_settings
+from mergekit_omp.checkpoints.processor import named_tokens, processor_files
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.vocabulary.chat_template import chat_template_tokens
 from mergekit_omp.vocabulary.numerals import numeral_scheme, numeral_warning
@@ -18,6 +19,7 @@ def warnings_for(model: RecipeModel, transplant: Transplant) -> list[str]:
         _bos_warning(transplant.tokenizer, model.tokenizer),
         _chat_template_warning(model, transplant),
         _position_warning(model, transplant.base),
+        _processor_warning(model, transplant) if model is transplant.base else None,
     ]
     return [f"{model}: {sentence}" for sentence in warnings if sentence]
 
@@ -50,6 +52,19 @@ def _position_warning(model: RecipeModel, base: RecipeModel) -> str | None:
     return (
         f"it was trained with other positions than {base}: {', '.join(others)}. The output has those of {base}, so "
         "expect what this model adds to suffer, above all in long texts."
+    )
+
+
+def _processor_warning(model: RecipeModel, transplant: Transplant) -> str | None:
+    """Name the tokens that stand for images and sounds where the output vocabulary has none of that name."""
+    names = named_tokens(model.tokenizer) if processor_files(model.reference) else {}
+    texts = {token.text for token in transplant.vocabulary.tokens.values()}
+    lost = sorted(set(names.values()) - texts)
+    if not lost:
+        return None
+    return (
+        f"it reads more than text, and its processor needs {', '.join(map(repr, lost))}, which the output vocabulary "
+        f"lacks; add them to tokenizer.tokens, such as `{lost[0]}: {{source: {model}}}`."
     )
 
 
