@@ -12,6 +12,7 @@ from helpers.checkpoints import (
     byte_level_tokenizer,
     make_model,
     merge,
+    refused,
     save,
     sentencepiece_tokenizer,
     tensors_of,
@@ -39,12 +40,14 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, set[
         folder.rename(snapshot)
         (repository / "refs").mkdir()
         (repository / "refs/main").write_text("0" * 40)
-        weight_map = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
-        keep = {weight_map[name] for name in needed}
-        others = [path for path in snapshot.glob("*.safetensors") if path.name not in keep]
-        assert len(others) > 2
-        for path in others:
-            path.unlink()
+        index = snapshot / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            keep = {weight_map[name] for name in needed}
+            others = [path for path in snapshot.glob("*.safetensors") if path.name not in keep]
+            assert len(others) > 2
+            for path in others:
+                path.unlink()
         return f"some/{folder.name}"
 
     return move
@@ -154,6 +157,30 @@ def test_other_shards_are_not_needed(tmp_path: Path, hub: Callable[[Path, set[st
     expected, found = tensors_of(tmp_path / "expected"), tensors_of(tmp_path / "out")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert not list((tmp_path / "out").glob("*of_its_own*"))
+
+
+def test_a_donor_in_one_file(tmp_path: Path, hub: Callable[[Path, set[str]], str]) -> None:
+    """It has no index, and the Hub need not be asked for a list of its files."""
+    base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
+    donor = save(tmp_path / "donor", mistral(donor_tokenizer), donor_tokenizer)
+    assert merge_here(recipe(base, donor), tmp_path / "expected").exit_code == 0
+    merge(recipe(base, hub(donor, set())), tmp_path / "out")
+    expected, found = tensors_of(tmp_path / "expected"), tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_shard_that_cannot_be_downloaded(tmp_path: Path, hub: Callable[[Path, set[str]], str]) -> None:
+    base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
+    donor = save(tmp_path / "donor", mistral(donor_tokenizer), donor_tokenizer, shard_size="20KB")
+    index = json.loads((donor / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index["lm_head.weight"] != index["model.embed_tokens.weight"]
+    sentence = refused(recipe(base, hub(donor, {"model.embed_tokens.weight"})), tmp_path / "out")
+    assert sentence.startswith(
+        "tokenizer.source: some/donor has a tokenizer but no weights that mergekit can read "
+        f"({index['lm_head.weight']} cannot be downloaded);"
+    )
 
 
 def test_a_donor_with_code_in_a_folder(tmp_path: Path) -> None:
