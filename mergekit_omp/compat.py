@@ -75,7 +75,14 @@ __all__ = [
 _EXPECTED = {
     # Wrapped by `plugin.patches`.
     "mergekit.config": ("MergeConfiguration.model_validate",),
-    "mergekit.merge": ("run_merge", "get_architecture_info", "_model_out_config", "_set_chat_template"),
+    "mergekit.merge": (
+        "run_merge",
+        "get_architecture_info",
+        "_model_out_config",
+        "_set_chat_template",
+        "generate_card",
+    ),
+    "mergekit.card": ("is_hf",),
     "mergekit.plan": (
         "MergePlanner._plan",
         "MergePlanner.plan_to_disk",

@@ -50,17 +50,19 @@ def explained(out_path: str | os.PathLike[str]) -> Iterator[None]:
     except OmpError:
         raise
     except Exception as error:
-        sentence = _sentence(error, out_path)
+        sentence = explanation(error, out_path)
         if sentence is None:
             raise
         LOG.debug("%s", sentence, exc_info=error)
-        raise OmpError(sentence) from error
+        raise OmpError(f"{sentence} Nothing was left there." if _cannot_write(error) else sentence) from error
 
 
-def _sentence(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
-    problem = _CANNOT_WRITE.get(_errno(error) or 0)
-    if problem:
-        return f"{out_path} cannot be written: {problem}. Nothing was left there."
+def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
+    """Say what went wrong, for a failure of a run that is nobody's bug; None for anything else."""
+    if isinstance(error, OmpError):
+        return error.message
+    if problem := _cannot_write(error):
+        return f"{out_path} cannot be written: {problem}."
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -72,6 +74,10 @@ def _sentence(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
     if type(error) in (RuntimeError, ValueError) and _raised_by_mergekit(error):
         return f"mergekit refuses the recipe: {error}."
     return None
+
+
+def _cannot_write(error: Exception) -> str | None:
+    return _CANNOT_WRITE.get(_errno(error) or 0)
 
 
 def _errno(error: Exception) -> int | None:

@@ -149,6 +149,16 @@ def hidden_size(config: PretrainedConfig) -> int | None:
     return None
 
 
+def position_settings(config: PretrainedConfig) -> dict[str, float | str]:
+    """What a config says of positions: the base and the scaling of RoPE, and the longest text."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {"rope_theta": getattr(text, "rope_theta", None)}
+    parts = {f"{kind}.": part for kind, part in rope.items() if isinstance(part, dict)} or {"": rope}  # as in Gemma 3
+    found = {f"{kind}{key}": value for kind, part in parts.items() for key, value in part.items()}
+    found["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)
+    return {key: value for key, value in found.items() if isinstance(value, int | float | str)}
+
+
 def has_second_embedding(config: PretrainedConfig) -> bool:
     """Whether every layer has an embedding of the vocabulary too, as in Gemma 3n, which mergekit takes for no such."""
     keys = ("hidden_size_per_layer_input", "text_config.hidden_size_per_layer_input")

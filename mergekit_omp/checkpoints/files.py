@@ -6,16 +6,18 @@ Only headers are read, so that it takes no time; what they declare must fit the 
 import json
 import os
 import pickle
+import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import huggingface_hub
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from mergekit_omp.errors import OmpError
@@ -23,9 +25,22 @@ from mergekit_omp.errors import OmpError
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In mergekit's order of preference."""
 
+_VOCABULARY_MODULE = re.compile(r"\.(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|lm_head|embed_out)\.")
 
-def read_config(model: ModelReference, trust_remote_code: bool, key: str) -> PretrainedConfig:
+_LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where a model of several parts describes its language model."""
+
+
+def read_config(
+    model: ModelReference, trust_remote_code: bool, key: str, *, is_donor: bool = False
+) -> PretrainedConfig:
     """A model's configuration.
+
+    Args:
+        model: as the recipe names it.
+        trust_remote_code: whether code that comes with the model may run.
+        key: the recipe key that it stands under.
+        is_donor: whether only its vocabulary tensors are read, so that transformers need not know its type.
 
     Raises:
         OmpError: naming the recipe ``key`` that the model stands under, where there is none that mergekit can use.
@@ -38,7 +53,8 @@ def read_config(model: ModelReference, trust_remote_code: bool, key: str) -> Pre
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         raise OmpError(f"{key}: {model} has no config.json; name a model that has one.")
     try:
-        config = model.config(trust_remote_code=trust_remote_code)
+        read = config_of_donor if is_donor else ModelReference.config
+        config = read(model, trust_remote_code)
     except Exception as error:  # transformers raises whatever its parsers raise
         raise OmpError(
             f"{key}: config.json of {model} cannot be read ({first_line(error)}); download the model again."
@@ -52,13 +68,104 @@ def read_config(model: ModelReference, trust_remote_code: bool, key: str) -> Pre
     return config
 
 
+def config_of_donor(model: ModelReference, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration of a model of which only the vocabulary tensors are read, without its code.
+
+    A model type that transformers does not know has a class of its own in the repository. Of such a model the plain
+    values of config.json are taken as data: they name the sizes, and no class is needed to read two matrices.
+
+    Raises:
+        Exception: whatever transformers raises where config.json cannot be read.
+    """
+    data, _ = PretrainedConfig.get_config_dict(model.model.path, revision=model.model.revision)
+    if trust_remote_code or data.get("model_type") in CONFIG_MAPPING or model.override_architecture:
+        return model.config(trust_remote_code=trust_remote_code)
+    return _as_config(data)
+
+
+def _as_config(data: Mapping[str, Any]) -> PretrainedConfig:
+    """Make a configuration of the plain values of config.json, and of those of its language model's part."""
+    values: dict[str, Any] = {"tie_word_embeddings": False}
+    values |= {key: value for key, value in data.items() if not isinstance(value, dict)}
+    part = next((data[key] for key in _LANGUAGE_PARTS if isinstance(data.get(key), dict)), None)
+    if part is not None:
+        values["text_config"] = _as_config({"tie_word_embeddings": values["tie_word_embeddings"], **part})
+    return PretrainedConfig.from_dict(values)
+
+
+def check_adapter(model: ModelReference, rows: int | None, options: MergeOptions, key: str) -> None:
+    """Raise an OmpError unless mergekit can merge the adapter of ``model+adapter``, which it does with PEFT.
+
+    Args:
+        model: with an adapter.
+        rows: of the model's embedding, as its config.json says.
+        options: of the run.
+        key: the recipe key that the model stands under.
+    """
+    assert model.lora
+    if not options.lora_merge_cache:
+        raise OmpError(
+            f"{key}: mergekit merges {model} into a folder first; name one with --lora-merge-cache <folder>."
+        )
+    try:
+        names = ("adapter_config.json", "adapter_model.safetensors")
+        _, weights = (_file_of(model.lora, name, options.transformers_cache) for name in names)
+        with safe_open(weights, framework="pt") as adapter:
+            shapes = {name: adapter.get_slice(name).get_shape() for name in adapter.keys()}  # noqa: SIM118, no mapping
+    except FileNotFoundError as error:
+        if str(error).endswith(".safetensors"):
+            return  # in pickles, which PEFT reads
+        raise OmpError(f"{key}: {model.lora} has no adapter_config.json; name a PEFT adapter after the +.") from error
+    except Exception as error:  # whatever the hub's client or the header's parser raises
+        raise OmpError(
+            f"{key}: the adapter {model.lora} cannot be read ({first_line(error)}); download it again."
+        ) from error
+    other = {size for name, shape in shapes.items() if (size := _adapted_rows(name, shape)) not in (None, rows)}
+    if other and rows is not None:
+        raise OmpError(
+            f"{key}: the adapter {model.lora} has {max(other)} rows for the vocabulary, and {model.model} has {rows}: "
+            "it was trained after tokens had been added, and mergekit merges adapters into the model as it is. Resize "
+            f"the model to {max(other)} rows with transformers, merge the adapter with PEFT's merge_and_unload, save "
+            "the result with the adapter's tokenizer, and name that folder."
+        )
+
+
+def _adapted_rows(name: str, shape: list[int]) -> int | None:
+    """The vocabulary that a tensor of an adapter is for; None where it has no such axis."""
+    if not _VOCABULARY_MODULE.search(name):
+        return None
+    if ".lora_embedding_A" in name:
+        return shape[1]
+    is_matrix = name.endswith(".weight") and ".lora_" not in name
+    return shape[0] if is_matrix or ("head" in name and ".lora_B." in name) else None
+
+
+def _file_of(path: ModelPath, name: str, cache_dir: str | None) -> Path:
+    """A file of a folder or of a model on the hub.
+
+    Raises:
+        FileNotFoundError: it has none of that name.
+    """
+    folder = Path(path.path)
+    if folder.is_dir():
+        if not (folder / name).exists():
+            raise FileNotFoundError(name)
+        return folder / name
+    try:
+        return Path(huggingface_hub.hf_hub_download(path.path, name, revision=path.revision, cache_dir=cache_dir))
+    except huggingface_hub.errors.LocalEntryNotFoundError:
+        raise
+    except huggingface_hub.errors.EntryNotFoundError as error:
+        raise FileNotFoundError(name) from error
+
+
 def check_weights(model: ModelReference, options: MergeOptions, key: str) -> None:
     """Raise an OmpError unless every shard of a model is there and as long as its header says.
 
     Models on the hub are downloaded, as mergekit would a moment later.
     """
     if model.lora:
-        return  # mergekit merges it into files of its own first
+        return  # see `check_adapter`; mergekit merges it into files of its own
     try:
         folder = Path(model.local_path(cache_dir=options.transformers_cache))
     except Exception as error:  # whatever the hub's client raises

@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Container, Mapping
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from mergekit.architecture import WeightInfo, arch_info_for_config
@@ -10,10 +12,36 @@ from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
+from safetensors import safe_open
+from transformers import PretrainedConfig
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole, architecture_of, vocabulary_role
+from mergekit_omp.checkpoints.files import WEIGHT_FILES, config_of_donor
 from mergekit_omp.compat import open_loaders
 from mergekit_omp.errors import OmpError
+
+SINGLE_FILE = WEIGHT_FILES[0]
+
+_PREFIXES = (
+    "",
+    "model.",
+    "language_model.",
+    "language_model.model.",
+    "model.language_model.",
+    "text_model.",
+    "transformer.",
+    "llm.",
+    "llm.model.",
+    "thinker.",
+    "thinker.model.",
+    "backbone.",
+)
+_NAMES = {
+    VocabularyRole.INPUT: ("embed_tokens", "tok_embeddings", "wte", "word_embeddings", "embed_in", "embed"),
+    VocabularyRole.HEAD: ("lm_head", "embed_out", "output_layer", "output", "head"),
+}
+"""What architectures that mergekit has no data on call their matrices, such as ``language_model.lm_head.weight``; a
+row a token in all of them. Those of single layers, as of DeepSeek's multi-token prediction, are not meant."""
 
 
 def vocabulary_matrix(
@@ -36,23 +64,66 @@ def vocabulary_matrix(
             "OMP needs the embeddings of the tokens that are new, so name a model that has both, or an approximation "
             "that needs none, such as subword."
         ) from error
-    by_role: dict[VocabularyRole, tuple[LoadTensor, int]] = {}
-    architecture = architecture_of(model, options)
-    for weight in architecture.all_weights():
-        name = _stored_name(weight, stored)
-        if weight.vocabulary_axis is None or name is None or name.endswith(".bias"):
-            continue
-        task = LoadTensor(model=model, tensor=name, device=options.device if options.read_to_gpu else None)
-        by_role.setdefault(vocabulary_role(weight.name), (task, weight.vocabulary_axis))
-    if not by_role:
+    found = _vocabulary_tensors(model, stored, options)
+    if not found:
         raise OmpError(
             f"{key}: no tensor of {model} has a vocabulary axis that mergekit knows; "
             "name a model of an architecture that mergekit supports."
         )
-    tied = getattr(architecture.config, "tie_word_embeddings", False)
-    if VocabularyRole.INPUT in by_role and (tied or role not in by_role):
-        return by_role[VocabularyRole.INPUT]
-    return by_role.get(role) or next(iter(by_role.values()))
+    tasks = {
+        side: (LoadTensor(model=model, tensor=name, device=options.device if options.read_to_gpu else None), axis)
+        for side, (name, axis) in found.items()
+    }
+    config = config_of_donor(model, options.trust_remote_code)
+    if VocabularyRole.INPUT in tasks and (getattr(config, "tie_word_embeddings", False) or role not in tasks):
+        return tasks[VocabularyRole.INPUT]
+    return tasks.get(role) or next(iter(tasks.values()))
+
+
+def stored_rows(model: ModelReference, options: MergeOptions, key: str) -> int | None:
+    """Rows of a model's input embedding as the checkpoint has them; None where no header tells.
+
+    Raises:
+        OmpError: as :func:`vocabulary_matrix`.
+    """
+    task, axis = vocabulary_matrix(model, VocabularyRole.INPUT, options, key)
+    index = LoaderCache().get(model).index
+    if not index.is_safetensors:
+        return None
+    with safe_open(os.path.join(index.base_path, index.tensor_paths[task.tensor]), framework="pt") as shard:
+        return shard.get_slice(task.tensor).get_shape()[axis]
+
+
+def _vocabulary_tensors(
+    model: ModelReference, stored: Mapping[str, str], options: MergeOptions
+) -> dict[VocabularyRole, tuple[str, int]]:
+    """The name of a checkpoint's matrix for each role, and its vocabulary axis.
+
+    mergekit's data on an architecture names them. Where it has none, the names that such matrices are known by are
+    looked for, which needs neither a class of transformers nor other tensors of the checkpoint.
+    """
+    config = config_of_donor(model, options.trust_remote_code)
+    by_name = {} if arch_info_for_config(config) else _known_names(stored, config)
+    if by_name:
+        return {role: (name, 0) for role, name in by_name.items()}
+    found: dict[VocabularyRole, tuple[str, int]] = {}
+    for weight in architecture_of(model, options).all_weights():
+        name = _stored_name(weight, stored)
+        if weight.vocabulary_axis is not None and name is not None and not name.endswith(".bias"):
+            found.setdefault(vocabulary_role(weight.name), (name, weight.vocabulary_axis))
+    return found
+
+
+def _known_names(stored: Container[str], config: PretrainedConfig) -> dict[VocabularyRole, str]:
+    """The usual names among those of a checkpoint's tensors; none where a matrix must have an unusual one."""
+    found = {}
+    for role, names in _NAMES.items():
+        candidates = (f"{prefix}{name}.weight" for name in names for prefix in _PREFIXES)
+        if name := next((name for name in candidates if name in stored), None):
+            found[role] = name
+    may_lack_head = getattr(config, "tie_word_embeddings", False) or type(config) is PretrainedConfig
+    is_all = VocabularyRole.INPUT in found and (VocabularyRole.HEAD in found or may_lack_head)
+    return found if is_all else {}
 
 
 def open_checkpoint(model: ModelReference, options: MergeOptions) -> LazyTensorLoader:
@@ -60,25 +131,43 @@ def open_checkpoint(model: ModelReference, options: MergeOptions) -> LazyTensorL
 
     mergekit fetches whole repositories; a draft model's donor may have hundreds of gigabytes, of which one or two
     shards are needed.
+
+    Raises:
+        OSError, RuntimeError: where the weights cannot be downloaded.
     """
     loaders = open_loaders()
-    known = arch_info_for_config(model.config(trust_remote_code=options.trust_remote_code))
-    if model in loaders or model.lora or known is None or os.path.exists(model.model.path):
+    if model in loaders or model.lora or os.path.exists(model.model.path):
         return LoaderCache().get(model)
-    hub = {"revision": model.model.revision, "cache_dir": options.transformers_cache}
-    try:
-        index = huggingface_hub.hf_hub_download(model.model.path, "model.safetensors.index.json", **hub)
-    except huggingface_hub.errors.EntryNotFoundError:
-        return LoaderCache().get(model)  # one file, or pickles
-    shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
-    weights = known.all_weights(model.config(trust_remote_code=options.trust_remote_code))
-    names = {_stored_name(weight, shard_of) for weight in weights if weight.vocabulary_axis is not None}
-    shards = sorted({shard_of[name] for name in names if name is not None})
-    folder = huggingface_hub.snapshot_download(model.model.path, allow_patterns=["*.json", *shards], **hub)
-    loaders[model] = LazyTensorLoader.from_disk(folder, lazy_unpickle=options.lazy_unpickle)
+    hub: dict[str, Any] = {"revision": model.model.revision, "cache_dir": options.transformers_cache}
+    shards = _shards_on_the_hub(model, options, **hub)
+    if not shards:
+        return LoaderCache().get(model)
+    folder = Path(huggingface_hub.snapshot_download(model.model.path, allow_patterns=["*.json", *shards], **hub))
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing and shards == [SINGLE_FILE]:
+        return LoaderCache().get(model)  # pickles
+    if missing:
+        raise FileNotFoundError(f"{', '.join(missing)} cannot be downloaded")
+    loaders[model] = LazyTensorLoader.from_disk(str(folder), lazy_unpickle=options.lazy_unpickle)
     return loaders[model]
 
 
-def _stored_name(weight: WeightInfo, stored: dict[str, str]) -> str | None:
+def _shards_on_the_hub(model: ModelReference, options: MergeOptions, **hub: Any) -> list[str]:
+    """The files of a model on the Hub that its vocabulary tensors are in, [] where its index does not tell."""
+    try:
+        index = huggingface_hub.hf_hub_download(model.model.path, f"{SINGLE_FILE}.index.json", **hub)
+    except huggingface_hub.errors.EntryNotFoundError:
+        return [SINGLE_FILE]
+    shard_of = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"]
+    config = config_of_donor(model, options.trust_remote_code)
+    if known := arch_info_for_config(config):
+        weights = [weight for weight in known.all_weights(config) if weight.vocabulary_axis is not None]
+        names = [name for weight in weights if (name := _stored_name(weight, shard_of))]
+    else:
+        names = list(_known_names(shard_of, config).values())
+    return sorted({shard_of[name] for name in names})
+
+
+def _stored_name(weight: WeightInfo, stored: Container[str]) -> str | None:
     """The name under which a checkpoint holds a weight itself (not the one that it is tied to)."""
     return next((name for name in (weight.name, *(weight.aliases or ())) if name in stored), None)

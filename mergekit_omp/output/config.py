@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from mergekit_omp.checkpoints.architecture import architecture_of
 from mergekit_omp.checkpoints.files import read_json, read_settings
 from mergekit_omp.output.legacy_keys import add_legacy_keys
+from mergekit_omp.output.processor import copy_processor
 from mergekit_omp.output.tied_head import tied_parts, untie_where_head_differs
 from mergekit_omp.output.tokenizer import finish_tokenizer, write_json
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
@@ -79,6 +80,7 @@ def finish_output(folder: Path, transplant: Transplant) -> None:
         unchanged=transplant.tokenizer_is_unchanged,
         trust_remote_code=transplant.trust_remote_code,
     )
+    copy_processor(folder, transplant)
 
 
 class TokenIds:

@@ -1,5 +1,6 @@
 """Stage an output folder: it appears under its name when it is whole, and never before."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,7 +9,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mergekit_omp.errors import OmpError
+from mergekit_omp.checkpoints.files import first_line, weight_file
+from mergekit_omp.errors import OmpError, explanation
+
+LOG = logging.getLogger(__name__)
 
 UNFINISHED = ".unfinished"
 
@@ -17,10 +21,11 @@ UNFINISHED = ".unfinished"
 def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to write a model to, which becomes ``out_path`` when the block ends without an exception.
 
-    Until then everything is under ``<out_path>.unfinished``, which a failed run removes and the next run after a
-    killed one replaces.
+    Until then everything is under ``<out_path>.unfinished``. A failed run removes that folder unless the weights in it
+    are whole, and the next run replaces it.
 
     Raises:
+        WeightsAreKeptError: where the block fails after the weights were written.
         OmpError: where ``out_path`` holds something already, cannot be written, or is being written by another run.
     """
     final = Path(os.path.realpath(out_path))
@@ -29,16 +34,39 @@ def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
         folder = staging / final.name  # mergekit takes the model card's title from the folder's name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        yield folder
-        _check_free(final)
-        if final.exists():
-            final.rmdir()
-        os.rename(folder, final)
+        with _keeping_weights(folder, final):
+            yield folder
+            _check_free(final)
+            if final.exists():
+                final.rmdir()
+            os.rename(folder, final)
+
+
+class WeightsAreKeptError(OmpError):
+    """Raised where a run fails after its weights were written; the message names the folder that has them."""
+
+
+@contextmanager
+def _keeping_weights(folder: Path, final: Path) -> Iterator[None]:
+    """Have a failure of the block keep weights that are whole, which may have taken hours."""
+    try:
+        yield
+    except Exception as error:
+        if weight_file(folder) is None:  # mergekit gives them their names when all of them are written
+            raise
+        reason = explanation(error, final)
+        if reason is None:
+            LOG.error("The run failed after its weights were written", exc_info=error)
+            reason = f"The run failed after its weights were written ({type(error).__name__}: {first_line(error)})."
+        raise WeightsAreKeptError(
+            f"{reason} The weights are whole and stay in {folder}; other files may be missing there. "
+            "The next run into the same output folder replaces them."
+        ) from error
 
 
 @contextmanager
 def _locked(staging: Path, final: Path) -> Iterator[Path]:
-    """The staging folder, for one run at a time, and gone afterwards."""
+    """The staging folder, for one run at a time, and gone afterwards unless it keeps whole weights."""
     try:
         staging.mkdir(parents=True, exist_ok=True)
         lock = FileLock(staging / "lock")
@@ -51,9 +79,15 @@ def _locked(staging: Path, final: Path) -> Iterator[Path]:
         if not os.path.exists(lock.lock_file):  # the run that held it has just ended, and has removed it
             raise OmpError(f"{final} was being written by another run until now; look at it or name another folder.")
         yield staging
-    finally:
-        # While the lock is held, so that no other run is in there.
+    except WeightsAreKeptError:
+        os.unlink(lock.lock_file)
+        raise
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)  # while the lock is held, so that no other run is in there
+        raise
+    else:
         shutil.rmtree(staging, ignore_errors=True)
+    finally:
         lock.release()
 
 

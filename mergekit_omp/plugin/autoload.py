@@ -41,6 +41,7 @@ def register() -> None:
         ("mergekit.merge_methods", "connect_methods"),
         ("mergekit.plan", "connect_planner"),
         ("mergekit.merge", "connect_run"),
+        ("mergekit.card", "connect_card"),
     ):
         when_imported(module, _call_patch(function))
     _registered = True

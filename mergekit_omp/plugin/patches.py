@@ -6,6 +6,7 @@ and ``run_merge``. Recipes whose ``merge_method`` is not ours go through the wra
 
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -60,6 +61,7 @@ def connect_run(merge: ModuleType) -> None:
         "run_merge": _run_merge,
         "get_architecture_info": _get_architecture,
         "_model_out_config": _model_out_config,
+        "generate_card": _generate_card,
     }
     _wrap_once(merge, wrappers)
 
@@ -69,6 +71,11 @@ def is_connected() -> bool:
     from mergekit.merge import run_merge
 
     return hasattr(run_merge, "__wrapped__")
+
+
+def connect_card(card: ModuleType) -> None:
+    """Have the model card of a recipe of ours take a folder for a folder, without asking the hub for its name."""
+    _wrap_once(card, {"is_hf": _is_on_the_hub})
 
 
 def _wrap_once(module: ModuleType, wrappers: dict[str, Wrapped]) -> None:
@@ -170,11 +177,39 @@ def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dic
 
 def _model_out_config(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
     settings = wrapped(*args, **kwargs)
-    if not _is_for_us(inspect.signature(wrapped).bind(*args, **kwargs).arguments.get("config")):
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    config = call.arguments.get("config")
+    if not _is_for_us(config):
         return settings
     from mergekit_omp.output.config import without_ids_of_base
+    from mergekit_omp.output.layers import with_layers_of_slices
+    from mergekit_omp.recipe.blocks import models_in_order
 
+    original = models_in_order(config)[0].config(call.arguments.get("trust_remote_code", False))
+    with_layers_of_slices(settings, original, config)
     return without_ids_of_base(settings)
+
+
+def _generate_card(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
+    """Let a card that cannot be made cost a warning, not the weights that were written before it."""
+    try:
+        return wrapped(*args, **kwargs)
+    except Exception as error:
+        call = inspect.signature(wrapped).bind(*args, **kwargs)
+        if not _is_for_us(call.arguments.get("config")):
+            raise
+        LOG.warning(
+            "mergekit cannot make the model card (%s: %s); README.md has the recipe alone", type(error).__name__, error
+        )
+        call.apply_defaults()
+        return f"# {call.arguments['name']}\n\n```yaml\n{call.arguments['config_yaml']}\n```\n"
+
+
+def _is_on_the_hub(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
+    path = inspect.signature(wrapped).bind(*args, **kwargs).arguments["path"]
+    if _current_record.get() is not None and os.path.exists(path):
+        return False
+    return wrapped(*args, **kwargs)
 
 
 def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:

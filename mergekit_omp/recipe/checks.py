@@ -13,7 +13,7 @@ from mergekit_omp.compat import chat_template_names
 from mergekit_omp.errors import OmpError
 from mergekit_omp.parameters import PREFIX, OmpParameters, check_names_are_free, is_ours
 from mergekit_omp.recipe.blocks import blocks_of, leaves, parameter_scopes
-from mergekit_omp.recipe.keys import did_you_mean
+from mergekit_omp.recipe.keys import did_you_mean, former_parameter
 
 LARGEST_PADDING = 2**16
 """Hardware asks for multiples of some hundreds at most; larger values are almost certainly a typo."""
@@ -76,6 +76,8 @@ def _check_parameters(config: MergeConfiguration) -> None:
             if name in REMOVED_PARAMETERS and name not in known:
                 raise OmpError(f"{place}.{name} was removed: {REMOVED_PARAMETERS[name]}.")
             if name not in known:
+                if instead := former_parameter(name):
+                    raise OmpError(f"{place}.{name} is not a parameter of {config.merge_method}; {instead}.")
                 raise OmpError(
                     f"{place}.{name} is not a parameter of {config.merge_method}{did_you_mean(name, known)}; "
                     f"it has {', '.join(known)}."

@@ -11,6 +11,8 @@ from typing import Any, Union, get_args, get_origin
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registered_methods
+from mergekit.options import MergeOptions
 from pydantic import BaseModel, ValidationError
 
 from mergekit_omp.errors import OmpError
@@ -51,14 +53,62 @@ _ADVICE = {
     "Must specify either": "write one of models: and slices: in each module",
 }
 
+_MOE = (
+    "is a key of mergekit-moe; give the experts one tokenizer with merge_method: omp first, and name the results there"
+)
+_BAKLLAMA = "is a key of mergekit's former bakllama; write `slices:`"
+_FORMER_KEYS = {
+    "gate_mode": _MOE,
+    "experts": _MOE,
+    "experts_per_token": _MOE,
+    "layer_slices": _BAKLLAMA,
+    "embedding_source": _BAKLLAMA,
+    "lm_head_source": _BAKLLAMA,
+}
+_FORMER_PARAMETERS = {
+    "embed_slerp": (
+        "leave it out: the merge method itself merges embeddings since mergekit 0.0.5, by slerp in omp_slerp"
+    ),
+    "int8_mask": "leave it out: it saves memory in methods that have masks, and changes no result",
+}
+_FORMER_SOURCE = "model:"
+"""Before ``tokenizer_source: <model>`` one wrote ``tokenizer_source: model:<model>``."""
+
 
 def check_keys(recipe: Mapping[Any, Any]) -> None:
-    """Raise an OmpError for the first unknown key, at any depth."""
+    """Raise an OmpError for the first unknown key, at any depth, or key of a former mergekit."""
+    section = recipe.get("tokenizer")
+    sources = {"tokenizer_source": recipe.get("tokenizer_source")}
+    sources["tokenizer.source"] = section.get("source") if isinstance(section, dict) else None
+    for key, source in sources.items():
+        if isinstance(source, str) and source.startswith(_FORMER_SOURCE):
+            now = source.removeprefix(_FORMER_SOURCE)
+            raise OmpError(f"{key}: {source!r} is written without {_FORMER_SOURCE!r} now: {now}.")
     for place, key, known in _unknown_keys(recipe, MergeConfiguration, ""):
+        if instead := _instead(key, known):
+            raise OmpError(f"{place}{key}: {instead}.")
         raise OmpError(
             f"{place}{key}: no such key{did_you_mean(str(key), known)}; "
             f"{place.rstrip('.') or 'a recipe'} can have {', '.join(known)}."
         )
+
+
+def former_parameter(name: str) -> str | None:
+    """What to write instead of a parameter that mergekit had, or has for other methods; None for any other."""
+    return _FORMER_PARAMETERS.get(name)
+
+
+def _instead(key: Any, known: list[str]) -> str | None:
+    """Where an unknown key belongs; None where nothing is known of it."""
+    if key in _FORMER_KEYS:
+        return _FORMER_KEYS[key]
+    if key in MergeOptions.model_fields:
+        option = f"--{key.replace('_', '-')}"
+        return f"is an option of mergekit's commands, not a key of a recipe; leave it out and write {option} there"
+    parameters = {parameter.name for method in registered_methods() for parameter in method.spec.parameters}
+    if key in parameters and "parameters" in known:
+        return f"is a parameter; write `parameters: {{{key}: …}}`"
+    return None
 
 
 def explain(recipe: Mapping[Any, Any], error: Exception) -> OmpError:

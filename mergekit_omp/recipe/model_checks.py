@@ -10,7 +10,8 @@ from mergekit.tokenizer.config import ModelTokenEmbedding
 from transformers import PretrainedConfig
 
 from mergekit_omp.checkpoints.architecture import has_second_embedding, hidden_size
-from mergekit_omp.checkpoints.files import check_weights, weight_file
+from mergekit_omp.checkpoints.files import check_adapter, check_weights, weight_file
+from mergekit_omp.checkpoints.weights import stored_rows
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.registry import needs_donor, without_donor
 from mergekit_omp.parameters import TRANSPLANT, Approximation, OmpParameters
@@ -47,14 +48,18 @@ def check_vocabularies(transplant: Transplant) -> None:
 def check_checkpoints(transplant: Transplant) -> None:
     """Raise an OmpError for the first model whose weights cannot be read."""
     for model in transplant.inputs:
+        if model.reference.lora:
+            check_adapter(model.reference, model.rows, transplant.options, model.key)
         check_weights(model.reference, transplant.options, model.key)
         _check_depth(model, transplant)
+        _check_rows(model, transplant)
     if not any(bool(model.match.is_new().any()) for model in transplant.inputs):
         return
     for donor in transplant.donors:
         # Of a donor on the hub only some shards are downloaded; planning tells of one that has no weights at all.
         if donor not in transplant.inputs and weight_file(Path(donor.reference.model.path)) is not None:
             check_weights(donor.reference, transplant.options, donor.key)
+            _check_rows(donor, transplant)
 
 
 def _check_embeddings(configs: Configs, keys: Mapping[ModelReference, str]) -> None:
@@ -123,6 +128,22 @@ def _check_depth(model: RecipeModel, transplant: Transplant) -> None:
         raise OmpError(
             f"{model.key}: config.json of {model} promises {layers} layers, but its checkpoint has {tensors} tensors "
             "in all; download the model again."
+        )
+
+
+def _check_rows(model: RecipeModel, transplant: Transplant) -> None:
+    """Tokens that have a row must not be taken for new ones because config.json states too few rows.
+
+    Rows beyond its vocab_size that no token has are padding, and harmless.
+    """
+    tokens = max(model.tokenizer.get_vocab().values(), default=-1) + 1
+    if model.rows is None or tokens <= model.rows:
+        return
+    stored = stored_rows(model.reference, transplant.options, model.key)
+    if stored is not None and stored > model.rows:
+        raise OmpError(
+            f"{model.key}: config.json of {model} says vocab_size {model.rows}, but its tokenizer has {tokens} tokens "
+            f"and its embedding {stored} rows; set vocab_size there to {stored}."
         )
 
 

@@ -23,11 +23,14 @@ def union_of(
 ) -> PreTrainedTokenizerBase:
     """The first tokenizer with the tokens of all others, as mergekit's ``source: union`` builds it.
 
-    mergekit adds one token at a time, which takes hours for two families; the tokens, and their order, are the same.
+    mergekit adds one token at a time, which takes hours for two families. The tokens and their settings are the same,
+    and so are their ids where ``get_vocab()`` lists tokens by id; it lists them in no order, so that mergekit's ids
+    change from run to run, which these do not.
 
     Args:
         tokenizers: by model, the base's first.
-        rows: of each model's embedding; tokens beyond them are left out. None keeps all.
+        rows: of each model's embedding; tokens beyond them are left out. None stands for the tokenizer's own size,
+            without added tokens.
     """
     result = copy.deepcopy(next(iter(tokenizers.values())))
     present = result.get_vocab()
@@ -36,7 +39,8 @@ def union_of(
     for model, tokenizer in tokenizers.items():
         size = rows[model]
         size = tokenizer.vocab_size if size is None else size
-        ordinary.update((text, None) for text, id_ in tokenizer.get_vocab().items() if id_ < size)
+        by_id = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        ordinary.update((text, None) for text, id_ in by_id if id_ < size)
         for id_, token in tokenizer.added_tokens_decoder.items():
             if id_ < size:
                 added.setdefault(token.content, token)

@@ -104,7 +104,7 @@ def _read_configs(
 ) -> dict[ModelReference, PretrainedConfig]:
     """The configuration of each model; a donor that is not merged may be a tokenizer alone and have none."""
     return {
-        name: read_config(name, trust_remote_code, key)
+        name: read_config(name, trust_remote_code, key, is_donor=name in donors)
         for name, key in keys.items()
         if name not in donors or not is_tokenizer_alone(name)
     }

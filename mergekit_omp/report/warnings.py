@@ -4,7 +4,9 @@ import json
 
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_omp.checkpoints.architecture import position_settings
 from mergekit_omp.checkpoints.files import find_file
+from mergekit_omp.checkpoints.processor import named_tokens, processor_files
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.report.converters import converter_note, tokenizer_kind
 from mergekit_omp.vocabulary.chat_template import absent_chat_tokens, chat_template_tokens
@@ -22,6 +24,8 @@ def warnings_for(model: RecipeModel, transplant: Transplant) -> list[str]:
         _chat_template_warning(model, transplant),
         _absent_chat_tokens_warning(transplant) if model is transplant.base else None,
         _converter_warning(transplant) if model is transplant.base else None,
+        _position_warning(model, transplant.base),
+        _processor_warning(model, transplant) if model is transplant.base else None,
     ]
     return [f"{model}: {sentence}" for sentence in warnings if sentence]
 
@@ -60,6 +64,34 @@ def _converter_warning(transplant: Transplant) -> str | None:
         return None
     has_file = transplant.tokenizer_is_unchanged and find_file(transplant.donors[0].reference, "tokenizer.model")
     return converter_note(config.model_type, tokenizer_kind(json.loads(backend.to_str()), bool(has_file)))
+
+
+def _position_warning(model: RecipeModel, base: RecipeModel) -> str | None:
+    """Name the settings of positions in which an input differs from the base, whose settings the output gets."""
+    if model.config is None or base.config is None:
+        return None
+    ours, theirs = position_settings(model.config), position_settings(base.config)
+    differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    others = [f"{key} {ours.get(key)} instead of {theirs.get(key)}" for key in differ]
+    if not others:
+        return None
+    return (
+        f"it was trained with other positions than {base}: {', '.join(others)}. The output has those of {base}, so "
+        "expect what this model adds to suffer, above all in long texts."
+    )
+
+
+def _processor_warning(model: RecipeModel, transplant: Transplant) -> str | None:
+    """Name the tokens that stand for images and sounds where the output vocabulary has none of that name."""
+    names = named_tokens(model.tokenizer) if processor_files(model.reference) else {}
+    texts = {token.text for token in transplant.vocabulary.tokens.values()}
+    lost = sorted(set(names.values()) - texts)
+    if not lost:
+        return None
+    return (
+        f"it reads more than text, and its processor needs {', '.join(map(repr, lost))}, which the output vocabulary "
+        f"lacks; add them to tokenizer.tokens, such as `{lost[0]}: {{source: {model}}}`."
+    )
 
 
 def _bos_warning(output: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase) -> str | None:

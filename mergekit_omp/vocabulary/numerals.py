@@ -36,9 +36,12 @@ def numeral_scheme(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | 
     """
     vocabulary = vocabulary or read_vocabulary(tokenizer)
     numbers = _probes()
+    encoded = list(_encode(tokenizer, vocabulary, numbers))
+    if any(id_ not in vocabulary.tokens for ids in encoded for id_ in ids):
+        vocabulary = read_vocabulary(tokenizer)  # a model may have rows for fewer tokens than its tokenizer writes
     splits = [
         (len(number), tuple(filter(None, (len(vocabulary.tokens[id_].data.strip()) for id_ in ids))))
-        for number, ids in zip(numbers, _encode(tokenizer, vocabulary, numbers), strict=True)
+        for number, ids in zip(numbers, encoded, strict=True)
     ]
     for scheme, expected in _EXPECTED.items():
         if all(split == expected(length) for length, split in splits):

@@ -476,7 +476,8 @@ def test_another_vocabulary_axis(
     head, donor_head = (tensors_of(folder)["lm_head.weight"].T for folder in (base, donor))
     problem = new.pose.execute()
     prepared = new.execute(problem, solution=solve.execute(problem, donor_head), donor=donor_head)
-    result = execute(task, {each.model: head}, rows_0_0=prepared)[each.model]
+    name = each.model.reference
+    result = execute(task, {name: head}, rows_0_0=prepared)[name]
     torch.testing.assert_close(result.T, tensors_of(tmp_path / "out")["lm_head.weight"])
 
 

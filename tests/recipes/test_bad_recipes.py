@@ -235,7 +235,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "models: an unknown key": (
         lambda w: w.recipe(models=w.models(w.base, weight=1)),
-        "models[0].weight: no such key; models[0] can have model, parameters.",
+        "models[0].weight: is a parameter; write `parameters: {{weight: …}}`.",
     ),
     "models: no model": (
         lambda w: w.recipe(models=[{"parameters": {"k": 5}}]),
@@ -422,6 +422,50 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "tokenizer.tokens.<x>.sauce: no such key (did you mean source?); tokenizer.tokens.<x> can have "
             "source, force."
         ),
+    ),
+    "former keys: an option of the command": (
+        lambda w: w.recipe(random_seed=0),
+        (
+            "random_seed: is an option of mergekit's commands, not a key of a recipe; leave it out and write "
+            "--random-seed there."
+        ),
+    ),
+    "former keys: a mixture of experts": (
+        lambda w: w.recipe(gate_mode="hidden"),
+        (
+            "gate_mode: is a key of mergekit-moe; give the experts one tokenizer with merge_method: omp first, and "
+            "name the results there."
+        ),
+    ),
+    "former keys: bakllama": (
+        lambda w: w.recipe(layer_slices=[]),
+        "layer_slices: is a key of mergekit's former bakllama; write `slices:`.",
+    ),
+    "former keys: embed_slerp": (
+        lambda w: w.recipe(parameters={"embed_slerp": True}),
+        (
+            "parameters.embed_slerp is not a parameter of omp; leave it out: the merge method itself merges "
+            "embeddings since mergekit 0.0.5, by slerp in omp_slerp."
+        ),
+    ),
+    "former keys: int8_mask": (
+        lambda w: w.recipe(**SLERP, parameters={"int8_mask": True}),
+        (
+            "parameters.int8_mask is not a parameter of omp_slerp; leave it out: it saves memory in methods that have "
+            "masks, and changes no result."
+        ),
+    ),
+    "former keys: tokenizer_source with model:": (
+        lambda w: w.recipe(tokenizer=DROP, tokenizer_source="model:some/donor"),
+        "tokenizer_source: 'model:some/donor' is written without 'model:' now: some/donor.",
+    ),
+    "former keys: the source with model:": (
+        lambda w: w.recipe(tokenizer={"source": "model:some/donor"}),
+        "tokenizer.source: 'model:some/donor' is written without 'model:' now: some/donor.",
+    ),
+    "a parameter at the top": (
+        lambda w: w.recipe(k=8),
+        "k: is a parameter; write `parameters: {{k: …}}`.",
     ),
     "parameters: a list": (
         lambda w: w.recipe(parameters=[1]),
@@ -629,6 +673,20 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         (
             "lm_head.weight of {bad} has 100 rows, but its config.json promises at least 484: set vocab_size "
             "there to the rows that the checkpoint has."
+        ),
+    ),
+    "config.json: a vocab_size below the rows": (
+        lambda w: w.bad_base(configure(vocab_size=300)),
+        (
+            "models[0].model: config.json of {bad} says vocab_size 300, but its tokenizer has 493 tokens and its "
+            "embedding 493 rows; set vocab_size there to 493."
+        ),
+    ),
+    "config.json: a vocab_size below the rows of the donor": (
+        lambda w: w.bad_donor(configure(vocab_size=300)),
+        (
+            "tokenizer.source: config.json of {bad} says vocab_size 300, but its tokenizer has 376 tokens and its "
+            "embedding 376 rows; set vocab_size there to 376."
         ),
     ),
     "config.json: a billion layers": (

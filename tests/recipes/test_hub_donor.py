@@ -1,6 +1,7 @@
-"""A donor on the Hub: only the shards that hold its vocabulary are fetched."""
+"""A donor on the Hub: only the shards that hold its vocabulary are fetched, whatever its architecture."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,41 +12,210 @@ from helpers.checkpoints import (
     byte_level_tokenizer,
     make_model,
     merge,
+    refused,
     save,
     sentencepiece_tokenizer,
     tensors_of,
 )
+from helpers.commands import merge_here, recipe
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from mergekit_omp.checkpoints.architecture import VocabularyRole
+from mergekit_omp.checkpoints.weights import vocabulary_matrix
 
 
-def test_other_shards_are_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, set[str]], str]:
+    """Move a checkpoint into a cache of the Hub, without the shards that are not needed; nothing else is reachable."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def move(folder: Path, needed: set[str]) -> str:
+        repository = tmp_path / "hub" / f"models--some--{folder.name}"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        snapshot.parent.mkdir(parents=True)
+        folder.rename(snapshot)
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text("0" * 40)
+        index = snapshot / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            keep = {weight_map[name] for name in needed}
+            others = [path for path in snapshot.glob("*.safetensors") if path.name not in keep]
+            assert len(others) > 2
+            for path in others:
+                path.unlink()
+        return f"some/{folder.name}"
+
+    return move
+
+
+def mistral(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Of an architecture that mergekit has data on."""
+    return make_model(tokenizer, architecture="mistral", hidden=24, seed=2)
+
+
+def by_type(model_type: str, tokenizer: PreTrainedTokenizerFast, **more: object) -> PreTrainedModel:
+    """A small model of a type that transformers has."""
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        hidden_size=24,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+        **more,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def deepseek_v3(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return by_type(
+        "deepseek_v3",
+        tokenizer,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+    )
+
+
+def gpt_oss(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    return by_type("gpt_oss", tokenizer, num_local_experts=4, num_experts_per_tok=2, head_dim=8)
+
+
+def with_code(folder: Path) -> None:
+    """Give a checkpoint a type that transformers does not know, and code for it that must not run."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "of_its_own",
+        "architectures": ["OfItsOwnForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_of_its_own.OfItsOwnConfig",
+            "AutoModelForCausalLM": "modeling_of_its_own.OfItsOwnForCausalLM",
+        },
+        "rope_scaling": {"type": "yarn", "factor": 40, "original_max_position_embeddings": 64},
+        "quantization_config": {"quant_method": "of_its_own"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for module in ("configuration", "modeling"):
+        (folder / f"{module}_of_its_own.py").write_text("raise RuntimeError('the code of the donor ran')\n")
+
+
+def renamed(folder: Path, prefix: str) -> None:
+    """Name a checkpoint's tensors as one of several parts does, with the sizes in a section of config.json."""
+    index_file = folder / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    for shard in set(index["weight_map"].values()):
+        save_file({prefix + name: tensor for name, tensor in load_file(folder / shard).items()}, folder / shard)
+    index["weight_map"] = {prefix + name: shard for name, shard in index["weight_map"].items()}
+    index_file.write_text(json.dumps(index))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(
+            {key: config[key] for key in ("model_type", "architectures", "auto_map")}
+            | {"text_config": {key: config[key] for key in ("hidden_size", "vocab_size", "dtype")}}
+        )
+    )
+
+
+DONORS = {"mistral": mistral, "deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss}
+
+
+@pytest.mark.parametrize("name", [*DONORS, "code", "code and parts"])
+def test_other_shards_are_not_needed(tmp_path: Path, hub: Callable[[Path, set[str]], str], name: str) -> None:
     """Offline, with a Hub cache that lacks every shard but those of the embedding and the head."""
     base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
-    donor_model = make_model(donor_tokenizer, architecture="mistral", hidden=24, seed=2)
-    donor = save(tmp_path / "donor", donor_model, donor_tokenizer, shard_size="20KB")
-    recipe = {
-        "merge_method": "omp",
-        "models": [{"model": str(base)}],
-        "tokenizer": {"source": str(donor)},
-        "dtype": "float32",
-    }
-    merge(recipe, tmp_path / "expected")
+    model = DONORS.get(name, deepseek_v3)(donor_tokenizer)
+    donor = save(tmp_path / "donor", model, donor_tokenizer, shard_size="20KB")
+    matrices = {"model.embed_tokens.weight", "lm_head.weight"}
+    # What is expected is read with the class that transformers has; then the type may become an unknown one.
+    assert merge_here(recipe(base, donor), tmp_path / "expected").exit_code == 0
+    if name.startswith("code"):
+        with_code(donor)
+        if name == "code and parts":
+            renamed(donor, "language_model.")
+            matrices = {f"language_model.{matrix}" for matrix in matrices}
 
-    repository = tmp_path / "hub" / "models--some--donor"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.parent.mkdir(parents=True)
-    donor.rename(snapshot)
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0" * 40)
-    weight_map = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
-    needed = {weight_map["model.embed_tokens.weight"], weight_map["lm_head.weight"]}
-    others = [path for path in snapshot.glob("*.safetensors") if path.name not in needed]
-    assert len(others) > 2
-    for path in others:
-        path.unlink()
+    hub_name = hub(donor, matrices)
+    merge(recipe(base, hub_name), tmp_path / "out")
+    expected, found = tensors_of(tmp_path / "expected"), tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert not list((tmp_path / "out").glob("*of_its_own*"))
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    merge({**recipe, "tokenizer": {"source": "some/donor"}}, tmp_path / "out")
-    expected, result = tensors_of(tmp_path / "expected"), tensors_of(tmp_path / "out")
-    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
+
+def test_a_donor_in_one_file(tmp_path: Path, hub: Callable[[Path, set[str]], str]) -> None:
+    """It has no index, and the Hub need not be asked for a list of its files."""
+    base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
+    donor = save(tmp_path / "donor", mistral(donor_tokenizer), donor_tokenizer)
+    assert merge_here(recipe(base, donor), tmp_path / "expected").exit_code == 0
+    merge(recipe(base, hub(donor, set())), tmp_path / "out")
+    expected, found = tensors_of(tmp_path / "expected"), tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_shard_that_cannot_be_downloaded(tmp_path: Path, hub: Callable[[Path, set[str]], str]) -> None:
+    base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
+    donor = save(tmp_path / "donor", mistral(donor_tokenizer), donor_tokenizer, shard_size="20KB")
+    index = json.loads((donor / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index["lm_head.weight"] != index["model.embed_tokens.weight"]
+    sentence = refused(recipe(base, hub(donor, {"model.embed_tokens.weight"})), tmp_path / "out")
+    assert sentence.startswith(
+        "tokenizer.source: some/donor has a tokenizer but no weights that mergekit can read "
+        f"({index['lm_head.weight']} cannot be downloaded);"
+    )
+
+
+def test_a_donor_with_code_in_a_folder(tmp_path: Path) -> None:
+    base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
+    donor = save(tmp_path / "donor", mistral(donor_tokenizer), donor_tokenizer)
+    assert merge_here(recipe(base, donor), tmp_path / "expected").exit_code == 0
+    with_code(donor)
+    result = merge_here(recipe(base, donor), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    expected, found = tensors_of(tmp_path / "expected"), tensors_of(tmp_path / "out")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("names", "matrices"),
+    [
+        (["model.embed_tokens.weight", "lm_head.weight", "model.layers.3.embed_tokens.weight",
+          "model.layers.3.shared_head.head.weight"], ["model.embed_tokens.weight", "lm_head.weight"]),
+        (["embed.weight", "head.weight", "layers.0.ffn.gate.weight", "mtp.0.head.weight"],
+         ["embed.weight", "head.weight"]),
+        (["transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"],
+         ["transformer.wte.weight", "lm_head.weight"]),
+        (["model.language_model.embed_tokens.weight", "lm_head.weight", "model.visual.patch_embed.proj.weight"],
+         ["model.language_model.embed_tokens.weight", "lm_head.weight"]),
+        (["tok_embeddings.weight", "output.weight", "layers.0.attention.wq.weight"],
+         ["tok_embeddings.weight", "output.weight"]),
+        (["model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"], ["model.embed_tokens.weight"] * 2),
+    ],
+)  # fmt: skip
+def test_matrices_are_found_by_their_names(tmp_path: Path, names: list[str], matrices: list[str]) -> None:
+    """As DeepSeek, Qwen's first, models of several parts and Mistral's own files have them."""
+    config = {"model_type": "of_its_own", "architectures": ["OfItsOwn"], "vocab_size": 8, "hidden_size": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "x")}))
+    model = ModelReference.model_validate(str(tmp_path))
+    found = [vocabulary_matrix(model, role, MergeOptions(), "tokenizer.source") for role in VocabularyRole]
+    assert [(task.tensor, axis) for task, axis in found] == [(name, 0) for name in matrices]

@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples/yaml").glob("*.yml"))
 MODEL = re.compile(r"(?:model|source|base_model): ([\w./-]+)$", re.MULTILINE)
+LAST_LAYER = re.compile(r"layer_range: \[\d+, (\d+)\]")
 STAGE = re.compile(r"^name: (\S+)$", re.MULTILINE)
 
 
-def small_checkpoint(hub_id: str, folder: Path) -> Path:
+def small_checkpoint(hub_id: str, folder: Path, layers: int) -> Path:
     """A small llama for a Hub id; models of one family share a vocabulary, others do not."""
     family = re.split(r"-Instruct|-Base|-beta|/zephyr|/Wizard|/OpenHermes", hub_id)[0]
     seed = sum(family.encode()) % 5
@@ -34,7 +35,7 @@ def small_checkpoint(hub_id: str, folder: Path) -> Path:
         tokenizer = byte_level_tokenizer(ENGLISH, size=340 + 10 * seed, special=special)
     else:
         tokenizer = sentencepiece_tokenizer(PYTHON if seed % 2 else ENGLISH, size=380 + 10 * seed)
-    model = make_model(tokenizer, seed=sum(hub_id.encode()), tied="Qwen" in hub_id)
+    model = make_model(tokenizer, seed=sum(hub_id.encode()), tied="Qwen" in hub_id, layers=layers)
     return save(folder / hub_id.replace("/", "--"), model, tokenizer)
 
 
@@ -54,8 +55,10 @@ def with_local_files(recipe: str, folder: Path) -> str:
 def test_example(example: Path, tmp_path: Path) -> None:
     """Every recipe in examples/yaml runs, its Hub ids replaced by small local checkpoints."""
     recipe = example.read_text()
+    layers = max([2, *map(int, LAST_LAYER.findall(recipe))])
     for name in set(MODEL.findall(recipe)) - {*STAGE.findall(recipe), "base", "union"}:
-        recipe = re.sub(rf": {re.escape(name)}$", f": {small_checkpoint(name, tmp_path)}", recipe, flags=re.MULTILINE)
+        path = small_checkpoint(name, tmp_path, layers)
+        recipe = re.sub(rf": {re.escape(name)}$", f": {path}", recipe, flags=re.MULTILINE)
     recipe = with_local_files(recipe, tmp_path)
     flags = ("--trust-remote-code",) if "--trust-remote-code" in recipe else ()
     out = tmp_path / "out"

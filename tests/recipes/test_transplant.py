@@ -1,6 +1,7 @@
 """``merge_method: omp`` through the real ``mergekit-yaml``, on small checkpoints."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from helpers.checkpoints import (
     sentencepiece_tokenizer,
     tensors_of,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mergekit_omp.vocabulary.matching import match_vocabularies
@@ -372,3 +374,36 @@ def test_generation_stops_at_every_token_with_the_row_of_eos(tmp_path: Path) -> 
     stops = json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"]
     assert {bos, eos} <= set(stops)
     assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == eos
+
+
+@pytest.mark.parametrize("which", ["base", "donor"])
+def test_rows_beyond_vocab_size_are_padding(tmp_path: Path, pair: tuple[Path, Path], which: str) -> None:
+    """Where no token has them, a vocab_size below the number of rows changes nothing but the mean of unused rows."""
+    expected = run(recipe(*pair), tmp_path / "expected")
+    changed = {"base": pair[0], "donor": pair[1]}
+    folder = tmp_path / "padded"
+    shutil.copytree(changed[which], folder)
+    tensors = load_file(folder / "model.safetensors")
+    padded = {
+        name: torch.cat([t, torch.randn(64, t.shape[1])]) if name in (EMBED, HEAD) else t
+        for name, t in tensors.items()
+    }
+    save_file(padded, folder / "model.safetensors", {"format": "pt"})
+    result = run(recipe(**changed | {which: folder}), tmp_path / "out")
+    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_tokenizer_that_writes_tokens_without_a_row(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Digits, too, which a run looks at: the tokens are new ones, and nothing fails."""
+    base = tmp_path / "base"
+    shutil.copytree(pair[0], base)
+    tensors = load_file(base / "model.safetensors")
+    cut = {name: t[:300].clone() if name in (EMBED, HEAD) else t for name, t in tensors.items()}
+    save_file(cut, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert max(tokenizer("12 345 67890").input_ids) >= 300
+    run(recipe(base, pair[1]), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(model.get_input_embeddings().weight).all()

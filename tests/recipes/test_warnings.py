@@ -1,5 +1,6 @@
 """What the summary tells a user about a pair of tokenizers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,13 @@ from helpers.tokenizers_for_tests import llama3
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+from mergekit_omp.checkpoints.architecture import position_settings
 from mergekit_omp.recipe.resolve import resolve
+from mergekit_omp.report.forecast import forecast
+from mergekit_omp.report.forecast_text import describe
+from mergekit_omp.report.tables import render
 from mergekit_omp.report.warnings import warnings_for
 
 
@@ -68,3 +73,50 @@ def test_tokens_of_the_chat_template_without_a_row_of_their_own_are_told(tmp_pat
     other = "{% for m in messages %}<|im_start|>{{ m.content }}<|extra_0|>{% endfor %}"
     assert told(chat_template=other) == [f"{paths[0]}: the chat template writes '<|extra_0|>'"]
     assert told(chat_template="{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}") == []
+
+
+def test_inputs_with_other_positions_are_told(tmp_path: Path) -> None:
+    """By setting, in the run's warnings and in what ``inspect`` prints; not for a merge of like models."""
+    tokenizer, donor = byte_level_tokenizer(size=300), byte_level_tokenizer(PYTHON, size=300, eos="</s>")
+    paths = {name: save(tmp_path / name, make_model(tokenizer), tokenizer) for name in ("base", "like", "other")}
+    paths["donor"] = save(tmp_path / "donor", make_model(donor), donor)
+    file = paths["other"] / "config.json"
+    settings = json.loads(file.read_text())
+    settings["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500000.0}
+    file.write_text(json.dumps(settings | {"max_position_embeddings": 8192}))
+
+    config = MergeConfiguration(
+        merge_method="omp_linear",
+        base_model=str(paths["base"]),
+        models=[{"model": str(paths[name]), "parameters": {"weight": 0.3}} for name in ("base", "like", "other")],
+        tokenizer={"source": str(paths["donor"])},
+    )
+    transplant = resolve(config, MergeOptions())
+    told = [s for model in transplant.inputs for s in warnings_for(model, transplant) if "positions" in s]
+    assert told == [
+        f"{paths['other']}: it was trained with other positions than {paths['base']}: rope_type linear instead of "
+        "default, factor 4.0 instead of None, rope_theta 500000.0 instead of 10000.0, max_position_embeddings 8192 "
+        f"instead of 2048. The output has those of {paths['base']}, so expect what this model adds to suffer, above "
+        "all in long texts."
+    ]
+    found = forecast(transplant, measure=False)
+    assert told[0] in next(each for each in found["inputs"] if each["name"] == str(paths["other"]))["advice"]
+    assert told[0] in " ".join(render(*describe(found)).split())
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (
+            {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}},
+            {"full_attention.rope_theta": 1e6, "sliding_attention.rope_theta": 1e4},
+        ),
+        ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5, "rope_type": "default"}),
+    ],
+)
+def test_position_settings_of_models_of_several_kinds_of_layers(
+    rope: dict[str, Any], expected: dict[str, float]
+) -> None:
+    config = PretrainedConfig(max_position_embeddings=512)
+    config.rope_parameters = rope
+    assert position_settings(config) == expected | {"max_position_embeddings": 512}

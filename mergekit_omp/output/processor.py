@@ -1,0 +1,30 @@
+"""Give the output the processor of a base that reads images or sound, so that ``AutoProcessor`` loads it."""
+
+import shutil
+from pathlib import Path
+
+from mergekit_omp.checkpoints.files import read_json
+from mergekit_omp.checkpoints.processor import named_tokens, processor_files
+from mergekit_omp.output.tokenizer import write_json
+from mergekit_omp.recipe.transplant import Transplant
+
+
+def copy_processor(folder: Path, transplant: Transplant) -> None:
+    """Copy the processor's files of the base, and name its tokens in the output's tokenizer.
+
+    mergekit copies some of these files for some architectures; and vocab.json for others, which is the vocabulary that
+    the model had.
+    """
+    if (folder / "tokenizer.json").exists():
+        (folder / "vocab.json").unlink(missing_ok=True)
+    files = processor_files(transplant.base.reference)
+    if not files:
+        return
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+    texts = {token.text for token in transplant.vocabulary.tokens.values()}
+    names = {name: text for name, text in named_tokens(transplant.base.tokenizer).items() if text in texts}
+    config = folder / "tokenizer_config.json"
+    settings = read_json(config)
+    settings["extra_special_tokens"] = names | (settings.get("extra_special_tokens") or {})
+    write_json(config, settings)

@@ -1,0 +1,120 @@
+"""A base that reads images keeps its processor."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
+from helpers.commands import merge_here, recipe
+from mergekit.architecture.json_definitions import NAME_TO_ARCH
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+)
+
+from mergekit_omp.recipe.resolve import resolve
+from mergekit_omp.report.warnings import warnings_for
+
+NAMED = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+SOFT_TOKENS = 4
+IMAGE_PROCESSOR = getattr(transformers, "Gemma3ImageProcessorPil", None) or transformers.Gemma3ImageProcessor
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small Gemma 3 that reads images, with its processor, and a donor that knows nothing of images."""
+    folder = tmp_path_factory.mktemp("pair")
+    tokenizer = byte_level_tokenizer(ENGLISH, size=350, special=tuple(NAMED.values()))
+    tokenizer.save_pretrained(folder / "base")
+    config_file = folder / "base/tokenizer_config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | NAMED))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    attention = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Gemma3Config(
+        text_config=attention
+        | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer), "tie_word_embeddings": True},
+        vision_config=attention | {"image_size": 28, "patch_size": 7, "vision_use_head": False},
+        mm_tokens_per_image=SOFT_TOKENS,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+    )
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder / "base")
+    tensors = load_file(folder / "base/model.safetensors")  # named as published checkpoints name them
+    named = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()}
+    save_file(named, folder / "base/model.safetensors", {"format": "pt"})
+    images = IMAGE_PROCESSOR(size={"height": 28, "width": 28})
+    Gemma3Processor(images, tokenizer, image_seq_length=SOFT_TOKENS).save_pretrained(folder / "base")
+    donor_tokenizer = sentencepiece_tokenizer(PYTHON)
+    donor = save(folder / "donor", make_model(donor_tokenizer, architecture="mistral", hidden=24), donor_tokenizer)
+    return folder / "base", donor
+
+
+def inputs_of(folder: Path) -> dict[str, Any]:
+    processor = AutoProcessor.from_pretrained(folder)
+    image = Image.fromarray(np.full((30, 40, 3), 128, dtype=np.uint8))
+    return processor(text=f"the river {NAMED['boi_token']} and", images=image, return_tensors="pt")
+
+
+def test_processor_loads_and_finds_its_tokens(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """With image tokens that the recipe adds: the same pixels, ids that config.json names, and a model that runs."""
+    base, donor = pair
+    given = recipe(base, donor)
+    given["tokenizer"]["tokens"] = {text: {"source": str(base)} for text in NAMED.values()}
+    out = tmp_path / "out"
+    result = merge_here(given, out, "--quiet")
+    assert result.exit_code == 0, result.output
+    before, after = inputs_of(base), inputs_of(out)
+    assert torch.equal(before["pixel_values"], after["pixel_values"])
+    tokenizer, config = AutoTokenizer.from_pretrained(out), json.loads((out / "config.json").read_text())
+    assert {name: getattr(tokenizer, name) for name in NAMED} == NAMED
+    for name, key in (("boi", "boi_token_index"), ("eoi", "eoi_token_index"), ("image", "image_token_id")):
+        stated = config.get(key, config.get(key.replace("_id", "_index")))
+        assert stated == tokenizer.get_vocab()[NAMED[f"{name}_token"]]
+    assert int((after["input_ids"] == tokenizer.image_token_id).sum()) == SOFT_TOKENS
+    model = AutoModelForImageTextToText.from_pretrained(out)
+    with torch.no_grad():
+        assert torch.isfinite(model(**after).logits).all()
+
+
+def test_lost_image_tokens_are_told(pair: tuple[Path, Path]) -> None:
+    base, donor = pair
+
+    def told(tokens: dict[str, Any] | None) -> list[str]:
+        config = MergeConfiguration(
+            merge_method="omp", models=[{"model": str(base)}], tokenizer={"source": str(donor), "tokens": tokens}
+        )
+        transplant = resolve(config, MergeOptions())
+        return [s for s in warnings_for(transplant.base, transplant) if "processor" in s]
+
+    assert told(None) == [
+        f"{base}: it reads more than text, and its processor needs '<end_of_image>', '<image_soft_token>', "
+        "'<start_of_image>', which the output vocabulary lacks; add them to tokenizer.tokens, such as "
+        f"`<end_of_image>: {{source: {base}}}`."
+    ]
+    assert told({text: {"source": str(base)} for text in NAMED.values()}) == []
+
+
+def test_a_vocabulary_that_the_model_had_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mergekit copies vocab.json of some architectures beside the new tokenizer.json."""
+    tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH, size=300), sentencepiece_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(tokenizer), tokenizer)
+    donor = save(tmp_path / "donor", make_model(donor_tokenizer), donor_tokenizer)
+    (base / "vocab.json").write_text(json.dumps(tokenizer.get_vocab()))
+    [llama] = NAME_TO_ARCH["LlamaForCausalLM"]
+    monkeypatch.setitem(llama.__dict__, "tagalong_files", ["vocab.json"])
+    assert merge_here(recipe(base, donor), tmp_path / "out", "--quiet").exit_code == 0
+    assert not (tmp_path / "out/vocab.json").exists()
