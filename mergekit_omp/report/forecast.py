@@ -134,7 +134,7 @@ def _describe_input(model: RecipeModel, transplant: Transplant, offers: list[lis
                 "reason": reason.name.lower().replace("_", " "),
             }
             for id_, reason in enumerate(reasons)
-            if reason in (MatchReason.SPECIAL_ROLE, MatchReason.SPECIAL_EQUIVALENT)
+            if reason in (MatchReason.SPECIAL_RENAMED, MatchReason.SPECIAL_ROLE, MatchReason.SPECIAL_EQUIVALENT)
         ],
         "special_without_partner": [
             ours.tokens[id_].text for id_, reason in enumerate(reasons) if reason is MatchReason.MISSING_SPECIAL

@@ -16,6 +16,7 @@ _LABELS = {
     "special content": "special token, same string",
     "special role": "special token, same role",
     "special equivalent": "special token, same meaning",
+    "special renamed": "special token, renamed",
     "unused": "reserved for later use",
     "missing": "new token",
     "missing special": "new special token",
