@@ -69,6 +69,14 @@ class Numerals(str, Enum):
     DIGITS = "digits"  # from the model's own rows of the digits
 
 
+class CopyRows(str, Enum):
+    """Whether an input takes the rows of tokens that it lacks unchanged from another model."""
+
+    AUTO = "auto"  # where the rows of shared tokens show that both share a space
+    ALWAYS = "always"  # wherever both have the same width
+    NEVER = "never"
+
+
 class OmpParameters(BaseModel, frozen=True):
     """What a recipe can set under ``parameters:``, globally, per slice or per model.
 
@@ -96,6 +104,12 @@ class OmpParameters(BaseModel, frozen=True):
         default=Numerals.APPROXIMATE,
         description="Rows of new numbers such as `123`: `digits` makes them from the model's own digits, with logits "
         "lowered by ln 10 for each digit after the first; the whole model is loaded for it, to read a text.",
+    )
+    copy_rows: CopyRows = Field(
+        default=CopyRows.AUTO,
+        description="Rows of new tokens that another model of the recipe has: `auto` copies them where both models "
+        "share a space (fine-tunes of one base), as the rows of their shared tokens show; `always` wherever both have "
+        "the same width; `never` approximates them all.",
     )
     magikarp: StrictBool = Field(
         default=False, description="Leave under-trained tokens aside: they are neither anchors nor approximated."

@@ -193,7 +193,7 @@ def is_tokenizer_alone(model: ModelReference) -> bool:
     """
     folder = Path(model.model.path)
     if folder.is_dir():
-        names = ("tokenizer_config.json", "tokenizer.json")
+        names = ("tokenizer_config.json", "tokenizer.json", "tekken.json")
         return not (folder / "config.json").exists() and any((folder / name).exists() for name in names)
     try:
         huggingface_hub.hf_hub_download(model.model.path, "config.json", revision=model.model.revision)

@@ -17,6 +17,7 @@ import transformers
 from mergekit.common import ModelReference
 
 from mergekit_omp.checkpoints.files import find_file, read_json, read_settings
+from mergekit_omp.checkpoints.tokenizers import is_read_as_written
 from mergekit_omp.vocabulary.tokens import ROLES, Vocabulary
 
 LOG = logging.getLogger(__name__)
@@ -25,7 +26,6 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER = "tokenizer.json"
 
 _SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model")
-_PARTS = ("normalizer", "pre_tokenizer", "decoder")
 _VERSION_5_KEYS = ("backend", "is_local", "local_files_only", "model_specific_special_tokens")
 _ROLE_KEYS = tuple(f"{role}_token" for role in ROLES)
 _ADDING_ROLES = ("bos", "eos")
@@ -227,19 +227,11 @@ def _is_read_as_written(folder: Path) -> bool:
     if not written.exists():
         return True  # a tokenizer without this file is read by the class that its configuration names
     read = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    backend = getattr(read, "backend_tokenizer", None)
-    if backend is None:
+    if not is_read_as_written(read, written):
         return False
-    return _parts(json.loads(backend.to_str())) == _parts(read_json(written))
-
-
-def _parts(described: dict[str, Any]) -> list[Any]:
-    return [
-        *(described[part] for part in _PARTS),
-        added_roles(described),
-        described["model"]["type"],
-        len(described["model"]["vocab"]),
-    ]
+    processor = read.backend_tokenizer.post_processor
+    added = added_roles({"post_processor": processor and json.loads(processor.__getstate__())})
+    return added == added_roles(read_json(written))
 
 
 def _components(described: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:

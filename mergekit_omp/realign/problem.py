@@ -1,7 +1,7 @@
 """Which output tokens a model has no row for, and the anchors that can express them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,16 @@ class Problem:
     atom_ids: torch.Tensor  # (N,) output ids
     atom_rows: torch.Tensor  # (N,) rows of the donor
     untrained_ids: torch.Tensor  # (U,) output ids of new tokens that the donor has not learnt
+
+    def without(self, ids: torch.Tensor) -> "Problem":
+        """The problem without these targets, output ids int64 (I,)."""
+        kept = ~torch.isin(self.target_ids, ids)
+        return replace(
+            self,
+            target_ids=self.target_ids[kept],
+            target_rows=self.target_rows[kept],
+            untrained_ids=self.untrained_ids[~torch.isin(self.untrained_ids, ids)],
+        )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ def realign(
     parameters: OmpParameters,
     size: int,
     free_rows: Sequence[int] = (),
+    copied: tuple[torch.Tensor, torch.Tensor] | None = None,
     overrides: Mapping[int, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Give one tensor of a model the rows of the output vocabulary.
@@ -37,6 +38,7 @@ def realign(
             rows, as do tokens that no donor has.
         free_rows: the model's rows that no text ever used. Tokens that are kept free for later use, and tokens that
             the donor has not learnt either, get their mean; the mean of the anchors' rows where there are none.
+        copied: output ids [C] and their rows [C, ...], which win over the model's own.
         overrides: output id to row [...], which win over everything else.
 
     Returns:
@@ -53,6 +55,9 @@ def realign(
     for problem, rows in zip(problems, new_rows, strict=True):
         rows = _with_noise(rows, parameters.new_vocab_noise) * parameters.new_vocab_scale
         result[problem.target_ids.to(weight.device)] = rows.reshape(-1, *weight.shape[1:]).to(weight.dtype)
+    if copied is not None:
+        ids, rows = copied
+        result[ids.to(weight.device)] = rows.to(weight)
     for token_id, row in (overrides or {}).items():
         result[token_id] = row.to(weight)
     return result

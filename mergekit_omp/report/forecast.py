@@ -8,12 +8,14 @@ from typing import Any
 import torch
 import transformers
 from mergekit.common import dtype_from_name
+from mergekit.io.tasks import LoaderCache
 from pydantic import ByteSize, TypeAdapter
 from transformers import PretrainedConfig
 
-from mergekit_omp.checkpoints.architecture import hidden_size
-from mergekit_omp.parameters import Approximation
+from mergekit_omp.checkpoints.architecture import VocabularyRole, hidden_size
+from mergekit_omp.parameters import Approximation, OmpParameters
 from mergekit_omp.recipe.blocks import settings_of
+from mergekit_omp.recipe.copies import Offer, copies_of, find_offers
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.report.record import match_counts
 from mergekit_omp.report.samples import readable
@@ -70,7 +72,8 @@ def forecast(transplant: Transplant, *, measure: bool = True) -> dict[str, Any]:
     """
     config, options = transplant.config, transplant.options
     approximations = list(dict.fromkeys(Approximation(each).value for each in settings_of(config, "approximation")))
-    solves = list(_solves(transplant)) if Approximation.OMP.value in approximations else []
+    offers = {model: _offers(model, transplant) for model in transplant.inputs}
+    solves = list(_solves(transplant, offers)) if Approximation.OMP.value in approximations else []
     if measure:
         solves = [_timed(solve, options.device) for solve in solves]
     return {
@@ -81,7 +84,7 @@ def forecast(transplant: Transplant, *, measure: bool = True) -> dict[str, Any]:
         "device": str(options.device),
         "approximations": approximations,
         "vocabularies": [_describe_vocabulary(model) for model in transplant.models],
-        "inputs": [_describe_input(model, transplant) for model in transplant.inputs],
+        "inputs": [_describe_input(model, transplant, offers[model]) for model in transplant.inputs],
         "solves": [asdict(solve) for solve in solves],
         "estimate": {
             "solve_seconds": sum(solve.seconds or 0 for solve in solves) if measure else None,
@@ -101,7 +104,19 @@ def _describe_vocabulary(model: RecipeModel) -> dict[str, Any]:
     }
 
 
-def _describe_input(model: RecipeModel, transplant: Transplant) -> dict[str, Any]:
+def _offers(model: RecipeModel, transplant: Transplant) -> list[list[Offer]]:
+    """What other models have that an input lacks, by the rows of the input embedding where they are at hand."""
+    LoaderCache().setup(transplant.options)
+    settings = [
+        OmpParameters(copy_rows=copy_rows, approximation=approximation)
+        for copy_rows in settings_of(transplant.config, "copy_rows")
+        for approximation in settings_of(transplant.config, "approximation")
+    ]
+    merged = [other.reference for other in transplant.inputs]
+    return find_offers(model, VocabularyRole.INPUT, settings[0], merged, transplant, local_only=True)
+
+
+def _describe_input(model: RecipeModel, transplant: Transplant, offers: list[list[Offer]]) -> dict[str, Any]:
     match = model.match
     ours, its = transplant.vocabulary, model.vocabulary
     missing = (match.reasons == MatchReason.MISSING).nonzero().squeeze(1).tolist()
@@ -119,21 +134,37 @@ def _describe_input(model: RecipeModel, transplant: Transplant) -> dict[str, Any
                 "reason": reason.name.lower().replace("_", " "),
             }
             for id_, reason in enumerate(reasons)
-            if reason in (MatchReason.SPECIAL_ROLE, MatchReason.SPECIAL_EQUIVALENT)
+            if reason in (MatchReason.SPECIAL_RENAMED, MatchReason.SPECIAL_ROLE, MatchReason.SPECIAL_EQUIVALENT)
         ],
         "special_without_partner": [
             ours.tokens[id_].text for id_, reason in enumerate(reasons) if reason is MatchReason.MISSING_SPECIAL
         ],
         "examples": [readable(ours.tokens[id_]) for id_ in missing[:: max(1, len(missing) // EXAMPLES)][:EXAMPLES]],
-        "advice": warnings_for(model, transplant),
+        "copied": [
+            {
+                "model": str(offer.source),
+                "tokens": offer.tokens,
+                "similarity": offer.similarity,
+                "copied": offer.copied,
+            }
+            for rank in offers
+            for offer in rank
+        ],
+        "advice": warnings_for(model, transplant, set(copies_of(offers, transplant).ids(match).tolist())),
     }
 
 
-def _solves(transplant: Transplant) -> Iterator[Solve]:
-    """One for every vocabulary that is realigned and every donor that has new tokens of it."""
+def _solves(transplant: Transplant, offers: dict[RecipeModel, list[list[Offer]]]) -> Iterator[Solve]:
+    """One for every vocabulary that is realigned and every donor that has new tokens of it that are not copied."""
     config = transplant.config
-    for posed in (each for problems in transplant.problems.values() for each in problems):
-        problem, donor = posed.problem, posed.donor
+    planned = {
+        (posed, copies): posed.problem.without(copies.ids(model.match))
+        for model in transplant.inputs
+        for copies in [copies_of(offers[model], transplant)]
+        for posed in transplant.problems[model.alignment]
+    }
+    for (posed, _), problem in planned.items():
+        donor = posed.donor
         if not len(problem.target_ids) or donor.config is None:
             continue
         yield Solve(

@@ -57,8 +57,20 @@ def _describe_input(model: Mapping[str, Any], tokens: int) -> Iterator[Part]:
         yield f"  special tokens without a partner: {' '.join(model['special_without_partner'])}"
     if model["examples"]:
         yield f"  new tokens, for example: {'  '.join(model['examples'])}"
+    for copied in model["copied"]:
+        yield f"  {_describe_copies(copied)}"
     for sentence in model["advice"]:
         yield note(sentence)
+
+
+def _describe_copies(copied: Mapping[str, Any]) -> str:
+    tokens = f"{copied['tokens']:,} tokens that only {copied['model']} has"
+    if copied["copied"] is None:
+        return f"{tokens}: copied if the rows of shared tokens are alike, which is seen when the recipe runs"
+    said = f"{tokens}: {'copied' if copied['copied'] else 'approximated, since it has another space'}"
+    if copied["similarity"] is None:
+        return said
+    return f"{said} (median similarity of the rows of shared tokens: {copied['similarity']:.2f})"
 
 
 def _describe_solves(found: Mapping[str, Any]) -> Iterator[Part]:

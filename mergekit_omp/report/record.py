@@ -10,7 +10,7 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class Record:
         other_rows: of every problem whose rows another initializer made.
         tensors: of every realigned tensor of every input, with the places of its solves.
         uncovered: for each input the ids of new tokens that neither a donor nor an override gives a row.
+        copied: for each input the ids of tokens whose rows other models of its space give, in every tensor.
         is_complete: whether everything that was to be added has been.
     """
 
@@ -70,6 +71,7 @@ class Record:
         self.other_rows: list[dict[str, Any]] = []
         self.tensors: list[dict[str, Any]] = []
         self.uncovered: dict[RecipeModel, list[int]] = {}
+        self.copied: dict[RecipeModel, set[int]] = {}
         self.is_complete = False
 
     def add_solve(self, posed: DonorProblem, solution: Solution, **settings: Any) -> int:
@@ -89,8 +91,9 @@ class Record:
         parameters: OmpParameters,
         solves: Sequence[int],
         problems: Sequence[Problem],
+        copied: Sequence[tuple[Sequence[RecipeModel], torch.Tensor]],
     ) -> None:
-        """Describe a realigned tensor of an input, and note which new tokens none of the problems covers."""
+        """Describe a realigned tensor of an input, and note which new tokens no problem and no copy covers."""
         self.tensors.append(
             {
                 "name": name,
@@ -98,12 +101,16 @@ class Record:
                 "model": str(model),
                 "parameters": parameters.model_dump(mode="json"),
                 "solves": list(solves),
+                "copied": [{"from": [str(source) for source in rank], "tokens": len(ids)} for rank, ids in copied],
             }
         )
+        copied_ids = {id_ for _, ids in copied for id_ in ids.tolist()}
+        self.copied[model] = copied_ids & self.copied.get(model, copied_ids)
         uncovered = model.match.is_new()
         for problem in problems:
             uncovered[problem.target_ids] = False
             uncovered[problem.untrained_ids] = False
+        uncovered[list(copied_ids)] = False
         tokens, overridden = self.transplant.vocabulary.tokens, self.transplant.overridden
         ids = uncovered.nonzero().squeeze(1).tolist()
         self.uncovered[model] = [id_ for id_ in ids if tokens[id_].text not in overridden]
@@ -137,7 +144,7 @@ class Record:
             "tokenizer_source": str(transplant.source),
             "tokens": len(transplant.vocabulary.tokens),
             "rows": transplant.rows,
-            "models": [_describe_model(model, transplant) for model in transplant.models],
+            "models": [_describe_model(model, transplant, self.copied.get(model, ())) for model in transplant.models],
             "texts": _measure_texts(folder, transplant),
             "versions": versions(),
             "machine": {
@@ -210,6 +217,7 @@ def card_section(record: Mapping[str, Any]) -> str:
         )
     for tensor in record["tensors"]:
         approximation = tensor["parameters"]["approximation"]
+        lines += [f"* {sentence}." for sentence in copied_rows(tensor)]
         if approximation != "omp":
             lines.append(f"* {tensor['name']} of {tensor['model']}: new rows by `approximation: {approximation}`.")
     lines += ["", "| text | tokens/byte before | after |", "|---|---|---|"]
@@ -223,6 +231,14 @@ def card_section(record: Mapping[str, Any]) -> str:
         "`mergekit-omp report <this folder>` makes a page of them.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def copied_rows(tensor: Mapping[str, Any]) -> list[str]:
+    """Say which tokens of a tensor of :class:`Record` have the rows of other models."""
+    return [
+        f"{tensor['name']} of {tensor['model']}: {copied['tokens']:,} rows copied from {' and '.join(copied['from'])}"
+        for copied in tensor.get("copied", ())
+    ]
 
 
 def _describe_problem(posed: DonorProblem, problem: Problem) -> dict[str, Any]:
@@ -281,7 +297,7 @@ def _histogram(sorted_counts: list[int]) -> list[dict[str, int]]:
     return [{"from": 2**power, "to": 2 ** (power + 1) - 1, "anchors": bins[power]} for power in sorted(bins)]
 
 
-def _describe_model(model: RecipeModel, transplant: Transplant) -> dict[str, Any]:
+def _describe_model(model: RecipeModel, transplant: Transplant, copied: Collection[int]) -> dict[str, Any]:
     is_input, is_donor = model in transplant.inputs, model in transplant.donors
     described: dict[str, Any] = {
         "name": str(model),
@@ -297,7 +313,7 @@ def _describe_model(model: RecipeModel, transplant: Transplant) -> dict[str, Any
             "lacking": int(model.match.is_new().sum()),
             "anchors": len(model.match.atoms()),
             "match": match_counts(model.match),
-            "advice": warnings_for(model, transplant),
+            "advice": warnings_for(model, transplant, copied),
         }
     return described
 

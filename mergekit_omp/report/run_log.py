@@ -17,7 +17,7 @@ def log_summary(record: Record) -> None:
     for model in record.transplant.inputs:
         LOG.info("%s", _describe_match(model))
         _warn_of_uncovered(model, record)
-        for sentence in warnings_for(model, record.transplant):
+        for sentence in warnings_for(model, record.transplant, record.copied.get(model, ())):
             LOG.warning("%s", sentence)
     if record.solves or not record.other_rows:
         LOG.info("%d solves: %s", len(record.solves), _describe_solves(record))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mergekit_omp.report.record import copied_rows
 from mergekit_omp.report.tables import Part, heading, indented, new_table, note
 
 Record = Mapping[str, Any]
@@ -15,6 +16,7 @@ _LABELS = {
     "special content": "special token, same string",
     "special role": "special token, same role",
     "special equivalent": "special token, same meaning",
+    "special renamed": "special token, renamed",
     "unused": "reserved for later use",
     "missing": "new token",
     "missing special": "new special token",
@@ -43,6 +45,7 @@ def summary(record: Record) -> Iterator[Part]:
     if other_rows(record):
         yield ""
     yield from other_rows(record)
+    yield from (sentence for tensor in record["tensors"] for sentence in copied_rows(tensor))
     yield ""
     yield heading("Tokens per byte")
     texts = new_table("text", "before", "after")

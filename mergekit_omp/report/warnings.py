@@ -1,6 +1,7 @@
 """What a user should know about a pair of tokenizers."""
 
 import json
+from collections.abc import Collection
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,15 +14,21 @@ from mergekit_omp.vocabulary.chat_template import absent_chat_tokens, chat_templ
 from mergekit_omp.vocabulary.numerals import numeral_scheme, numeral_warning
 
 
-def warnings_for(model: RecipeModel, transplant: Transplant) -> list[str]:
-    """Sentences on what the output tokenizer will ask of an input that its own tokenizer did not."""
+def warnings_for(model: RecipeModel, transplant: Transplant, copied: Collection[int] = ()) -> list[str]:
+    """Sentences on what the output tokenizer will ask of an input that its own tokenizer did not.
+
+    Args:
+        model: the input.
+        transplant: the resolved recipe.
+        copied: output ids whose rows other models of its space give.
+    """
     warnings = [
         numeral_warning(
             numeral_scheme(transplant.tokenizer, transplant.vocabulary),
             numeral_scheme(model.tokenizer, model.vocabulary),
         ),
         _bos_warning(transplant.tokenizer, model.tokenizer),
-        _chat_template_warning(model, transplant),
+        _chat_template_warning(model, transplant, copied),
         _absent_chat_tokens_warning(transplant) if model is transplant.base else None,
         _converter_warning(transplant) if model is transplant.base else None,
         _position_warning(model, transplant.base),
@@ -30,12 +37,13 @@ def warnings_for(model: RecipeModel, transplant: Transplant) -> list[str]:
     return [f"{model}: {sentence}" for sentence in warnings if sentence]
 
 
-def _chat_template_warning(model: RecipeModel, transplant: Transplant) -> str | None:
+def _chat_template_warning(model: RecipeModel, transplant: Transplant, copied: Collection[int]) -> str | None:
     """Name the special tokens of the chat template that the model never saw and that no override helps."""
     tokenizer, vocabulary = transplant.tokenizer, transplant.vocabulary
     template = transplant.chat_template or getattr(tokenizer, "chat_template", None)
     rows = model.match.rows
-    unseen = [id_ for id_ in sorted(chat_template_tokens(tokenizer, vocabulary, template)) if rows[id_] < 0]
+    used = chat_template_tokens(tokenizer, vocabulary, template)
+    unseen = [id_ for id_ in sorted(used) if rows[id_] < 0 and id_ not in copied]
     names = [vocabulary.tokens[id_].text for id_ in unseen]
     names = [name for name in names if name not in transplant.overridden]
     if not names:

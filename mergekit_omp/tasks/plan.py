@@ -7,6 +7,7 @@ from mergekit_omp.checkpoints.weights import vocabulary_matrix
 from mergekit_omp.compat import ExecuteMergeMethodTask, PermutedVocabulary
 from mergekit_omp.initializers.registry import method_of, needs_donor
 from mergekit_omp.parameters import Numerals, OmpParameters
+from mergekit_omp.recipe.copies import Copies, find_copies
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.tasks.hidden_states import find_logit_shift
 from mergekit_omp.tasks.tasks import PoseProblem, PrepareRows, RealignedInput, RealignVocabulary, SolveCodes
@@ -22,12 +23,27 @@ def plan_realignment(task: ExecuteMergeMethodTask, transplant: Transplant) -> Re
     permuted = task.gather_tensors
     assert isinstance(permuted, PermutedVocabulary)
     role = vocabulary_role(task.output_weight.name)
+    merged = task.model_order
     inputs = []
-    for reference in task.model_order:
+    for reference in merged:
         model = transplant.model(reference)
         parameters = OmpParameters.from_bound(dict(task.input_parameters[reference].items()))
-        new_rows = _plan_rows(model, role, parameters, transplant)
-        inputs.append(RealignedInput(model=model, new_rows=new_rows, parameters=parameters))
+        copies = find_copies(model, role, parameters, merged, transplant)
+        if task.output_weight.name.endswith(".bias"):  # of a donor that is not merged, only the matrix is known
+            copies = copies.among([transplant.model(each) for each in merged])
+        inputs.append(
+            RealignedInput(
+                model=model,
+                new_rows=_plan_rows(model, role, parameters, copies, transplant),
+                copies=copies,
+                copied_weights=tuple(
+                    (other, *vocabulary_matrix(other.reference, role, transplant.options, other.key))
+                    for other in copies.models
+                    if other.reference not in merged
+                ),
+                parameters=parameters,
+            )
+        )
     return RealignVocabulary(
         transplant=transplant,
         gather_tensors=permuted.gather_tensors,
@@ -39,9 +55,9 @@ def plan_realignment(task: ExecuteMergeMethodTask, transplant: Transplant) -> Re
 
 
 def _plan_rows(
-    model: RecipeModel, role: VocabularyRole, parameters: OmpParameters, transplant: Transplant
+    model: RecipeModel, role: VocabularyRole, parameters: OmpParameters, copies: Copies, transplant: Transplant
 ) -> tuple[PrepareRows, ...]:
-    """One task for every donor that has new tokens of the model which no earlier donor has."""
+    """One task for every donor that has new tokens of the model which are not copied and no earlier donor has."""
     method, options = method_of(parameters), transplant.options
     base_trained = find_trained_rows(model, options) if parameters.magikarp else None
     own = (
@@ -50,14 +66,16 @@ def _plan_rows(
         else ()
     )
     logit_shift = find_logit_shift(model) if parameters.numerals is Numerals.DIGITS else None
+    copied = copies.ids(model.match)
     planned = []
     for posed in transplant.problems[model.alignment]:
         # Which tokens are under-trained is known once the tensors are loaded; a model teaches itself nothing.
-        if not len(posed.problem.target_ids) and (not parameters.magikarp or posed.donor is model):
+        if not len(posed.problem.without(copied).target_ids) and (not parameters.magikarp or posed.donor is model):
             continue
         method.check(parameters, "parameters")
         pose = PoseProblem(
             posed=posed,
+            copies=copies,
             base_trained=base_trained,
             donor_trained=find_trained_rows(posed.donor, options) if parameters.magikarp else None,
         )

@@ -8,6 +8,7 @@ recipe is compared by identity.
 import logging
 import time
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from mergekit_omp.initializers.registry import method_of
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution, TrainedRows, pose_problem
 from mergekit_omp.realign.rows import check_rows, realign
+from mergekit_omp.recipe.copies import Copies
 from mergekit_omp.recipe.overrides import override_row
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
 from mergekit_omp.report.record import Record, never_fatal
@@ -55,6 +57,7 @@ class PoseProblem(Task[Problem]):
     """Find which tokens a donor gives to a model, and the anchors that both have."""
 
     posed: InstanceOf[DonorProblem]
+    copies: InstanceOf[Copies]  # tokens whose rows are taken as they are, which leaves nothing to solve
     base_trained: FindTrainedRows | None  # for magikarp; of the model that is realigned, so that nothing is shared
     donor_trained: FindTrainedRows | None
 
@@ -66,11 +69,12 @@ class PoseProblem(Task[Problem]):
     @on_the_cpu
     def execute(self, base_trained: torch.Tensor | None = None, donor_trained: torch.Tensor | None = None) -> Problem:
         """The problem as it was posed with the recipe, or once more with what is known of the rows."""
-        if base_trained is None or donor_trained is None:
-            return self.posed.problem
-        trained = TrainedRows(base_trained.cpu(), donor_trained.cpu())
-        earlier = [donor.match for donor in self.posed.earlier]
-        return pose_problem(self.posed.base.match, self.posed.donor.match, earlier, trained)
+        problem, base = self.posed.problem, self.posed.base.match
+        if base_trained is not None and donor_trained is not None:
+            trained = TrainedRows(base_trained.cpu(), donor_trained.cpu())
+            earlier = [donor.match for donor in self.posed.earlier]
+            problem = pose_problem(base, self.posed.donor.match, earlier, trained)
+        return problem.without(self.copies.ids(base))
 
 
 class SolveCodes(Task[Solution]):
@@ -206,6 +210,8 @@ class RealignedInput(BaseModel, frozen=True):
 
     model: InstanceOf[RecipeModel]
     new_rows: tuple[PrepareRows, ...]  # one for every donor of new tokens
+    copies: InstanceOf[Copies]
+    copied_weights: tuple[tuple[InstanceOf[RecipeModel], LoadTensor, int], ...]  # of models that are not merged
     parameters: OmpParameters
 
     @property
@@ -225,9 +231,12 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
     name: str
 
     def arguments(self) -> dict[str, Task]:
-        """The loaded inputs and the new rows for each."""
-        new_rows = {f"rows_{i}_{j}": rows for i, one in enumerate(self.inputs) for j, rows in enumerate(one.new_rows)}
-        return {"tensors": self.gather_tensors, **new_rows}
+        """The loaded inputs, and for each the new rows and the matrices that it copies rows from."""
+        needed: dict[str, Task] = {"tensors": self.gather_tensors}
+        for i, one in enumerate(self.inputs):
+            needed |= {f"rows_{i}_{j}": rows for j, rows in enumerate(one.new_rows)}
+            needed |= {f"copied_{i}_{j}": load for j, (_, load, _) in enumerate(one.copied_weights)}
+        return needed
 
     def uses_accelerator(self) -> bool:
         """Rows are made where mergekit does its arithmetic."""
@@ -239,24 +248,41 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
 
     @on_the_cpu
     def execute(
-        self, tensors: dict[ModelReference, torch.Tensor], **prepared: NewRows
+        self, tensors: dict[ModelReference, torch.Tensor], **needed: Any
     ) -> dict[ModelReference, torch.Tensor]:
         """Realign every input that has the tensor (optional ones may not)."""
         views = {model: tensor.movedim(self.vocabulary_axis, 0) for model, tensor in tensors.items()}
-        return {
-            one.model.reference: self._realign(
-                one, views, [prepared[f"rows_{i}_{j}"] for j in range(len(one.new_rows))]
-            ).movedim(0, self.vocabulary_axis)
-            for i, one in enumerate(self.inputs)
-            if one.model.reference in views
-        }
+        realigned = {}
+        for i, one in enumerate(self.inputs):
+            if one.model.reference not in views:
+                continue
+            prepared: list[NewRows] = [needed[f"rows_{i}_{j}"] for j in range(len(one.new_rows))]
+            donors: dict[RecipeModel, torch.Tensor] = {
+                donor: needed[f"copied_{i}_{j}"].movedim(axis, 0)
+                for j, (donor, _, axis) in enumerate(one.copied_weights)
+            }
+            result = self._realign(one, views, prepared, donors)
+            realigned[one.model.reference] = result.movedim(0, self.vocabulary_axis)
+        return realigned
 
     def _realign(
-        self, one: RealignedInput, views: dict[ModelReference, torch.Tensor], prepared: list[NewRows]
+        self,
+        one: RealignedInput,
+        views: dict[ModelReference, torch.Tensor],
+        prepared: list[NewRows],
+        donors: dict[RecipeModel, torch.Tensor],
     ) -> torch.Tensor:
         started = time.perf_counter()
-        model, match, weight = one.model, one.model.match, views[one.model.reference]
+        model, match = one.model, one.model.match
+        merged = {other: views[other.reference] for other in one.copies.models if other.reference in views}
+        sources = donors | merged
+        # An input's row stays what it is among inputs of less precision, as in mergekit.
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in merged.values()), views[model.reference].dtype)
+        weight = views[model.reference].to(dtype)
         check_rows(weight, match.rows, f"{self.name} of {model}")
+        for other, tensor in donors.items():
+            check_rows(tensor, other.match.rows, f"{self.name} of {other}")
+        copied = one.copies.among(sources).rows(match, sources, weight)
         is_head = vocabulary_role(self.name) is VocabularyRole.HEAD
         result = realign(
             weight,
@@ -266,15 +292,17 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             parameters=one.parameters,
             size=self.transplant.rows,
             free_rows=model.vocabulary.free_rows(len(weight)),
+            copied=copied,
             overrides=self._override_rows(model, views),
         )
         LOG.info(
-            "%s of %s: %d rows from %d; %d kept, %s; %.1f s",
+            "%s of %s: %d rows from %d; %d kept, %d copied, %s; %.1f s",
             self.name,
             model,
             result.shape[0],
             weight.shape[0],
-            int((match.rows >= 0).sum()),
+            int((match.without(copied[0]).rows >= 0).sum()),
+            len(copied[0]),
             _describe_new_rows(one, prepared),
             time.perf_counter() - started + sum(new.seconds for new in prepared),
         )
@@ -336,6 +364,7 @@ class RecordTransplant(Task[None]):
                     one.parameters,
                     solves=[places[solve] for solve in one.solves],
                     problems=[covered[rows.pose] for rows in one.new_rows],
+                    copied=list(one.copies.shares(one.model.match)),
                 )
         self.record.is_complete = True
 

@@ -24,11 +24,18 @@ class MatchReason(IntEnum):
     MISSING = 8  # text that the model has no token for: no row
     MISSING_SPECIAL = 9  # a special token without a counterpart: no row
     DUPLICATE = 10  # the output tokenizer always writes another token for the same bytes: no row
+    SPECIAL_RENAMED = 11  # same id and role under another name, in vocabularies that are otherwise the same
 
 
 # Text that pairs with text: these are the anchors that serve as atoms.
 TEXT_REASONS = (MatchReason.SAME_STRING, MatchReason.SAME_BYTES, MatchReason.BYTE_TOKEN)
 NEW_REASONS = (MatchReason.MISSING, MatchReason.MISSING_SPECIAL)
+
+SAME_VOCABULARY = 0.99
+"""Share of equal text tokens, among the ids that two vocabularies both have text for, that makes them one."""
+
+FEWEST_TEXT = 100
+"""Text tokens in common below which equal ones may be chance; every real vocabulary has more."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,11 @@ def match_vocabularies(output: Vocabulary, model: Vocabulary) -> VocabularyMatch
 
     Text pairs with text by its bytes: every output token whose bytes the model has gets a row, also where several have
     the same. Among the model's tokens with those bytes, the one of the same string is taken, else an ordinary one
-    before a byte-fallback one. Special tokens pair with special tokens: the same string first, then the same role,
-    then by the table of equivalents, and only then as unknown or padding token, whose rows mean little. Text never
-    pairs with them, save that one tokenizer may declare a control token of the table as special and another as merely
-    added. ``match_vocabularies(v, v)`` is the identity.
+    before a byte-fallback one. Special tokens pair with special tokens: the same string first, then the same id and
+    role where the vocabularies are one but for renamed special tokens, then the same role, then by the table of
+    equivalents, and only then as unknown or padding token, whose rows mean little. Text never pairs with them,
+    save that one tokenizer may declare a control token of the table as special and another as merely added.
+    ``match_vocabularies(v, v)`` is the identity.
 
     Args:
         output: the output tokenizer's vocabulary.
@@ -124,6 +132,7 @@ class _RowFinder:
     def __init__(self, output: Vocabulary, model: Vocabulary) -> None:
         self._output_roles = output.roles
         self._model_roles = model.roles
+        self._renamed = _renamed_tokens(output, model)
         tokens = sorted(model.tokens.values(), key=lambda token: token.id)
         self._text = _TextIndex(token for token in tokens if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE))
         self._special = _rows_by_text(token for token in tokens if token.kind is TokenKind.SPECIAL)
@@ -144,6 +153,8 @@ class _RowFinder:
     def _find_special(self, token: Token) -> tuple[int, MatchReason]:
         if token.text in self._special:
             return self._special[token.text], MatchReason.SPECIAL_CONTENT
+        if token.id in self._renamed:
+            return token.id, MatchReason.SPECIAL_RENAMED
         return (
             self._find_role(token, TRAINED_ROLES)
             or self._find_equivalent(token)
@@ -191,6 +202,41 @@ class _TextIndex:
             return row, MatchReason.BYTE_TOKEN if token.kind is TokenKind.BYTE else MatchReason.SAME_BYTES
         row = self._byte.get(token.data)
         return None if row is None else (row, MatchReason.BYTE_TOKEN)
+
+
+def _renamed_tokens(output: Vocabulary, model: Vocabulary) -> set[int]:
+    """The ids of special tokens that differ in name alone: DeepSeek-R1-Distill-Qwen renamed Qwen's.
+
+    Both vocabularies must be one but for such tokens, neither may have the other's name, and what is known of the two
+    tokens must agree: a role in common, or roles that the other vocabulary gives to no token, and no two meanings.
+    """
+    common = output.tokens.keys() & model.tokens.keys()
+    text = [id_ for id_ in common if _is_text(output.tokens[id_]) and _is_text(model.tokens[id_])]
+    equal = sum(output.tokens[id_].text == model.tokens[id_].text for id_ in text)
+    if len(text) < FEWEST_TEXT or equal < SAME_VOCABULARY * len(text):
+        return set()
+    names = [{token.text for token in vocabulary.tokens.values()} for vocabulary in (output, model)]
+    special = (id_ for id_ in common if output.tokens[id_].kind is model.tokens[id_].kind is TokenKind.SPECIAL)
+    return {
+        id_
+        for id_ in special
+        if model.tokens[id_].text not in names[0]
+        and output.tokens[id_].text not in names[1]
+        and _agree(id_, output, model)
+    }
+
+
+def _is_text(token: Token) -> bool:
+    return token.kind in (TokenKind.ORDINARY, TokenKind.BYTE)
+
+
+def _agree(id_: int, output: Vocabulary, model: Vocabulary) -> bool:
+    """Whether an id has one role in two vocabularies, as far as they say."""
+    ours, its = ({role for role, own in vocabulary.roles.items() if own == id_} for vocabulary in (output, model))
+    if ours & its:
+        return True
+    meanings = {meaning_of(vocabulary.tokens[id_].text) for vocabulary in (output, model)} - {None}
+    return bool(ours | its) and ours.isdisjoint(model.roles) and its.isdisjoint(output.roles) and len(meanings) < 2
 
 
 def is_control(token: Token) -> bool:

@@ -125,10 +125,10 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     def read(id_: int, text: str) -> Token:
         if id_ not in with_role and is_unused_text(text):
             return Token(id_, text, _utf8(text), TokenKind.UNUSED, id_ in added)
+        if scheme.fallback_byte(text) is not None and id_ not in with_role:  # also where it is flagged as special
+            return Token(id_, text, scheme.ordinary_bytes(text), TokenKind.BYTE, id_ in added)
         if id_ in special:
             return Token(id_, text, _utf8(text), TokenKind.SPECIAL, id_ in added)
-        if scheme.fallback_byte(text) is not None:
-            return Token(id_, text, scheme.ordinary_bytes(text), TokenKind.BYTE, id_ in added)
         if id_ in added:
             return Token(id_, text, scheme.added_bytes(text), TokenKind.ORDINARY, added=True)
         return Token(id_, text, scheme.ordinary_bytes(text), TokenKind.ORDINARY)

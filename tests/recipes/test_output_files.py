@@ -30,7 +30,7 @@ from mergekit_omp.output.tokenizer import finish_tokenizer
 from mergekit_omp.report.converters import TokenizerKind, converter_note, tokenizer_kind
 from mergekit_omp.vocabulary.chat_template import absent_chat_tokens
 from mergekit_omp.vocabulary.duplicates import without_duplicates
-from mergekit_omp.vocabulary.matching import match_vocabulary
+from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 EMBED = "model.embed_tokens.weight"
@@ -362,7 +362,7 @@ def test_rows_of_the_donor(
 
 def rows_kept(donor: Path, base: Path) -> list[int]:
     vocabularies = [read_vocabulary(load(folder)) for folder in (donor, base)]
-    return without_duplicates(match_vocabulary(*vocabularies), vocabularies[0], load(donor)).rows.tolist()
+    return without_duplicates(match_vocabularies(*vocabularies), vocabularies[0], load(donor)).rows.tolist()
 
 
 def test_rows_without_a_donor_model(tmp_path: Path, base: Path, donor: Path) -> None:

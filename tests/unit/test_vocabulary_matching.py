@@ -1,6 +1,7 @@
 """Which rows the tokens of an output vocabulary have in a model."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import helpers.tokenizers_for_tests as tt
@@ -87,6 +88,56 @@ def test_special_tokens_of_real_pairs(smollm2: Vocabulary, gemma3: Vocabulary, q
     assert (paired["<|endoftext|>"], paired["<|vision_start|>"]) == ("<eos>", "<start_of_image>")
     paired = pairs(gemma3, qwen)
     assert (paired["<end_of_turn>"], paired["<pad>"], paired["<unused7>"]) == ("<|im_end|>", "<|endoftext|>", None)
+
+
+R1_NAMES = {
+    151643: "<｜end▁of▁sentence｜>",
+    151644: "<｜User｜>",
+    151645: "<｜Assistant｜>",
+    151646: "<｜begin▁of▁sentence｜>",
+    151647: "<|EOT|>",
+}
+
+
+def renamed(vocabulary: Vocabulary, names: dict[int, str], **roles: int) -> Vocabulary:
+    """The same vocabulary with special tokens under other names."""
+    tokens = {
+        id_: replace(token, text=names[id_], data=names[id_].encode(), kind=SPECIAL) if id_ in names else token
+        for id_, token in vocabulary.tokens.items()
+    }
+    return Vocabulary(tokens, roles)
+
+
+def test_renamed_special_tokens_pair_by_id_and_role(qwen: Vocabulary) -> None:
+    """DeepSeek-R1-Distill-Qwen is Qwen with the first special tokens renamed, and a bos where Qwen has none."""
+    base = renamed(qwen, {151646: "<|object_ref_start|>"}, eos=151643, pad=151643)
+    chat = Vocabulary(base.tokens, {"eos": 151645, "pad": 151643})
+    distilled = renamed(qwen, R1_NAMES, bos=151646, eos=151643, pad=151643)
+    for its in (base, chat):
+        for output, model in ((distilled, its), (its, distilled)):
+            match = found(match_vocabularies(output, model))
+            assert match[151643] == (151643, MatchReason.SPECIAL_RENAMED)
+            assert match[151646] == (151646, MatchReason.SPECIAL_RENAMED)
+    paired = pairs(distilled, base)
+    assert (paired["<｜User｜>"], paired["<|EOT|>"]) == (None, None), "no role, so the id alone says nothing"
+    # With a bos of its own elsewhere, what the two tokens are for differs.
+    elsewhere = Vocabulary(base.tokens, {**base.roles, "bos": 151643})
+    assert pairs(distilled, elsewhere)["<｜begin▁of▁sentence｜>"] == "<|endoftext|>"
+    # What the table knows to mean something else does not pair.
+    assert pairs(distilled, qwen)["<｜begin▁of▁sentence｜>"] is None
+    assert qwen.tokens[151646].text == "<|vision_start|>"
+
+
+def test_equal_ids_mean_nothing_in_other_vocabularies(smollm2: Vocabulary) -> None:
+    """Another vocabulary with a special token of the same id and role pairs by role, and says so."""
+    shifted = {
+        id_: token if token.kind is SPECIAL else replace(smollm2.tokens[49151 - id_ + 17], id=id_)
+        for id_, token in smollm2.tokens.items()
+    }
+    other = renamed(Vocabulary(shifted, {}), {0: "<eos>"}, eos=0)
+    ours = Vocabulary(smollm2.tokens, {"eos": 0})
+    assert found(match_vocabularies(other, ours))[0] == (0, MatchReason.SPECIAL_ROLE)
+    assert found(match_vocabularies(renamed(ours, {0: "<eos>"}, eos=0), ours))[0] == (0, MatchReason.SPECIAL_RENAMED)
 
 
 def test_control_tokens_that_one_tokenizer_merely_adds(qwen: Vocabulary) -> None:

@@ -1,0 +1,326 @@
+"""Merges of fine-tunes of one base: a token that only some of them have keeps its row, as in mergekit."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checkpoints import (
+    ENGLISH,
+    PYTHON,
+    byte_level_tokenizer,
+    make_model,
+    run,
+    save,
+    sentencepiece_tokenizer,
+    tensors_of,
+)
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import mergekit_omp
+from mergekit_omp.realign.space import similarity
+from mergekit_omp.recipe.resolve import resolve
+from mergekit_omp.report.forecast import forecast
+from mergekit_omp.report.forecast_text import describe
+from mergekit_omp.report.record import read_record
+
+mergekit_omp.register()
+
+EMBED = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+TURNS = ("<|im_start|>", "<|im_end|>")
+NEED_A_BASE = ("ties", "dare_ties", "dare_linear", "task_arithmetic", "slerp", "breadcrumbs", "della")
+
+
+def fine_tune(model: PreTrainedModel, seed: int, noise: float) -> PreTrainedModel:
+    """Move every weight of a model a little."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            moved = torch.randn(parameter.shape, generator=generator) * parameter.float().std().nan_to_num(0.0)
+            parameter += noise * moved.to(parameter.dtype)
+    return model
+
+
+def write(
+    folder: Path,
+    base: Path,
+    tokens: tuple[str, ...],
+    seed: int,
+    noise: float = 0.01,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A fine-tune of ``base`` with added tokens, whose rows are like no other's."""
+    model = fine_tune(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), seed, noise)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed + 100)
+    with torch.no_grad():
+        for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
+            new = torch.randn(len(tokenizer) - rows, matrix.weight.shape[1], generator=generator)
+            matrix.weight[rows:] = 0.02 * new.to(dtype)
+    return save(folder, model, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base, fine-tunes of it with and without added tokens, and a model of another family of the same width."""
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = byte_level_tokenizer(ENGLISH, size=400)
+    base = save(folder / "base", make_model(tokenizer), tokenizer)
+    other = sentencepiece_tokenizer(PYTHON, size=400)
+    return {
+        "base": base,
+        "plain": write(folder / "plain", base, (), 1),
+        "chat": write(folder / "chat", base, TURNS, 2),
+        "chat2": write(folder / "chat2", base, TURNS, 3),
+        "tool": write(folder / "tool", base, ("<|tool|>",), 4),
+        "other": save(folder / "other", make_model(other, seed=9), other),
+    }
+
+
+def recipe(method: str, inputs: list[Path], source: Path | str, **more: Any) -> dict[str, Any]:
+    settings = {"k": 5, **more.pop("parameters", {})} if method.startswith("omp") else {}
+    needs = {"slerp": {"t": 0.5}, "passthrough": {}}.get(method.removeprefix("omp_").replace("omp", "passthrough"))
+    made = {
+        "merge_method": method,
+        "models": [{"model": str(path)} for path in inputs],
+        "tokenizer": {"source": str(source)},
+        "parameters": {**({"weight": 0.5} if needs is None else needs), **settings},
+        "dtype": "float32",
+        **more,
+    }
+    if method.removeprefix("omp_") in NEED_A_BASE:
+        made["base_model"] = str(inputs[0])
+    return made
+
+
+def rows_of(folder: Path, tensors: dict[str, torch.Tensor], name: str, tokens: tuple[str, ...]) -> torch.Tensor:
+    return tensors[name][AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(list(tokens))]
+
+
+def both(
+    folder: Path, outputs: dict[str, dict[str, torch.Tensor]], name: str, tokens: tuple[str, ...]
+) -> list[torch.Tensor]:
+    return [rows_of(folder / out, tensors, name, tokens) for out, tensors in outputs.items()]
+
+
+@pytest.mark.parametrize("source", ["union", "base", "chat"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp", "task_arithmetic", "passthrough"])
+def test_rows_are_as_mergekit_has_them(method: str, source: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Every tensor is bit for bit what mergekit's own method and its own tokenizer merge give."""
+    inputs = [models["plain"], models["chat"]]
+    if method == "passthrough":
+        inputs = inputs[:1] if source != "chat" else inputs[1:]
+    if source == "base":
+        inputs = inputs[::-1]  # the base has the tokens
+    named = str(models["chat"]) if source == "chat" else source
+    more = {"base_model": str(inputs[0])} if source == "base" else {}
+    expected = run(recipe(method, inputs, named, **more), tmp_path / "expected")
+    result = run(recipe(f"omp_{method}", inputs, named, **more), tmp_path / "result")
+    assert set(result) == set(expected)
+    for name, tensor in expected.items():
+        if name not in (EMBED, HEAD):
+            assert torch.equal(result[name], tensor), name
+            continue
+        tokens = tuple(AutoTokenizer.from_pretrained(tmp_path / "result").get_vocab())
+        ours, its = (
+            rows_of(tmp_path / out, made, name, tokens) for out, made in (("result", result), ("expected", expected))
+        )
+        assert torch.equal(ours, its), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp", "task_arithmetic"])
+@pytest.mark.parametrize("source", ["union", "chat"])
+def test_a_token_of_one_input_keeps_its_row(
+    source: str, method: str, dtype: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Bit for bit, also where the base is the one that lacks it, and whatever the seed."""
+    inputs = [models["plain"], models["chat"]]
+    named = str(models["chat"]) if source == "chat" else source
+    own = tensors_of(models["chat"])
+    for seed in (1, 2):
+        out = tmp_path / f"out{seed}"
+        result = run(recipe(f"omp_{method}", inputs, named, dtype=dtype), out, random_seed=seed)
+        for name in (EMBED, HEAD):
+            kept = rows_of(models["chat"], own, name, TURNS).to(getattr(torch, dtype))
+            assert torch.equal(rows_of(out, result, name, TURNS), kept), (name, seed)
+    assert read_record(out)["solves"] == []
+
+
+def test_slerp_of_distant_inputs_scales_as_mergekits(models: dict[str, Path], tmp_path: Path) -> None:
+    """mergekit's slerp turns whole matrices: beyond a small angle θ it stretches equal rows by 1 / cos(θ / 2)."""
+    far = write(tmp_path / "far", models["base"], TURNS, 5, noise=0.5)
+    inputs = [models["plain"], far]
+    expected = run(recipe("slerp", inputs, "union"), tmp_path / "expected")
+    result = run(recipe("omp_slerp", inputs, "union"), tmp_path / "result")
+    ours = rows_of(tmp_path / "result", result, EMBED, TURNS)
+    assert torch.equal(ours, rows_of(tmp_path / "expected", expected, EMBED, TURNS))
+    kept = rows_of(far, tensors_of(far), EMBED, TURNS)
+    ratio = ours / kept
+    assert float(ratio.min()) > 1.001
+    torch.testing.assert_close(ratio, ratio[0, 0].expand_as(ratio))
+
+
+def test_several_that_have_a_token_give_the_mean_or_the_bases_row(models: dict[str, Path], tmp_path: Path) -> None:
+    """As in mergekit: the base's row where the base has the token, else the mean of those that have it."""
+    inputs = [models["plain"], models["chat"], models["chat2"]]
+    merged = run(recipe("omp_ties", inputs, "union"), tmp_path / "ties")
+    plain = run(recipe("ties", inputs, "union"), tmp_path / "plain")
+    for name in (EMBED, HEAD):
+        ours, its = (rows_of(tmp_path / out, made, name, TURNS) for out, made in (("ties", merged), ("plain", plain)))
+        assert torch.equal(ours, its)
+    based = recipe("omp_linear", inputs[::-1], "union", base_model=str(models["chat2"]))
+    result = run(based, tmp_path / "based")
+    expected = run({**based, "merge_method": "linear", "parameters": {"weight": 0.5}}, tmp_path / "expected")
+    for name in (EMBED, HEAD):
+        ours, its = both(tmp_path, {"based": result, "expected": expected}, name, TURNS)
+        assert torch.equal(ours, its)
+
+
+def test_a_donor_that_is_not_merged(models: dict[str, Path], tmp_path: Path) -> None:
+    """A newer fine-tune as the source of the tokenizer gives its rows, and nothing is approximated."""
+    inputs = [models["base"], models["plain"]]
+    result = run(recipe("omp_linear", inputs, models["chat"]), tmp_path / "linear")
+    own = tensors_of(models["chat"])
+    alone = run(recipe("omp", [models["base"]], models["chat"]), tmp_path / "alone")
+    for name in (EMBED, HEAD):
+        kept = rows_of(models["chat"], own, name, TURNS)
+        assert torch.equal(rows_of(tmp_path / "linear", result, name, TURNS), kept)
+        assert torch.equal(rows_of(tmp_path / "alone", alone, name, TURNS), kept)
+        assert torch.equal(alone[name][:-2], tensors_of(models["base"])[name])
+    assert read_record(tmp_path / "alone")["tensors"][0]["copied"] == [{"from": [str(models["chat"])], "tokens": 2}]
+
+
+def test_inputs_of_another_space_are_approximated_beside(models: dict[str, Path], tmp_path: Path) -> None:
+    """With two families in one merge, copies go within one, and the other's tokens are approximated."""
+    inputs = [models["plain"], models["chat"], models["other"]]
+    union = recipe("omp_linear", inputs, "union", base_model=str(models["plain"]))
+    run(union, tmp_path / "out")
+    record = read_record(tmp_path / "out")
+    copied = {(tensor["name"], tensor["model"]): tensor["copied"] for tensor in record["tensors"]}
+    for name in (EMBED, HEAD):
+        assert copied[name, str(models["plain"])] == [{"from": [str(models["chat"])], "tokens": 2}]
+        assert copied[name, str(models["other"])] == []
+    targets = {(solve["base"], solve["donor"]): solve["targets"] for solve in record["solves"]}
+    assert targets[str(models["other"]), str(models["chat"])] == 2
+    assert (str(models["plain"]), str(models["chat"])) not in targets
+
+
+def test_a_stand_in_of_the_same_role_gives_way(models: dict[str, Path], tmp_path: Path) -> None:
+    """A fine-tune whose end of text is another token: the base's own end of text is not averaged into it."""
+    chat = tmp_path / "chatml"
+    write(chat, models["base"], TURNS, 7)
+    path = chat / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<|im_end|>"}))
+    result = run(recipe("omp_linear", [models["base"], chat], chat), tmp_path / "out")
+    own, before = tensors_of(chat), tensors_of(models["base"])
+    for name in (EMBED, HEAD):
+        assert torch.equal(rows_of(tmp_path / "out", result, name, TURNS), rows_of(chat, own, name, TURNS))
+        end = rows_of(tmp_path / "out", result, name, ("<|endoftext|>",))
+        torch.testing.assert_close(end, (own[name][:1] + before[name][:1]) / 2)
+
+
+@pytest.mark.parametrize(("copy_rows", "copies"), [("auto", 2), ("always", 2), ("never", 0)])
+def test_copy_rows_in_one_space(copy_rows: str, copies: int, models: dict[str, Path], tmp_path: Path) -> None:
+    inputs = [models["plain"], models["chat"]]
+    made = recipe("omp_linear", inputs, "union", parameters={"copy_rows": copy_rows})
+    result = run(made, tmp_path / "out")
+    record = read_record(tmp_path / "out")
+    assert sum(each["tokens"] for each in record["tensors"][0]["copied"]) == copies
+    assert [solve["targets"] for solve in record["solves"]] == ([] if copies else [2, 2])
+    kept = rows_of(models["chat"], tensors_of(models["chat"]), EMBED, TURNS)
+    assert torch.equal(rows_of(tmp_path / "out", result, EMBED, TURNS), kept) is bool(copies)
+
+
+def test_copy_rows_across_spaces(models: dict[str, Path], tmp_path: Path) -> None:
+    """``always`` copies between models of one width that have nothing else in common; ``auto`` does not."""
+    base, other = models["base"], models["other"]
+    own = tensors_of(other)[EMBED]
+    forced = run(recipe("omp", [base], other, parameters={"copy_rows": "always"}), tmp_path / "always")
+    asked = run(recipe("omp", [base], other), tmp_path / "auto")
+    never = run(recipe("omp", [base], other, parameters={"copy_rows": "never"}), tmp_path / "never")
+    [copied] = read_record(tmp_path / "always")["tensors"][0]["copied"]
+    assert int((forced[EMBED] == own).all(dim=1).sum()) == copied["tokens"] > 50
+    trained = own.any(dim=1)  # the padding token's row is zero in both
+    assert not (asked[EMBED] == own).all(dim=1)[trained].any()
+    assert all(torch.equal(asked[name], tensor) for name, tensor in never.items())
+
+
+def test_an_override_wins_and_force_still_approximates(models: dict[str, Path], tmp_path: Path) -> None:
+    inputs = [models["plain"], models["chat"]]
+    tokens = {"<|im_start|>": {"source": {"kind": "zero"}}, "<|im_end|>": {"force": True}}
+    made = recipe("omp_linear", inputs, models["chat"], tokenizer={"source": str(models["chat"]), "tokens": tokens})
+    result = run(made, tmp_path / "out")
+    own = tensors_of(models["chat"])[EMBED]
+    start, end = rows_of(tmp_path / "out", result, EMBED, TURNS)
+    assert torch.equal(start, rows_of(models["chat"], {EMBED: own}, EMBED, TURNS)[0] / 2)
+    assert not torch.equal(end, rows_of(models["chat"], {EMBED: own}, EMBED, TURNS)[1])
+    assert [solve["targets"] for solve in read_record(tmp_path / "out")["solves"]] == [1, 1]
+
+
+def test_inputs_of_two_precisions(models: dict[str, Path], tmp_path: Path) -> None:
+    """Without ``dtype:`` a float32 row stays what it is beside a bfloat16 input, as in mergekit."""
+    half = write(tmp_path / "half", models["base"], (), 1, dtype=torch.bfloat16)
+    made = recipe("omp_linear", [half, models["chat"]], "union")
+    del made["dtype"]
+    result = run(made, tmp_path / "out")
+    kept = rows_of(models["chat"], tensors_of(models["chat"]), EMBED, TURNS)
+    assert torch.equal(rows_of(tmp_path / "out", result, EMBED, TURNS).float(), kept.to(result[EMBED].dtype).float())
+    del made["parameters"]["k"]
+    expected = run({**made, "merge_method": "linear"}, tmp_path / "expected")
+    assert result[EMBED].dtype == expected[EMBED].dtype
+    ours, its = both(tmp_path, {"out": result, "expected": expected}, EMBED, TURNS)
+    assert torch.equal(ours, its)
+
+
+def test_the_log_and_inspect_say_what_is_copied(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = recipe("omp_linear", [models["plain"], models["chat"], models["other"]], "union")
+    with caplog.at_level(logging.INFO):
+        run(made, tmp_path / "out", quiet=False)
+    plain, chat, other = (str(models[name]) for name in ("plain", "chat", "other"))
+    said = [
+        line for line in caplog.messages if line.startswith("input embedding matrix: the rows of shared tokens of")
+    ]
+    assert any(plain in line and line.endswith(f"the rows of 2 tokens of {chat} are copied") for line in said)
+    assert any(line.endswith(f"tokens of {other} are not copied") for line in said)
+
+    transplant = resolve(MergeConfiguration.model_validate(made), MergeOptions())
+    found = forecast(transplant, measure=False)
+    assert f"2 tokens that only {chat} has: copied (median similarity" in "\n".join(map(str, describe(found)))
+    copied = {(model["name"], each["model"]): each for model in found["inputs"] for each in model["copied"]}
+    assert copied[plain, chat]["copied"] is True
+    assert copied[plain, chat]["similarity"] == pytest.approx(1, abs=0.01)
+    assert copied[plain, chat]["tokens"] == 2
+    assert copied[chat, other]["copied"] is False
+    assert abs(copied[chat, other]["similarity"]) < 0.1
+    assert not [s for s in found["solves"] if (s["base"], s["donor"]) == (plain, chat)]
+
+
+def test_similarity_of_real_models(smollm2_dir: Path, gemma3_dir: Path) -> None:
+    """A copy with much noise is one space; other tokens, other axes and another model's rows are not.
+
+    With noise of half the deviation σ of the matrix, the similarity is 2 s² / (2 s² + σ² / 4), where s² is the
+    variance of the rows around their mean.
+    """
+    smollm2, gemma = (tensors_of(folder)[EMBED].float() for folder in (smollm2_dir, gemma3_dir))
+    generator = torch.Generator().manual_seed(0)
+    for rows in (smollm2, gemma):
+        noise = torch.randn(rows.shape, generator=generator) * rows.std() / 2
+        variance = (rows - rows.mean(dim=0)).square().mean()
+        expected = float(2 * variance / (2 * variance + rows.var() / 4))
+        assert expected > 0.75
+        assert similarity(rows, rows + noise) == pytest.approx(expected, abs=0.03)
+        assert similarity(rows, rows) == pytest.approx(1)
+        assert abs(similarity(rows, rows.flip(0))) < 0.05
+        assert abs(similarity(rows, rows.flip(1))) < 0.05
+    assert abs(similarity(smollm2, gemma[: len(smollm2), :576])) < 0.05
