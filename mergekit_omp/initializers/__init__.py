@@ -1,4 +1,5 @@
-"""Where the rows of new tokens come from: one file for each method, or family of methods.
+"""Where the rows of new tokens come from: one file for each initializer, or family of them.
 
-A method is a function from :class:`NewTokens` to a :data:`RowMaker`.
+An initializer is a function from :class:`~mergekit_omp.initializers.base.NewTokens` to a
+:data:`~mergekit_omp.initializers.base.RowFunction`.
 """

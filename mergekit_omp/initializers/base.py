@@ -13,7 +13,7 @@ from mergekit_omp.solver import SparseCodes
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
-RowMaker = Callable[[Tensor, bool], Tensor]
+RowFunction = Callable[[Tensor, bool], Tensor]
 """From a matrix [R, D] of the model, and whether it is the LM head, to float32 [B, D]: the rows of the B targets."""
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.vocabulary.segmentation import pieces
 
 SHIFT = math.log(10)
@@ -63,7 +63,7 @@ def find_numbers(new: NewTokens) -> Numbers:
     return Numbers(torch.tensor(list(by_digit), dtype=torch.int64), list(by_digit.values()))
 
 
-def with_numbers(make: RowMaker, numbers: Numbers, shift: LogitShift) -> RowMaker:
+def with_numbers(make: RowFunction, numbers: Numbers, shift: LogitShift) -> RowFunction:
     """Rows as ``make`` gives them, but those of numbers from their digits."""
     lowered = SHIFT * torch.tensor([len(rows) - 1 for rows in numbers.digits])
 

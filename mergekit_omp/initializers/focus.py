@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.vectors import (
     TokenizedCorpus,
     check_corpus,
@@ -69,7 +69,7 @@ def check(parameters: OmpParameters, place: str) -> None:
         check_vectors(parameters.vectors, f"{place}.vectors")
 
 
-def focus(new: NewTokens) -> RowMaker:
+def focus(new: NewTokens) -> RowFunction:
     """Combine the anchors by the sparsemax of their cosine similarities with the token.
 
     The similarities are those of the vectors that the recipe names, or of fastText vectors that are learnt here from

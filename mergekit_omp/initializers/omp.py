@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.regression import RowRegression, pieces_of_anchors
 from mergekit_omp.parameters import Reconstruction
 from mergekit_omp.realign.problem import Problem
@@ -15,7 +15,7 @@ from mergekit_omp.vocabulary.segmentation import pieces as split_by_tokenizer
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
 
-def omp(new: NewTokens) -> RowMaker:
+def omp(new: NewTokens) -> RowFunction:
     """Σ cᵢ bᵢ of the codes and the anchors' rows, or the regression with the codes' correction.
 
     A bias [R] is combined in any case, as the logits are that it is added to.

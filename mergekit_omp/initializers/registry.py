@@ -1,4 +1,4 @@
-"""The methods that ``approximation:`` can name, and what each needs."""
+"""The initializers that ``approximation:`` can name, and what each needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mergekit_omp.initializers import focus, tokalign, tokensurgeon, wechsel, zett
-from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.omp import omp
 from mergekit_omp.parameters import Approximation, OmpParameters, Reconstruction
 
 
 @dataclass(frozen=True)
-class Method:
-    """One way to make rows.
+class Initializer:
+    """One way to make the rows of new tokens.
 
     Attributes:
         prepare: does what does not depend on the model's matrix, once for the input embedding and the LM head.
@@ -25,7 +25,7 @@ class Method:
         any_shape: whether it can make the entries of a bias, too; the others' are the mean of the anchors'.
     """
 
-    prepare: Callable[[NewTokens], RowMaker]
+    prepare: Callable[[NewTokens], RowFunction]
     check: Callable[[OmpParameters, str], None] = lambda parameters, place: None
     solves: bool = False
     reads_donor: Callable[[OmpParameters], bool] = lambda parameters: False
@@ -33,7 +33,7 @@ class Method:
     reads_configs: bool = False
     any_shape: bool = False
 
-    def rows(self, new: NewTokens) -> RowMaker:
+    def rows(self, new: NewTokens) -> RowFunction:
         """How the rows of new tokens are made, for a tensor [R, ...] of any shape."""
         make = self.prepare(new)
 
@@ -50,43 +50,43 @@ def _always(_parameters: OmpParameters) -> bool:
 
 
 _MERGEKIT = {
-    Approximation.COMMON_INTERPOLATION: Method(tokensurgeon.common_interpolation, reads_donor=_always),
-    Approximation.SUBWORD: Method(tokensurgeon.subword),
-    Approximation.MEAN: Method(tokensurgeon.as_mergekit),
-    Approximation.ZERO: Method(tokensurgeon.as_mergekit),
-    Approximation.RANDN: Method(tokensurgeon.as_mergekit),
-    Approximation.JOHN_HEWITT: Method(tokensurgeon.john_hewitt),
-    Approximation.LANDMARK_PCA: Method(tokensurgeon.as_mergekit, reads_donor=_always),
-    Approximation.STB: Method(tokensurgeon.stb, reads_donor=_always),
-    Approximation.MP_ROPE: Method(tokensurgeon.mp_rope, reads_donor=_always, reads_configs=True),
+    Approximation.COMMON_INTERPOLATION: Initializer(tokensurgeon.common_interpolation, reads_donor=_always),
+    Approximation.SUBWORD: Initializer(tokensurgeon.subword),
+    Approximation.MEAN: Initializer(tokensurgeon.as_mergekit),
+    Approximation.ZERO: Initializer(tokensurgeon.as_mergekit),
+    Approximation.RANDN: Initializer(tokensurgeon.as_mergekit),
+    Approximation.JOHN_HEWITT: Initializer(tokensurgeon.john_hewitt),
+    Approximation.LANDMARK_PCA: Initializer(tokensurgeon.as_mergekit, reads_donor=_always),
+    Approximation.STB: Initializer(tokensurgeon.stb, reads_donor=_always),
+    Approximation.MP_ROPE: Initializer(tokensurgeon.mp_rope, reads_donor=_always, reads_configs=True),
 }
 
-METHODS: dict[Approximation, Method] = {
-    Approximation.OMP: Method(
+INITIALIZERS: dict[Approximation, Initializer] = {
+    Approximation.OMP: Initializer(
         omp,
         solves=True,
         reads_donor=lambda parameters: parameters.reconstruction is Reconstruction.REGRESSION,
         any_shape=True,
     ),
     **_MERGEKIT,
-    Approximation.FOCUS: Method(focus.focus, focus.check),
-    Approximation.WECHSEL: Method(wechsel.wechsel, wechsel.check),
-    Approximation.ZETT: Method(zett.zett, zett.check, reads_both=True),
-    Approximation.TOKALIGN: Method(tokalign.tokalign, tokalign.check),
+    Approximation.FOCUS: Initializer(focus.focus, focus.check),
+    Approximation.WECHSEL: Initializer(wechsel.wechsel, wechsel.check),
+    Approximation.ZETT: Initializer(zett.zett, zett.check, reads_both=True),
+    Approximation.TOKALIGN: Initializer(tokalign.tokalign, tokalign.check),
 }
 
 
-def method_of(parameters: OmpParameters) -> Method:
-    """The method that a recipe's parameters ask for."""
-    return METHODS[parameters.approximation]
+def initializer_of(parameters: OmpParameters) -> Initializer:
+    """The initializer that a recipe's parameters ask for."""
+    return INITIALIZERS[parameters.approximation]
 
 
 def needs_donor(parameters: OmpParameters) -> bool:
     """Whether rows of the model that the new tokenizer comes from are needed."""
-    method = method_of(parameters)
-    return method.solves or method.reads_donor(parameters) or parameters.magikarp
+    initializer = initializer_of(parameters)
+    return initializer.solves or initializer.reads_donor(parameters) or parameters.magikarp
 
 
 def without_donor() -> list[str]:
-    """The names of the methods that a tokenizer without a model is enough for."""
-    return [each.value for each in METHODS if not needs_donor(OmpParameters(approximation=each))]
+    """The names of the initializers that a tokenizer without a model is enough for."""
+    return [each.value for each in INITIALIZERS if not needs_donor(OmpParameters(approximation=each))]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.vectors import SEED, TokenizedCorpus, check_corpus, check_packages
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
@@ -60,7 +60,7 @@ def check(parameters: OmpParameters, place: str) -> None:
         check_corpus(parameters.corpus, f"{place}.corpus")
 
 
-def tokalign(new: NewTokens) -> RowMaker:
+def tokalign(new: NewTokens) -> RowFunction:
     """Copy to each new token the row of its token of the model.
 
     The map is read from ``token_map``, or learnt from ``corpus``. Tokens that it lacks get the mean of the anchors'

@@ -31,7 +31,7 @@ from mergekit_omp.compat import (
     john_hewitt_init,
 )
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.realign.rows import NOISE_SEED
 from mergekit_omp.vocabulary.segmentation import pieces
 
@@ -43,7 +43,7 @@ TARGETS_AT_A_TIME = 512
 _NOWHERE = ModelReference.model_validate("unused")
 
 
-def as_mergekit(new: NewTokens) -> RowMaker:
+def as_mergekit(new: NewTokens) -> RowFunction:
     """The methods that need nothing but mergekit's function; the same rows in every run.
 
     ``mean``: the mean of all rows of the model. ``zero``: zeros. ``randn``: standard normal noise. ``landmark_pca``:
@@ -58,7 +58,7 @@ def as_mergekit(new: NewTokens) -> RowMaker:
     return rows
 
 
-def john_hewitt(new: NewTokens) -> RowMaker:
+def john_hewitt(new: NewTokens) -> RowFunction:
     """Draws from the normal distribution of the model's rows, the same in every run.
 
     After https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
@@ -75,7 +75,7 @@ def john_hewitt(new: NewTokens) -> RowMaker:
     return rows
 
 
-def common_interpolation(new: NewTokens) -> RowMaker:
+def common_interpolation(new: NewTokens) -> RowFunction:
     """A weighted mean of the k anchors that are nearest in the donor's space."""
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
@@ -85,7 +85,7 @@ def common_interpolation(new: NewTokens) -> RowMaker:
     return rows
 
 
-def stb(new: NewTokens) -> RowMaker:
+def stb(new: NewTokens) -> RowFunction:
     """Sparse token basis: coordinates in a basis of which each vector is a combination of k anchors."""
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
@@ -99,7 +99,7 @@ def stb(new: NewTokens) -> RowMaker:
     return rows
 
 
-def mp_rope(new: NewTokens) -> RowMaker:
+def mp_rope(new: NewTokens) -> RowFunction:
     """Matching pursuit over anchors that may be rotated as rotary position embeddings do.
 
     Raises:
@@ -138,7 +138,7 @@ def mp_rope(new: NewTokens) -> RowMaker:
     return rows
 
 
-def subword(new: NewTokens) -> RowMaker:
+def subword(new: NewTokens) -> RowFunction:
     """The mean, sum, weighted mean, or one end, of the rows of the pieces that the model's tokenizer makes of a token.
 
     mergekit asks the tokenizer itself; many put a space before a text, and bytes that are no UTF-8 have no text. Here

@@ -29,7 +29,7 @@ from torch.nn.functional import embedding_bag, normalize
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.vectors import check_packages, check_vectors, read_vectors
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.rows import NOISE_SEED
@@ -82,7 +82,7 @@ def _paths(parameters: OmpParameters, place: str) -> dict[str, str]:
     return given
 
 
-def wechsel(new: NewTokens) -> RowMaker:
+def wechsel(new: NewTokens) -> RowFunction:
     """Means of the rows of the model's ordinary tokens that are nearest in meaning.
 
     Tokens without an embedding (special tokens, bytes that are no text, text that no word has) get draws from the

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.vocabulary.byte_encoding import as_text
 from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
@@ -68,7 +68,7 @@ def check(parameters: OmpParameters, place: str) -> None:
         )
 
 
-def zett(new: NewTokens) -> RowMaker:
+def zett(new: NewTokens) -> RowFunction:
     """The hypernetwork's rows, from the model's input embedding and head as they are.
 
     A token without bytes has no form to predict from; it gets the mean of the anchors' rows. A special token of the

@@ -5,7 +5,7 @@ from mergekit.io.tasks import LoadTensor
 from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
 from mergekit_omp.checkpoints.weights import vocabulary_matrix
 from mergekit_omp.compat import ExecuteMergeMethodTask, PermutedVocabulary
-from mergekit_omp.initializers.registry import method_of, needs_donor
+from mergekit_omp.initializers.registry import initializer_of, needs_donor
 from mergekit_omp.parameters import Numerals, OmpParameters
 from mergekit_omp.recipe.copies import Copies, find_copies
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
@@ -58,11 +58,12 @@ def _plan_rows(
     model: RecipeModel, role: VocabularyRole, parameters: OmpParameters, copies: Copies, transplant: Transplant
 ) -> tuple[PrepareRows, ...]:
     """One task for every donor that has new tokens of the model which are not copied and no earlier donor has."""
-    method, options = method_of(parameters), transplant.options
+    initializer, options = initializer_of(parameters), transplant.options
+    solves = initializer.solves
     base_trained = find_trained_rows(model, options) if parameters.magikarp else None
     own = (
         tuple(vocabulary_matrix(model.reference, side, options, model.key) for side in VocabularyRole)
-        if method.reads_both
+        if initializer.reads_both
         else ()
     )
     logit_shift = find_logit_shift(model) if parameters.numerals is Numerals.DIGITS else None
@@ -72,7 +73,7 @@ def _plan_rows(
         # Which tokens are under-trained is known once the tensors are loaded; a model teaches itself nothing.
         if not len(posed.problem.without(copied).target_ids) and (not parameters.magikarp or posed.donor is model):
             continue
-        method.check(parameters, "parameters")
+        initializer.check(parameters, "parameters")
         pose = PoseProblem(
             posed=posed,
             copies=copies,
@@ -87,12 +88,12 @@ def _plan_rows(
                 transplant=transplant,
                 pose=pose,
                 parameters=parameters,
-                solve=_plan_solve(pose, weight, axis, parameters, transplant) if method.solves and weight else None,
-                donor_weight=weight if method.reads_donor(parameters) else None,
+                solve=_plan_solve(pose, weight, axis, parameters, transplant) if solves and weight else None,
+                donor_weight=weight if initializer.reads_donor(parameters) else None,
                 vocabulary_axis=axis,
                 logit_shift=logit_shift,
                 own_weights=own,
-                model=model if method.reads_configs else None,
+                model=model if initializer.reads_configs else None,
             )
         )
     return tuple(planned)

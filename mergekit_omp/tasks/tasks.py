@@ -21,9 +21,9 @@ from pydantic import BaseModel, InstanceOf
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
 from mergekit_omp.compat import TokenizerInfo
-from mergekit_omp.initializers.base import NewTokens, RowMaker
+from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.digits import LogitShift, find_numbers, with_numbers
-from mergekit_omp.initializers.registry import method_of
+from mergekit_omp.initializers.registry import initializer_of
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution, TrainedRows, pose_problem
 from mergekit_omp.realign.rows import check_rows, realign
@@ -138,7 +138,7 @@ class NewRows:
     """
 
     problem: Problem
-    make: RowMaker
+    make: RowFunction
     solution: Solution | None
     seconds: float
 
@@ -199,7 +199,7 @@ class PrepareRows(Task[NewRows]):
             configs=(posed.donor.config, self.model.config) if self.model else None,
             trust_remote_code=self.transplant.trust_remote_code,
         )
-        make = method_of(self.parameters).rows(new)
+        make = initializer_of(self.parameters).rows(new)
         if logit_shift is not None:
             make = with_numbers(make, find_numbers(new), logit_shift)
         return NewRows(problem, make, solution, time.perf_counter() - started + (solution.seconds if solution else 0))

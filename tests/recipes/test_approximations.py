@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_omp.cli.main import main
 from mergekit_omp.initializers import tokensurgeon
-from mergekit_omp.initializers.registry import METHODS, without_donor
+from mergekit_omp.initializers.registry import INITIALIZERS, without_donor
 from mergekit_omp.parameters import Approximation, OmpParameters
 from mergekit_omp.realign.rows import NOISE_SEED
 
@@ -165,7 +165,7 @@ def test_john_hewitt_with_fewer_rows_than_dimensions_has_small_noise(tmp_path: P
 
 @pytest.mark.parametrize(
     "approximation",
-    [each.value for each in METHODS if each.value in ("omp", *dict((name, None) for name, *_ in CASES))],
+    [each.value for each in INITIALIZERS if each.value in ("omp", *dict((name, None) for name, *_ in CASES))],
 )
 def test_works_for_other_tokenizers_and_types(tmp_path: Path, approximation: str) -> None:
     base_tokenizer, tokenizer = byte_level_tokenizer(ENGLISH, size=400), sentencepiece_tokenizer(PYTHON, size=400)
@@ -291,6 +291,6 @@ def test_tokens_ranks_by_residuals_which_only_omp_has(base: Path, donor: Path, t
 
 
 def test_every_method_of_the_parameter_is_there() -> None:
-    assert set(METHODS) == set(Approximation)
+    assert set(INITIALIZERS) == set(Approximation)
     assert OmpParameters().approximation is Approximation.OMP
     assert tokensurgeon.TARGETS_AT_A_TIME == 512
