@@ -25,6 +25,9 @@ from mergekit_omp.errors import OmpError
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """In mergekit's order of preference."""
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""What describes the processor of a model that reads images or sound."""
+
 _VOCABULARY_MODULE = re.compile(r"\.(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|lm_head|embed_out)\.")
 
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -265,6 +268,12 @@ def _problem_of_pickle(path: Path) -> str | None:
     except (RuntimeError, EOFError, ValueError):
         return "it is truncated"
     return None
+
+
+def processor_files(model: ModelReference) -> list[Path]:
+    """The files that a model's processor is described by; [] for a model that reads text alone."""
+    found = (find_file(model, name) for name in PROCESSOR_FILES)
+    return [path for path in found if path is not None]
 
 
 def find_file(model: ModelReference, name: str) -> Path | None:

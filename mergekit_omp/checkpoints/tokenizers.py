@@ -18,8 +18,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mergekit_omp.checkpoints.files import find_file
 from mergekit_omp.errors import OmpError
+from mergekit_omp.vocabulary.tokens import ROLES
 
 LOG = logging.getLogger(__name__)
+
+_ROLE_NAMES = {f"{role}_token" for role in ROLES}
 
 
 def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
@@ -40,6 +43,11 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> 
         raise OmpError(
             f"{key}: no tokenizer can be read from {model.model} ({reason}); name a model with a tokenizer."
         ) from error
+
+
+def named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The tokens that a tokenizer has a name of its own for, such as ``image_token``: processors ask for them."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name not in _ROLE_NAMES}
 
 
 def is_read_as_written(tokenizer: PreTrainedTokenizerBase, tokenizer_json: Path) -> bool:

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from mergekit_omp.checkpoints.files import read_json
-from mergekit_omp.checkpoints.processor import named_tokens, processor_files
+from mergekit_omp.checkpoints.files import processor_files, read_json
+from mergekit_omp.checkpoints.tokenizers import named_tokens
 from mergekit_omp.output.tokenizer import write_json
 from mergekit_omp.recipe.transplant import Transplant
 

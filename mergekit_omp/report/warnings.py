@@ -6,8 +6,8 @@ from collections.abc import Collection
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.checkpoints.architecture import position_settings
-from mergekit_omp.checkpoints.files import find_file
-from mergekit_omp.checkpoints.processor import named_tokens, processor_files
+from mergekit_omp.checkpoints.files import find_file, processor_files
+from mergekit_omp.checkpoints.tokenizers import named_tokens
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.report.converters import converter_note, tokenizer_kind
 from mergekit_omp.vocabulary.chat_template import absent_chat_tokens, chat_template_tokens
