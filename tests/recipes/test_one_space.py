@@ -19,7 +19,15 @@ from helpers.checkpoints import (
 )
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 import mergekit_omp
 from mergekit_omp.realign.space import similarity
@@ -226,6 +234,39 @@ def test_a_stand_in_of_the_same_role_gives_way(models: dict[str, Path], tmp_path
         assert torch.equal(rows_of(tmp_path / "out", result, name, TURNS), rows_of(chat, own, name, TURNS))
         end = rows_of(tmp_path / "out", result, name, ("<|endoftext|>",))
         torch.testing.assert_close(end, (own[name][:1] + before[name][:1]) / 2)
+
+
+def test_renamed_special_tokens_pair(tmp_path: Path) -> None:
+    """As DeepSeek-R1-Distill-Qwen beside Qwen: the same id and role is one token, averaged as all others are.
+
+    Tokens of the same id without a role (``<｜User｜>``) are the fine-tune's alone, and keep its row.
+    """
+    names = {
+        "<|endoftext|>": "<｜end▁of▁sentence｜>",
+        "<|object_ref_start|>": "<｜begin▁of▁sentence｜>",
+        "<|box_start|>": "<｜User｜>",
+    }
+    end, begin, user = names.values()
+    tokenizer = byte_level_tokenizer(ENGLISH, size=400, special=tuple(names)[1:])
+    tokenizer.bos_token = None
+    base = save(tmp_path / "base", make_model(tokenizer), tokenizer)
+    described = tokenizer.backend_tokenizer.to_str()
+    for old, new in names.items():
+        described = described.replace(json.dumps(old), json.dumps(new))
+    renamed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(described), bos_token=begin, eos_token=end, pad_token=end
+    )
+    distilled = save(
+        tmp_path / "distilled", fine_tune(AutoModelForCausalLM.from_pretrained(base), 3, noise=0.1), renamed
+    )
+    result = run(recipe("omp_linear", [base, distilled], distilled), tmp_path / "out")
+    for name in (EMBED, HEAD):
+        own, its = tensors_of(distilled)[name], tensors_of(base)[name]
+        torch.testing.assert_close(result[name][:2], (own[:2] + its[:2]) / 2)
+        assert torch.equal(rows_of(tmp_path / "out", result, name, (user,)), own[2:3])
+        torch.testing.assert_close(result[name][3:], (own[3:] + its[3:]) / 2)
+    [model] = [each for each in read_record(tmp_path / "out")["models"] if each["name"] == str(base)]
+    assert model["match"]["special renamed"] == 2
 
 
 @pytest.mark.parametrize(("copy_rows", "copies"), [("auto", 2), ("always", 2), ("never", 0)])
