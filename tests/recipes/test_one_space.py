@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from helpers.checkpoints import (
     ENGLISH,
     PYTHON,
@@ -17,8 +19,6 @@ from helpers.checkpoints import (
     sentencepiece_tokenizer,
     tensors_of,
 )
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
 from tokenizers import Tokenizer
 from transformers import (
     AddedToken,
@@ -30,10 +30,8 @@ from transformers import (
 )
 
 import mergekit_omp
+from mergekit_omp.cli.inspect import inspect
 from mergekit_omp.realign.space import similarity
-from mergekit_omp.recipe.resolve import resolve
-from mergekit_omp.report.forecast import forecast
-from mergekit_omp.report.forecast_text import describe
 from mergekit_omp.report.record import read_record
 
 mergekit_omp.register()
@@ -335,9 +333,11 @@ def test_the_log_and_inspect_say_what_is_copied(
     assert any(plain in line and line.endswith(f"the rows of 2 tokens of {chat} are copied") for line in said)
     assert any(line.endswith(f"tokens of {other} are not copied") for line in said)
 
-    transplant = resolve(MergeConfiguration.model_validate(made), MergeOptions())
-    found = forecast(transplant, measure=False)
-    assert f"2 tokens that only {chat} has: copied (median similarity" in "\n".join(map(str, describe(found)))
+    path = tmp_path / "recipe.yml"
+    path.write_text(yaml.safe_dump(made))
+    text = CliRunner().invoke(inspect, [str(path), "--no-time"], env={"COLUMNS": "1000"}).stdout
+    assert f"2 tokens that only {chat} has: copied (median similarity of the rows of shared tokens: 1.00)" in text
+    found = json.loads(CliRunner().invoke(inspect, [str(path), "--no-time", "--json"]).stdout)
     copied = {(model["name"], each["model"]): each for model in found["inputs"] for each in model["copied"]}
     assert copied[plain, chat]["copied"] is True
     assert copied[plain, chat]["similarity"] == pytest.approx(1, abs=0.01)
