@@ -71,12 +71,13 @@ class Copies:
         return ids, torch.cat([like[:0], *(rows for _, rows in gathered)])
 
     def shares(self, match: VocabularyMatch) -> Iterator[tuple[tuple[RecipeModel, ...], torch.Tensor]]:
-        """Yield each rank with the output ids that it gives rows for."""
+        """Yield each rank that gives rows, with their output ids."""
         lacking = ~_has(match)
         lacking[list(self.approximated)] = False
         for rank in self.ranks:
             given = lacking & reduce(torch.logical_or, (_has(model.match) for model in rank))
-            yield rank, given.nonzero().flatten()
+            if given.any():
+                yield rank, given.nonzero().flatten()
             lacking &= ~given
 
 

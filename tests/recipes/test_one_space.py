@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from click.testing import CliRunner
 from helpers.checkpoints import (
     ENGLISH,
     PYTHON,
@@ -17,15 +19,19 @@ from helpers.checkpoints import (
     sentencepiece_tokenizer,
     tensors_of,
 )
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 import mergekit_omp
+from mergekit_omp.cli.inspect import inspect
 from mergekit_omp.realign.space import similarity
-from mergekit_omp.recipe.resolve import resolve
-from mergekit_omp.report.forecast import forecast
-from mergekit_omp.report.forecast_text import describe
 from mergekit_omp.report.record import read_record
 
 mergekit_omp.register()
@@ -228,6 +234,39 @@ def test_a_stand_in_of_the_same_role_gives_way(models: dict[str, Path], tmp_path
         torch.testing.assert_close(end, (own[name][:1] + before[name][:1]) / 2)
 
 
+def test_renamed_special_tokens_pair(tmp_path: Path) -> None:
+    """As DeepSeek-R1-Distill-Qwen beside Qwen: the same id and role is one token, averaged as all others are.
+
+    Tokens of the same id without a role (``<｜User｜>``) are the fine-tune's alone, and keep its row.
+    """
+    names = {
+        "<|endoftext|>": "<｜end▁of▁sentence｜>",
+        "<|object_ref_start|>": "<｜begin▁of▁sentence｜>",
+        "<|box_start|>": "<｜User｜>",
+    }
+    end, begin, user = names.values()
+    tokenizer = byte_level_tokenizer(ENGLISH, size=400, special=tuple(names)[1:])
+    tokenizer.bos_token = None
+    base = save(tmp_path / "base", make_model(tokenizer), tokenizer)
+    described = tokenizer.backend_tokenizer.to_str()
+    for old, new in names.items():
+        described = described.replace(json.dumps(old), json.dumps(new))
+    renamed = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(described), bos_token=begin, eos_token=end, pad_token=end
+    )
+    distilled = save(
+        tmp_path / "distilled", fine_tune(AutoModelForCausalLM.from_pretrained(base), 3, noise=0.1), renamed
+    )
+    result = run(recipe("omp_linear", [base, distilled], distilled), tmp_path / "out")
+    for name in (EMBED, HEAD):
+        own, its = tensors_of(distilled)[name], tensors_of(base)[name]
+        torch.testing.assert_close(result[name][:2], (own[:2] + its[:2]) / 2)
+        assert torch.equal(rows_of(tmp_path / "out", result, name, (user,)), own[2:3])
+        torch.testing.assert_close(result[name][3:], (own[3:] + its[3:]) / 2)
+    [model] = [each for each in read_record(tmp_path / "out")["models"] if each["name"] == str(base)]
+    assert model["match"]["special renamed"] == 2
+
+
 @pytest.mark.parametrize(("copy_rows", "copies"), [("auto", 2), ("always", 2), ("never", 0)])
 def test_copy_rows_in_one_space(copy_rows: str, copies: int, models: dict[str, Path], tmp_path: Path) -> None:
     inputs = [models["plain"], models["chat"]]
@@ -294,9 +333,11 @@ def test_the_log_and_inspect_say_what_is_copied(
     assert any(plain in line and line.endswith(f"the rows of 2 tokens of {chat} are copied") for line in said)
     assert any(line.endswith(f"tokens of {other} are not copied") for line in said)
 
-    transplant = resolve(MergeConfiguration.model_validate(made), MergeOptions())
-    found = forecast(transplant, measure=False)
-    assert f"2 tokens that only {chat} has: copied (median similarity" in "\n".join(map(str, describe(found)))
+    path = tmp_path / "recipe.yml"
+    path.write_text(yaml.safe_dump(made))
+    text = CliRunner().invoke(inspect, [str(path), "--no-time"], env={"COLUMNS": "1000"}).stdout
+    assert f"2 tokens that only {chat} has: copied (median similarity of the rows of shared tokens: 1.00)" in text
+    found = json.loads(CliRunner().invoke(inspect, [str(path), "--no-time", "--json"]).stdout)
     copied = {(model["name"], each["model"]): each for model in found["inputs"] for each in model["copied"]}
     assert copied[plain, chat]["copied"] is True
     assert copied[plain, chat]["similarity"] == pytest.approx(1, abs=0.01)
