@@ -187,13 +187,13 @@ def find_offers(
             return Offer(source, tokens, None, copied=True)
         if local_only and not (_is_local(model) and _is_local(source)):
             return Offer(source, tokens, None, copied=None)
-        found = compare(model, source, role, transplant)
+        found = measure_similarity(model, source, role, transplant)
         return Offer(source, tokens, found, copied=found is not None and found >= THRESHOLD)
 
     return [[found for source in rank if (found := offer(source))] for rank in ranks]
 
 
-def compare(model: RecipeModel, other: RecipeModel, role: VocabularyRole, transplant: Transplant) -> float | None:
+def measure_similarity(model: RecipeModel, other: RecipeModel, role: VocabularyRole, transplant: Transplant) -> float | None:
     """Measure how similar the rows of two models are; None where their shapes differ or few tokens are shared."""
     ids = sample_anchors(model.match, other.match)
     weights = [_load(each, role, transplant) for each in (model, other)]
