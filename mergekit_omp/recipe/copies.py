@@ -193,7 +193,9 @@ def find_offers(
     return [[found for source in rank if (found := offer(source))] for rank in ranks]
 
 
-def measure_similarity(model: RecipeModel, other: RecipeModel, role: VocabularyRole, transplant: Transplant) -> float | None:
+def measure_similarity(
+    model: RecipeModel, other: RecipeModel, role: VocabularyRole, transplant: Transplant
+) -> float | None:
     """Measure how similar the rows of two models are; None where their shapes differ or few tokens are shared."""
     ids = sample_anchors(model.match, other.match)
     weights = [_load(each, role, transplant) for each in (model, other)]

@@ -25,6 +25,7 @@ from helpers.checkpoints import (
 from helpers.commands import merge_here, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mergekit_omp.errors import OmpError
 from mergekit_omp.output import config as output
 
 
@@ -167,7 +168,7 @@ def test_weights_stay_after_a_failure(
             OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
             "{out} cannot be written: the disk is full; free some space or name a folder on another disk. The weights",
         ),
-        (output.OmpError("Something to mend."), "Something to mend. The weights"),
+        (OmpError("Something to mend."), "Something to mend. The weights"),
     ],
 )
 def test_known_failures_are_told_first(

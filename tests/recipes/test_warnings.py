@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from mergekit_omp.checkpoints.architecture import position_settings
 from mergekit_omp.recipe.resolve import resolve
 from mergekit_omp.report.forecast import forecast
-from mergekit_omp.report.forecast_text import describe
+from mergekit_omp.report.forecast_text import describe_forecast
 from mergekit_omp.report.tables import render
 from mergekit_omp.report.warnings import warnings_for
 
@@ -101,7 +101,7 @@ def test_inputs_with_other_positions_are_told(tmp_path: Path) -> None:
     ]
     found = forecast(transplant, measure=False)
     assert told[0] in next(each for each in found["inputs"] if each["name"] == str(paths["other"]))["advice"]
-    assert told[0] in " ".join(render(*describe(found)).split())
+    assert told[0] in " ".join(render(*describe_forecast(found)).split())
 
 
 @pytest.mark.parametrize(
