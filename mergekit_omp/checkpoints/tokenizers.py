@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 from mergekit.common import ModelReference
+from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -21,6 +22,9 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.vocabulary.tokens import ROLES
 
 LOG = logging.getLogger(__name__)
+
+_TEKKEN_SINCE = "5.17"
+"""The first transformers that reads a tekken.json with its special tokens and without mistral-common's classes."""
 
 _ROLE_NAMES = {f"{role}_token" for role in ROLES}
 
@@ -84,7 +88,16 @@ def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizer
 
 
 def _convert_tekken(tekken: Path) -> PreTrainedTokenizerBase:
-    """Convert a ``tekken.json``, and begin texts with bos, as mistral-common does."""
+    """Convert a ``tekken.json``, and begin texts with bos, as mistral-common does.
+
+    Raises:
+        ValueError: transformers is too old for it.
+    """
+    if Version(transformers.__version__) < Version(_TEKKEN_SINCE):
+        raise ValueError(
+            f"a tekken.json without a tokenizer.json needs transformers {_TEKKEN_SINCE} or newer, and "
+            f"{transformers.__version__} is installed"
+        )
     from transformers.integrations.mistral import convert_tekken_tokenizer  # type: ignore[attr-defined]
 
     tokenizer = convert_tekken_tokenizer(str(tekken))

@@ -8,6 +8,7 @@ from typing import Any
 import helpers.tokenizers_for_tests as tt
 import pytest
 import torch
+import transformers
 from helpers.checkpoints import (
     ENGLISH,
     PYTHON,
@@ -25,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from mergekit_omp.checkpoints.tokenizers import is_read_as_written, load_tokenizer
+from mergekit_omp.errors import OmpError
 from mergekit_omp.report.record import read_record
 from mergekit_omp.vocabulary.tokens import TokenKind, read_vocabulary
 
@@ -159,6 +161,12 @@ def test_tekken_alone_is_the_whole_tokenizer(tmp_path: Path) -> None:
     for text in TEXTS:
         assert tokenizer(text).input_ids == by_mistral(text).input_ids
     assert read_vocabulary(tokenizer).roles == {"bos": 1, "eos": 2, "unk": 0, "pad": 11}
+
+
+def test_tekken_alone_with_an_old_transformers(small_tekken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers, "__version__", "5.13.0")
+    with pytest.raises(OmpError, match=r"needs transformers 5.17 or newer, and 5.13.0 is installed\); name a model"):
+        read(small_tekken)
 
 
 @pytest.mark.parametrize("with_weights", [True, False])
