@@ -8,7 +8,6 @@ from typing import Any
 import helpers.tokenizers_for_tests as tt
 import pytest
 import torch
-import transformers
 from helpers.checkpoints import (
     ENGLISH,
     PYTHON,
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
+from mergekit_omp.checkpoints import tokenizers as tokenizers_module
 from mergekit_omp.checkpoints.tokenizers import is_read_as_written, load_tokenizer
 from mergekit_omp.errors import OmpError
 from mergekit_omp.report.record import read_record
@@ -164,7 +164,7 @@ def test_tekken_alone_is_the_whole_tokenizer(tmp_path: Path) -> None:
 
 
 def test_tekken_alone_with_an_old_transformers(small_tekken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "5.13.0")
+    monkeypatch.setattr(tokenizers_module.transformers, "__version__", "5.13.0")
     with pytest.raises(OmpError, match=r"needs transformers 5.17 or newer, and 5.13.0 is installed\); name a model"):
         read(small_tekken)
 
