@@ -10,7 +10,7 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,13 @@ class Record:
         self.uncovered: dict[RecipeModel, list[int]] = {}
         self.copied: dict[RecipeModel, set[int]] = {}
         self.is_complete = False
+        self._warnings: dict[RecipeModel, list[str]] = {}
+
+    def warnings(self, model: RecipeModel) -> list[str]:
+        """What the user should know of an input; found once, for the log and for the file."""
+        if model not in self._warnings:
+            self._warnings[model] = warnings_for(model, self.transplant, self.copied.get(model, ()))
+        return self._warnings[model]
 
     def add_solve(self, posed: DonorProblem, solution: Solution, **settings: Any) -> int:
         """Describe a solve, with the settings that it had; returns its place among all."""
@@ -144,7 +151,7 @@ class Record:
             "tokenizer_source": str(transplant.source),
             "tokens": len(transplant.vocabulary.tokens),
             "rows": transplant.rows,
-            "models": [_describe_model(model, transplant, self.copied.get(model, ())) for model in transplant.models],
+            "models": [_describe_model(model, transplant, self.warnings) for model in transplant.models],
             "texts": _measure_texts(folder, transplant),
             "versions": versions(),
             "machine": {
@@ -297,7 +304,9 @@ def _histogram(sorted_counts: list[int]) -> list[dict[str, int]]:
     return [{"from": 2**power, "to": 2 ** (power + 1) - 1, "anchors": bins[power]} for power in sorted(bins)]
 
 
-def _describe_model(model: RecipeModel, transplant: Transplant, copied: Collection[int]) -> dict[str, Any]:
+def _describe_model(
+    model: RecipeModel, transplant: Transplant, warnings_of: Callable[[RecipeModel], list[str]]
+) -> dict[str, Any]:
     is_input, is_donor = model in transplant.inputs, model in transplant.donors
     described: dict[str, Any] = {
         "name": str(model),
@@ -313,7 +322,7 @@ def _describe_model(model: RecipeModel, transplant: Transplant, copied: Collecti
             "lacking": int(model.match.is_new().sum()),
             "anchors": len(model.match.atoms()),
             "match": match_counts(model.match),
-            "advice": warnings_for(model, transplant, copied),
+            "advice": warnings_of(model),
         }
     return described
 

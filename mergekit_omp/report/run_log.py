@@ -4,7 +4,6 @@ import logging
 
 from mergekit_omp.recipe.transplant import RecipeModel
 from mergekit_omp.report.record import Record
-from mergekit_omp.report.warnings import warnings_for
 
 LOG = logging.getLogger(__name__)
 
@@ -17,7 +16,7 @@ def log_summary(record: Record) -> None:
     for model in record.transplant.inputs:
         LOG.info("%s", _describe_match(model))
         _warn_of_uncovered(model, record)
-        for sentence in warnings_for(model, record.transplant, record.copied.get(model, ())):
+        for sentence in record.warnings(model):
             LOG.warning("%s", sentence)
     if record.solves or not record.other_rows:
         LOG.info("%d solves: %s", len(record.solves), _describe_solves(record))
