@@ -1,0 +1,105 @@
+"""Checks of a model on held-out windows: bits per byte, and the gap to its base by span class."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mergekit_omp.evaluation.spans import IdealToken, SpanRuler, SpanScores, add_scores, score_spans
+from mergekit_omp.healing.alignment import AlignedWindow, Reader
+
+Logits = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A model's score on held-out windows.
+
+    Attributes:
+        tokens: how many tokens it was trained on before.
+        seconds: how long the run had taken.
+        bits_per_byte: -log2 of the probability of the windows' tokens, per byte of UTF-8.
+        spans: the tokens by how they lie over the base's, beside what they should cost.
+        n_bytes: bytes of all windows.
+    """
+
+    tokens: int
+    seconds: float
+    bits_per_byte: float
+    spans: SpanScores
+    n_bytes: int
+
+    def spans_as_dict(self) -> dict[str, Any]:
+        """Return the spans as the record and ``eval --json`` have them."""
+        return {
+            kind.value: {
+                "tokens": score.n_tokens,
+                "bits_per_byte": score.bits / self.n_bytes,
+                "ideal_bits_per_byte": score.ideal_bits / self.n_bytes,
+            }
+            for kind, score in self.spans.items()
+        }
+
+
+class Checker:
+    """Held-out windows, with what the base says of them."""
+
+    def __init__(
+        self, windows: Sequence[AlignedWindow], base: PreTrainedModel, reader: Reader, output: Reader
+    ) -> None:
+        """Run the base over the windows, once.
+
+        Args:
+            windows: at least one.
+            base: the base model.
+            reader: its tokenizer.
+            output: the output's tokenizer.
+        """
+        self._windows, self._output, self._device = windows, output, base.device
+        self.n_bytes = sum(len(window.text.encode()) for window in windows)
+        self._ideals: list[Sequence[IdealToken]] = []
+        ruler = SpanRuler(reader.vocabulary, output.tokenizer, output.vocabulary)
+        base_bits = 0.0
+        for window in windows:
+            logits = _run(
+                lambda ids, _mask: base(input_ids=ids, use_cache=False).logits, window.base_ids, reader, base.device
+            )
+            bits = _bits(logits, window.base_ids)
+            base_bits += sum(bits)
+            ideals = ruler.measure(window.text, logits, window.base_starts, bits)
+            assert ideals is not None  # an aligned window is spelled by both
+            self._ideals.append(ideals)
+        self.base_bits_per_byte = base_bits / self.n_bytes
+
+    def check(self, logits_of: Logits, tokens: int, seconds: float) -> Check:
+        """Measure a model.
+
+        Args:
+            logits_of: its logits (1, T, V), given ids (1, T) and a mask (1, T).
+            tokens: how many tokens it was trained on.
+            seconds: how long that took.
+        """
+        scores, total = [], 0.0
+        for window, ideals in zip(self._windows, self._ideals, strict=True):
+            bits = _bits(_run(logits_of, window.output_ids, self._output, self._device), window.output_ids)
+            total += sum(bits)
+            scores.append(score_spans(ideals, bits))
+        return Check(tokens, seconds, total / self.n_bytes, add_scores(scores), self.n_bytes)
+
+
+@torch.no_grad()
+def _run(logits_of: Logits, ids: Sequence[int], reader: Reader, device: torch.device) -> Tensor:
+    """Return the logits (T, V) before each of T tokens."""
+    context = torch.tensor([[reader.start_id, *ids[:-1]]], device=device)
+    return logits_of(context, torch.ones_like(context))[0]
+
+
+def _bits(logits: Tensor, ids: Sequence[int]) -> list[float]:
+    """-log2 of the probability of each of T tokens, given logits (T, V)."""
+    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    chosen = log_probabilities.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
+    return (chosen.double() / -log(2)).tolist()

@@ -1,0 +1,66 @@
+"""Write a healed model: its weights beside the other files of the model that it was."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import GenerationConfig, PreTrainedModel
+
+from mergekit_omp.report.record import FORMAT, RECORD_FILE
+
+CARD = "README.md"
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json")
+_LEFT_OUT = (RECORD_FILE, "omp_report.html", "model.safetensors.index.json")
+
+
+def write_model(folder: Path, model: PreTrainedModel, origin: str, heal: Mapping[str, Any]) -> None:
+    """Write a model to a folder, with the configuration, tokenizer and other files that it had.
+
+    Args:
+        folder: where to write.
+        model: the healed model.
+        origin: the folder, or the name on the hub, of the model that it was.
+        heal: what the record tells of the healing.
+    """
+    model.generation_config = GenerationConfig()  # the file is copied; what is invalid in it must not stop this
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    source = folder_of(origin)
+    for path in source.iterdir():
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in _LEFT_OUT:
+            shutil.copyfile(path, folder / path.name)
+    record = (read_json(source / RECORD_FILE) or {"format": FORMAT}) | {"heal": heal}
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+    card = folder / CARD
+    before = card.read_text(encoding="utf-8") if card.exists() else f"# {folder.name}\n"
+    card.write_text(f"{before.rstrip()}\n\n{card_section(heal)}", encoding="utf-8")
+
+
+def folder_of(model: str) -> Path:
+    """Return a model's folder, downloading it from the hub where it is not one."""
+    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def card_section(heal: Mapping[str, Any]) -> str:
+    """Markdown on how a model was healed, for the end of its card."""
+    first, last = heal["checks"][0], heal["written"]
+    return (
+        "### Healing\n\n"
+        f"Trained on {last['tokens']:,} tokens ({heal['texts_from']}) in {heal['seconds'] / 60:.1f} minutes against "
+        f"{heal['base']}, objective {heal['objective']}, parameters {heal['train']}: "
+        f"{first['bits_per_byte']:.3f} → {last['bits_per_byte']:.3f} bits per byte of held-out text; "
+        f"the base with its own tokenizer has {heal['base_bits_per_byte']:.3f}.\n"
+    )
