@@ -211,17 +211,17 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], Callable[[], Tensor]]] = {
 
 def measure(method: str, case: Case) -> Result:
     """Run one method in this process."""
-    from mergekit_omp.solver.dispatch import gram_search
-    from mergekit_omp.solver.least_squares import refit
+    from mergekit_omp.solver.dispatch import load_gram_search
+    from mergekit_omp.solver.least_squares import fit_supports
 
     atoms, targets = problem(case)
     on_gpu = case.device != "cpu"
     METHODS[method](atoms[:64], targets[:2], 2)()  # imports, and what a library sets up once
-    if not on_gpu and (search := gram_search()) is not None:
+    if not on_gpu and (search := load_gram_search()) is not None:
         from mergekit_omp.solver.gram.matrix import build_gram
 
         gram = build_gram(atoms[:64], atoms[:64].norm(dim=1), threads=1)
-        search.solve(targets[:2], gram, 2)  # numba compiles once for an installation
+        search.solve_by_gram(targets[:2], gram, 2)  # numba compiles once for an installation
     run = METHODS[method](atoms, targets, case.k)
     before = start_of_peak(on_gpu)
     start = time.perf_counter()
@@ -237,7 +237,8 @@ def measure(method: str, case: Case) -> Result:
         result.indices = indices.cpu()
         few = targets[:512]
         parts = [
-            refit(x, atoms, i)[1] for x, i in zip(few.split(16), indices[:512].to(few.device).split(16), strict=True)
+            fit_supports(x, atoms, i)[1]
+            for x, i in zip(few.split(16), indices[:512].to(few.device).split(16), strict=True)
         ]
         result.residual = torch.cat(parts).cpu()
     return result

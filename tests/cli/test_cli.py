@@ -107,7 +107,7 @@ def test_inspect_needs_no_weights(pair: tuple[Path, Path], tmp_path: Path, monke
 def test_inspect_text(pair: tuple[Path, Path]) -> None:
     text = answer("inspect", *pair)
     assert re.search(r"^ +<\|endoftext\|> +<eos> +special role$", text, re.MULTILINE)
-    assert "special tokens without a partner: <|lonely|>" in text
+    assert "special tokens without a match: <|lonely|>" in text
     assert re.search(r"\d+ of \d+ tokens keep a row of this model, \d+ are new", text)
     assert re.search(rf"^  {pair[1]} +\d+ +\d+ +64 +2 +\d+ s$", text, re.MULTILINE), "solves for both matrices"
     for line in ("time to solve", "peak memory", "disk"):
@@ -139,7 +139,7 @@ def test_inspect_same_vocabulary(pair: tuple[Path, Path]) -> None:
         ("- a list", "merge_method is None; name a recipe with merge_method: omp or omp_<method>."),
         ("", "merge_method is None; name a recipe with merge_method: omp or omp_<method>."),
         ("a: [", "recipe.yml: invalid YAML: while parsing a flow node"),
-        ("merge_method: omp\nmodels: x", "models: 'x' is not possible here; write a list"),
+        ("merge_method: omp\nmodels: x", "models: 'x' is invalid; write a list"),
         (b"\xff\xfe", "cannot be read (not UTF-8); name a text file."),
     ],
 )
@@ -196,7 +196,7 @@ def test_tokens_per_byte_in_the_record(pair: tuple[Path, Path], transplanted: Pa
 def test_section_of_the_model_card(transplanted: Path) -> None:
     card = (transplanted / "README.md").read_text()
     assert card.count("### Tokenizer transplantation") == 1
-    assert re.search(r"of \d+ tokens \d+ kept their rows and \d+ were lacking", card)
+    assert re.search(r"of \d+ tokens \d+ keep their rows and \d+ are new", card)
     assert "| prose | " in card
 
 
@@ -227,7 +227,7 @@ def test_report_page_is_one_file(transplanted: Path, tmp_path: Path) -> None:
     assert page.tags.count("svg") == 4
     assert {"script", "img", "link", "b"} & set(page.tags) == {"b"}
     assert "a <b>bold name" in page.text, "what names and tokens say is text and no markup"
-    for heading in ("Where the rows come from", "How well new tokens are approximated", "Some new tokens", "Details"):
+    for heading in ("Origin of the rows", "Approximation error", "Sample tokens", "Details"):
         assert heading in page.text
 
 
@@ -276,14 +276,14 @@ def test_report_without_new_tokens(pair: tuple[Path, Path], tmp_path: Path) -> N
 
 def test_report_without_a_record(tmp_path: Path) -> None:
     assert sentence("report", tmp_path) == (
-        f"{tmp_path}: there is no omp_record.json in it; name the output folder of a merge with merge_method: omp."
+        f"{tmp_path} has no omp_record.json; name the output folder of a merge with merge_method: omp."
     )
     (tmp_path / "omp_record.json").write_text("{")
-    assert "omp_record.json is no JSON (Expecting property name" in sentence("report", tmp_path)
+    assert "omp_record.json is not valid JSON (Expecting property name" in sentence("report", tmp_path)
     (tmp_path / "omp_record.json").write_text('{"format": 99}')
     assert "omp_record.json is of another version of mergekit-omp" in sentence("report", tmp_path)
     (tmp_path / "omp_record.json").write_text('{"format": 1}')
-    assert "omp_record.json is incomplete, as the log of that run tells" in sentence("report", tmp_path)
+    assert "omp_record.json is incomplete (the log of that run has the reason)" in sentence("report", tmp_path)
 
 
 def test_report_without_matplotlib(transplanted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +315,7 @@ def test_a_record_that_fails_never_costs_the_model(
     monkeypatch.setattr(record_module, step, fail)
     result = merge_here(recipe(*pair), tmp_path / "out")
     assert result.exit_code == 0
-    assert "the record of how it was made is incomplete" in caplog.text
+    assert "the record of the run is not" in caplog.text
     assert EMBED in tensors_of(tmp_path / "out")
 
 

@@ -57,4 +57,4 @@ def test_no_text(out: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     result = CliRunner().invoke(main, ["tokens", str(out), "--text", str(tmp_path / "empty.txt")])
     assert result.exit_code == 1
-    assert result.output == "Error: --text: there is nothing to read; name a file with text.\n"
+    assert result.output == "Error: --text: the file is empty; name a file with text.\n"

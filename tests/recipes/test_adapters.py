@@ -84,7 +84,7 @@ def test_an_adapter_with_added_tokens_is_refused_with_what_to_do(
     rows = len(AutoTokenizer.from_pretrained(base))
     assert refusal(given, out, "--lora-merge-cache", str(tmp_path / "cache")) == (
         f"models[0].model: the adapter {adapter} has {rows + 2} rows for the vocabulary, and {base} has {rows}: it "
-        "was trained after tokens had been added, and mergekit merges adapters into the model as it is. Resize the "
+        "was trained after tokens had been added, but mergekit does not resize the model. Resize the "
         f"model to {rows + 2} rows with transformers, merge the adapter with PEFT's merge_and_unload, save the result "
         "with the adapter's tokenizer, and name that folder."
     )

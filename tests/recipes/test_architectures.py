@@ -444,7 +444,7 @@ def test_embeddings_in_every_layer_are_refused_by_name(
         "gemma3n_text", architectures=["Gemma3nForCausalLM"], vocab_size=330, num_hidden_layers=2
     )
     gemma.save_pretrained(base)
-    with pytest.raises(OmpError, match="is a Gemma3nForCausalLM, which looks up tokens in every layer too"):
+    with pytest.raises(OmpError, match="is a Gemma3nForCausalLM, which also has an embedding in every layer"):
         transplant(base, donor, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""`numerals: digits`: rows of numbers from the model's own digits, with logits lowered."""
+"""Test ``numerals: digits``: rows of numbers from the model's rows of digits, with reduced logits."""
 
 import math
 from pathlib import Path
@@ -113,5 +113,5 @@ def test_a_model_that_is_no_language_model_is_refused(donor: Path, tmp_path: Pat
     config = T5Config(vocab_size=len(ours), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     base = save(tmp_path / "t5", T5ForConditionalGeneration(config), ours)
     sentence = refusal(recipe(base, donor, parameters={"numerals": "digits"}), tmp_path / "out")
-    assert sentence.startswith("numerals: digits reads a text with the model")
+    assert sentence.startswith("numerals: digits runs the model on a text")
     assert "t5" in sentence

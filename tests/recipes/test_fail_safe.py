@@ -81,7 +81,7 @@ def expected(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 def child(given: dict[str, Any], out: Path, cache_folder: Path, largest_file: int | None) -> None:
     """What a process of its own does: one run, with a cache that keeps every solve."""
     os.environ[cache.FOLDER_VARIABLE] = str(cache_folder)
-    cache.WORTH_KEEPING = 0
+    cache.MIN_CACHED_WORK = 0
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     result = merge_here(given, out, *OPTIONS)
@@ -206,7 +206,7 @@ def test_out_of_memory(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pyt
 
     monkeypatch.setattr("mergekit_omp.tasks.tasks.realign", no_memory)
     assert refusal(recipe(*pair), tmp_path / "out", *OPTIONS) == (
-        "The memory is used up; run on a machine with more, or see `mergekit-omp inspect` for what a recipe needs."
+        "Out of memory; use a machine with more, or see `mergekit-omp inspect` for what a recipe needs."
     )
 
 
@@ -228,8 +228,8 @@ def test_folder_with_something_in_it(tmp_path: Path, pair: tuple[Path, Path]) ->
         out.mkdir()
         (out / present).write_text("precious")
         assert refusal(recipe(*pair), out, *OPTIONS) == (
-            f"{out} is not empty (it has {present}), and nothing is replaced unasked; name a new folder or empty that "
-            "one."
+            f"{out} is not empty (it contains {present}), and existing files are never replaced; name a new folder "
+            "or empty this one."
         )
         assert contents(out) == {present: hashlib.sha256(b"precious").hexdigest()}
         shutil.rmtree(out)
@@ -241,7 +241,7 @@ def test_output_that_cannot_be_made(tmp_path: Path, pair: tuple[Path, Path]) -> 
         refusal(recipe(*pair), tmp_path / "file") == f"{tmp_path}/file is a file; name a folder that is new or empty."
     )
     assert refusal(recipe(*pair), tmp_path / "file" / "out") == (
-        f"{tmp_path}/file/out: the output folder cannot be made (Not a directory); name another one."
+        f"{tmp_path}/file/out: the output folder cannot be created (Not a directory); name another one."
     )
 
 
@@ -249,7 +249,7 @@ def test_output_that_cannot_be_made(tmp_path: Path, pair: tuple[Path, Path]) -> 
 def test_read_only_parent(pair: tuple[Path, Path]) -> None:
     result = merge_here(recipe(*pair), Path("/proc/out"), "--quiet")
     assert result.exit_code == 1
-    assert "Error: /proc/out: the output folder cannot be made" in result.stderr
+    assert "Error: /proc/out: the output folder cannot be created" in result.stderr
 
 
 def test_mount_point(pair: tuple[Path, Path]) -> None:
@@ -319,7 +319,7 @@ def test_pickle_with_code_in_it(tmp_path: Path, pair: tuple[Path, Path], which: 
         (bad / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, path.name)}))
     key = "models[0].model" if which == "base" else "tokenizer.source"
     sentence = refusal(recipe(**models | {which: bad}), tmp_path / "out", *OPTIONS)
-    assert sentence == f"{key}: {path} cannot be read (it is no plain pickle of tensors); download the model again."
+    assert sentence == f"{key}: {path} cannot be read (it contains more than tensors); download the model again."
     assert not (tmp_path / "owned").exists()
 
 

@@ -110,7 +110,7 @@ def test_a_card_that_cannot_be_made_is_a_warning(
     given = recipe(*pair)
     result = merge_here(given, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "mergekit cannot make the model card (RuntimeError: no template)" in caplog.text
+    assert "mergekit cannot create the model card (RuntimeError: no template)" in caplog.text
     assert_same_weights(tmp_path / "out", tmp_path / "expected")
     assert yaml.safe_load((tmp_path / "out/mergekit_config.yml").read_text()) == given
     card = (tmp_path / "out/README.md").read_text()
@@ -144,8 +144,8 @@ def test_weights_stay_after_a_failure(
     kept = tmp_path / "out.unfinished" / "out"
     assert result.exit_code == 1
     assert " ".join(result.stderr.split("Error: ", 1)[1].split()) == (
-        "The run failed after its weights were written (KeyError: 'a bug'). The weights are whole and stay in "
-        f"{kept}; other files may be missing there. The next run into the same output folder replaces them."
+        "The run failed after its weights were written (KeyError: 'a bug'). The weights are complete and kept in "
+        f"{kept}; other files may be missing there. The next run with the same output folder replaces them."
     )
     assert "Traceback" in caplog.text, "what a bug's report needs"
     assert not out.exists()
@@ -201,7 +201,7 @@ def test_output_folder_that_was_filled_meanwhile(
     monkeypatch.setattr(output, "finish_output", fill)
     result = merge_here(recipe(*pair), out, "--quiet")
     assert result.exit_code == 1
-    assert f"The weights are whole and stay in {out}.unfinished/out" in " ".join(result.stderr.split())
+    assert f"The weights are complete and kept in {out}.unfinished/out" in " ".join(result.stderr.split())
     assert (out / "theirs").read_text() == "precious"
     AutoModelForCausalLM.from_pretrained(tmp_path / "out.unfinished/out")
     shutil.rmtree(out)

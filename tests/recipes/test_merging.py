@@ -311,7 +311,7 @@ def test_methods_that_are_registered_later(models: dict[str, Path], tmp_path: Pa
         result = run(recipe, tmp_path / "out")
         assert torch.equal(result[EMBED], transplant(models["a"], models["untied_donor"], tmp_path / "a")[EMBED])
         with pytest.raises(
-            ValueError, match="omp_uses_k is not available, since uses_k has parameters of its own named k"
+            ValueError, match="omp_uses_k is not available, since the parameters k of uses_k have another meaning"
         ):
             run({**recipe, "merge_method": "omp_uses_k"}, tmp_path / "refused")
     finally:

@@ -327,9 +327,7 @@ def test_the_log_and_inspect_say_what_is_copied(
     with caplog.at_level(logging.INFO):
         run(made, tmp_path / "out", quiet=False)
     plain, chat, other = (str(models[name]) for name in ("plain", "chat", "other"))
-    said = [
-        line for line in caplog.messages if line.startswith("input embedding matrix: the rows of shared tokens of")
-    ]
+    said = [line for line in caplog.messages if line.startswith("input embedding: the rows of shared tokens of")]
     assert any(plain in line and line.endswith(f"the rows of 2 tokens of {chat} are copied") for line in said)
     assert any(line.endswith(f"tokens of {other} are not copied") for line in said)
 

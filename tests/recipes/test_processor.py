@@ -101,7 +101,7 @@ def test_lost_image_tokens_are_told(pair: tuple[Path, Path]) -> None:
         return [s for s in warnings_for(transplant.base, transplant) if "processor" in s]
 
     assert told(None) == [
-        f"{base}: it reads more than text, and its processor needs '<end_of_image>', '<image_soft_token>', "
+        f"{base}: it has image or audio input, and its processor needs '<end_of_image>', '<image_soft_token>', "
         "'<start_of_image>', which the output vocabulary lacks; add them to tokenizer.tokens, such as "
         f"`<end_of_image>: {{source: {base}}}`."
     ]

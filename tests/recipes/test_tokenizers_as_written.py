@@ -58,7 +58,7 @@ def test_a_qwen2_with_another_familys_tokenizer(build: Any, tmp_path: Path, capl
     assert not is_read_as_written(rebuilt, folder / "tokenizer.json")
     with caplog.at_level(logging.INFO):
         loaded = read(folder)
-    assert f"{folder}: transformers reads its tokenizer as a Qwen2Tokenizer" in caplog.text
+    assert f"{folder}: transformers loads its tokenizer as a Qwen2Tokenizer" in caplog.text
     assert read_vocabulary(loaded) == read_vocabulary(tokenizer)
     assert read_vocabulary(loaded) != read_vocabulary(rebuilt)
     for text in TEXTS:
@@ -73,7 +73,7 @@ def test_what_is_read_as_written_is_left_alone(
         for folder in (smollm2_dir, gemma3_dir):
             read_as = type(AutoTokenizer.from_pretrained(folder))
             assert type(read(folder)) is read_as
-    assert "tokenizer.json is read instead" not in caplog.text
+    assert "tokenizer.json is used instead" not in caplog.text
 
 
 @pytest.mark.parametrize("side", ["base", "donor", "inputs"])

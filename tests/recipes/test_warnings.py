@@ -41,9 +41,9 @@ def test_a_missing_bos_is_told(tmp_path: Path, output_has: bool) -> None:
     paths = [save(tmp_path / name, make_model(t), t) for name, t in (("base", base), ("donor", donor))]
     expected = [
         f"{paths[0]}: it was trained with '<|endoftext|>' at the start of every text, and its own tokenizer adds it; "
-        "the output tokenizer does not, so begin prompts with '</s>' yourself."
+        "the output tokenizer does not, so start prompts with '</s>'."
     ]
-    assert [s for s in advice_for(*paths) if "begin prompts" in s] == ([] if output_has else expected)
+    assert [s for s in advice_for(*paths) if "start prompts" in s] == ([] if output_has else expected)
 
 
 def test_other_numerals_are_told(tmp_path: Path, smollm2_dir: Path) -> None:
@@ -94,10 +94,10 @@ def test_inputs_with_other_positions_are_told(tmp_path: Path) -> None:
     transplant = resolve(config, MergeOptions())
     told = [s for model in transplant.inputs for s in warnings_for(model, transplant) if "positions" in s]
     assert told == [
-        f"{paths['other']}: it was trained with other positions than {paths['base']}: rope_type linear instead of "
+        f"{paths['other']}: its position settings differ from those of {paths['base']}: rope_type linear instead of "
         "default, factor 4.0 instead of None, rope_theta 500000.0 instead of 10000.0, max_position_embeddings 8192 "
-        f"instead of 2048. The output has those of {paths['base']}, so expect what this model adds to suffer, above "
-        "all in long texts."
+        f"instead of 2048. The output has those of {paths['base']}, so the contribution of this model may lose "
+        "quality, above all in long texts."
     ]
     found = forecast(transplant, measure=False)
     assert told[0] in next(each for each in found["inputs"] if each["name"] == str(paths["other"]))["advice"]

@@ -17,7 +17,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache that keeps the smallest solve."""
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "codes"))
     monkeypatch.delenv(cache.SIZE_VARIABLE, raising=False)
-    monkeypatch.setattr(cache, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(cache, "MIN_CACHED_WORK", 0)
     return tmp_path / "codes"
 
 
@@ -167,7 +167,7 @@ def test_size_variable_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_folder_that_cannot_be_written(folder: Path, caplog: pytest.LogCaptureFixture, solves: list[int]) -> None:
     folder.write_text("a file")
     assert_same(cache.solve_with_cache(*problem(), 3), solve_omp(*problem(), 3))
-    assert "cannot be cached" in caplog.text
+    assert "Cannot cache sparse codes" in caplog.text
 
 
 def test_full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens
-from mergekit_omp.initializers.focus import check, focus
+from mergekit_omp.initializers.focus import check_focus, focus
 from mergekit_omp.initializers.vectors import check_vectors, read_vectors
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import pose_problem
@@ -169,7 +169,7 @@ def test_a_corpus_teaches_which_tokens_are_alike(
 ) -> None:
     """Rows from a text: the same in every run, and inside the anchors' range."""
     path = corpus(tmp_path / "corpus.txt")
-    check(new(corpus=path).parameters, "parameters")
+    check_focus(new(corpus=path).parameters, "parameters")
     once, twice = (focus(new(corpus=path))(matrix, False) for _ in range(2))
     assert torch.equal(once, twice)
     assert once.shape == (len(new().problem.target_ids), D)
@@ -191,7 +191,7 @@ def test_the_head_and_half_precision_get_rows_of_their_own(
 
 def test_vectors_of_nothing_shared_are_refused(new: Callable[..., NewTokens], tmp_path: Path) -> None:
     path = write_vectors(tmp_path / "other.vec", {"кот": np.ones(3), "пёс": np.ones(3)})
-    with pytest.raises(OmpError, match=r"other\.vec gives a vector to none of the tokens"):
+    with pytest.raises(OmpError, match=r"other\.vec has vectors for none of the tokens"):
         focus(new(vectors=path))
 
 
@@ -213,7 +213,7 @@ def test_files_that_will_not_do(tmp_path: Path) -> None:
     assert f"parameters.corpus: {missing} cannot be read (No such file" in refusal(corpus=missing)
     assert "(Is a directory)" in refusal(corpus=tmp_path)
     assert "latin.txt is not in UTF-8" in refusal(corpus=tmp_path / "latin.txt")
-    assert "empty.txt begins with no text" in refusal(corpus=tmp_path / "empty.txt")
+    assert "empty.txt does not start with text" in refusal(corpus=tmp_path / "empty.txt")
     assert f"parameters.vectors: {missing} cannot be read" in refusal(vectors=missing)
     for name in ("prose.vec", "short.vec", "empty.txt"):
         assert f"{name} is neither a fastText .bin file nor a text file" in refusal(vectors=tmp_path / name)

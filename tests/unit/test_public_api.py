@@ -43,7 +43,7 @@ def test_rows_of_new_tokens_by_public_names_alone() -> None:
 
 
 def test_mistakes_are_told() -> None:
-    with pytest.raises(OmpError, match="k is 0, but OMP needs at least one atom a token: write k: 1 or more"):
+    with pytest.raises(OmpError, match="k is 0, but OMP needs at least one atom per token: write k: 1 or more"):
         solve_omp(torch.ones(1, 2), torch.ones(3, 2), k=0)
     with pytest.raises(OmpError, match="has no tokens"):
         read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={}, merges=[]))))

@@ -53,7 +53,7 @@ def skip_where_missing(way: str | None) -> None:
 
 
 def force(monkeypatch: pytest.MonkeyPatch, way: str | None = None, chunk: int | None = None) -> None:
-    """Solve by a Gram matrix or a screen, and so many targets at a time."""
+    """Solve with a Gram matrix or a scan, with a given number of targets per chunk."""
     skip_where_missing(way)
     if way == GRAM:
         monkeypatch.setattr(dispatch, "gram_speedup", lambda *_: 2.0)
@@ -259,7 +259,7 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
     codes = solve_omp(targets, atoms, 6)
     assert torch.equal(codes.indices, expected.indices)
     assert max(sizes) == 40
-    assert "Out of memory with 40 targets at a time: going on with 20" in caplog.text
+    assert "Out of memory with 40 targets per chunk: continuing with 20" in caplog.text
 
 
 def test_any_device_of_torch_has_a_chunk_size() -> None:
@@ -427,7 +427,7 @@ def test_gram_is_the_matrix_of_cosines(count: int, dim: int, seed: int, size: fl
 def test_what_was_proposed_is_verified(steps: int, list_length: int) -> None:
     """With a candidate list too short to hold what OMP takes, most steps are undone, and the answer is the same."""
     atoms, targets = random_rows(3000, 96, 80, 1.0), random_rows(12, 96, 81, 1.0)
-    support, _, _ = gram_search.solve(targets, gram_of(atoms), 24, most_steps=steps, list_length=list_length)
+    support, _, _ = gram_search.solve_by_gram(targets, gram_of(atoms), 24, most_steps=steps, list_length=list_length)
     assert torch.equal(support, reference_omp(targets, atoms, 24).indices)
 
 
@@ -447,7 +447,7 @@ def test_the_plan_takes_what_is_fastest_of_what_fits(monkeypatch: pytest.MonkeyP
         assert other.method == "scan"
         assert other.speedup == 1
         assert 0 < other.chunk < shape.targets
-    monkeypatch.setattr(dispatch, "gram_search", lambda: None)
+    monkeypatch.setattr(dispatch, "load_gram_search", lambda: None)
     assert plan_solve(CPU, shape, memory_budget=budget).method == "scan", "numba is missing"
 
 
@@ -457,7 +457,7 @@ def test_the_log_says_what_ran(caplog: pytest.LogCaptureFixture, way: str) -> No
     [line] = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     how = "gram in int16" if way == GRAM else f"scan in {way}"
     assert line.startswith(f"OMP of 50 targets over 200 atoms, d = 32, k = 4, on cpu: {how}, ")
-    assert "targets at a time" in line
+    assert "threads x" in line
     assert line.endswith("MiB for matrices")
 
 
@@ -493,11 +493,11 @@ def test_a_kernel_that_does_not_compile_is_not_used(
 ) -> None:
     """A fault that is injected: Triton is there, and finds no C compiler."""
 
-    def orthogonalize(*_: object) -> None:
+    def launch_orthogonalize(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler. (injected)")
 
     name = "mergekit_omp.solver.scan.gpu_kernel"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(orthogonalize=orthogonalize))
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(launch_orthogonalize=launch_orthogonalize))
     monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "gpu_kernel", sys.modules[name], raising=False)
     assert projection.find_kernel.__wrapped__(CPU) is None
     assert "a fifth longer" in caplog.text

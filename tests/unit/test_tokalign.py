@@ -18,7 +18,7 @@ from test_focus import cosine, pose
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers import tokalign as module
 from mergekit_omp.initializers.base import NewTokens
-from mergekit_omp.initializers.tokalign import check, read_token_map, tokalign, token_map, write_token_map
+from mergekit_omp.initializers.tokalign import check_tokalign, read_token_map, tokalign, token_map, write_token_map
 from mergekit_omp.parameters import OmpParameters
 
 pytest.importorskip("gensim")
@@ -154,7 +154,7 @@ def test_files_that_will_not_do(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     assert f"parameters.corpus: {missing} cannot be read (No such file" in refusal(corpus=missing)
     assert f"parameters.token_map: {missing} cannot be read (No such file" in refusal(token_map=missing)
-    assert "prose.json is no JSON" in refusal(token_map=tmp_path / "prose.json")
+    assert "prose.json is not JSON" in refusal(token_map=tmp_path / "prose.json")
     assert "does not map strings to strings" in refusal(token_map=tmp_path / "list.json")
     assert "does not map strings to strings" in refusal(token_map=tmp_path / "ids.json")
 
@@ -162,7 +162,7 @@ def test_files_that_will_not_do(tmp_path: Path) -> None:
 def test_a_map_needs_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("mergekit_omp.initializers.vectors.find_spec", lambda name: None)
     write_token_map(tmp_path / "map.json", {"a": "b"})
-    check(OmpParameters(token_map=str(tmp_path / "map.json")), "parameters")
+    check_tokalign(OmpParameters(token_map=str(tmp_path / "map.json")), "parameters")
     assert "needs gensim: pip install 'mergekit-omp[vectors]'" in refusal(corpus=tmp_path)
 
 
@@ -181,5 +181,7 @@ def test_a_corpus_of_other_things_is_refused(new: Callable[..., NewTokens], monk
     monkeypatch.setattr(
         module, "learn_skipgram_vectors", lambda corpus, vocabulary, _: torch.zeros(vocabulary.size, 4)
     )
-    with pytest.raises(OmpError, match=r"parameters\.corpus: other\.txt has none of the tokens that both"):
+    with pytest.raises(
+        OmpError, match=r"parameters\.corpus: no token of both vocabularies is frequent enough in other\.txt"
+    ):
         token_map(new(corpus="other.txt"))

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens
-from mergekit_omp.initializers.wechsel import check, wechsel
+from mergekit_omp.initializers.wechsel import check_wechsel, wechsel
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.vocabulary.tokens import TokenKind
 
@@ -255,14 +255,14 @@ def test_words_of_the_dictionary_are_looked_up_in_other_cases(
 def test_all_three_files_are_needed(tmp_path: Path, missing: str) -> None:
     given = {**Languages(tmp_path).parameters, missing: None}
     with pytest.raises(OmpError, match=f"^parameters: approximation: wechsel needs {missing}; add"):
-        check(OmpParameters(**given), "parameters")
+        check_wechsel(OmpParameters(**given), "parameters")
 
 
 @pytest.mark.parametrize("missing", ["source_vectors", "vectors", "dictionary"])
 def test_a_file_that_is_not_there_is_refused_early(tmp_path: Path, missing: str) -> None:
     given = {**Languages(tmp_path).parameters, missing: str(tmp_path / "nowhere")}
     with pytest.raises(OmpError, match=f"^parameters.{missing}: .*nowhere cannot be read"):
-        check(OmpParameters(**given), "parameters")
+        check_wechsel(OmpParameters(**given), "parameters")
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_file_that_is_not_there_is_refused_early(tmp_path: Path, missing: str)
     [
         (b"dog\tHund\nfox\tder\tFuchs\n", "line 2 of .* has 3 columns; write a word, a tab and its translation"),
         (b"dog\tHund\n\nfox\n", "line 3 of .* has 1 columns"),
-        (b"\n", "is empty; name a file with a word and its translation in each line"),
+        (b"\n", "is empty; name a file with a word and its translation on each line"),
         (b"f\xfcchse foxes\n", "is not in UTF-8"),
     ],
 )
@@ -278,11 +278,11 @@ def test_a_dictionary_that_is_none_is_refused_early(tmp_path: Path, content: byt
     languages = Languages(tmp_path)
     Path(languages.parameters["dictionary"]).write_bytes(content)
     with pytest.raises(OmpError, match=f"^parameters.dictionary: .*{expected}"):
-        check(OmpParameters(**languages.parameters), "parameters")
+        check_wechsel(OmpParameters(**languages.parameters), "parameters")
 
 
 def test_good_files_pass(tmp_path: Path) -> None:
-    check(OmpParameters(**Languages(tmp_path).parameters), "parameters")
+    check_wechsel(OmpParameters(**Languages(tmp_path).parameters), "parameters")
 
 
 def test_a_dictionary_of_other_languages_is_refused(german_tokens: partial[NewTokens], tmp_path: Path) -> None:
@@ -295,7 +295,9 @@ def test_a_dictionary_of_other_languages_is_refused(german_tokens: partial[NewTo
 def test_vectors_of_two_widths_are_refused(german_tokens: partial[NewTokens], tmp_path: Path) -> None:
     languages = Languages(tmp_path)
     written(Path(languages.parameters["vectors"]), {word: np.ones(7) for word in languages.german})
-    with pytest.raises(OmpError, match=r"has vectors of 4 numbers, and vectors: .* of 7; name vectors of one width"):
+    with pytest.raises(
+        OmpError, match=r"has vectors of width 4, but vectors: .* of width 7; name vectors of one width"
+    ):
         wechsel(german_tokens(languages.parameters))
 
 

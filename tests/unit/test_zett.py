@@ -19,7 +19,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers import zett as module_under_test
 from mergekit_omp.initializers.base import NewTokens
-from mergekit_omp.initializers.zett import check, zett
+from mergekit_omp.initializers.zett import check_zett, zett
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.vocabulary.byte_encoding import BYTE_ALPHABET
 from mergekit_omp.vocabulary.tokens import TokenKind
@@ -48,7 +48,7 @@ def ask(tokenizer: PreTrainedTokenizerFast, own: Rows, tmp_path: Path) -> partia
     """Ask for the tokens of a SentencePiece tokenizer by the hypernetwork in the test's folder."""
     parameters = {"approximation": "zett", "hypernetwork": str(tmp_path)}
     output = sentencepiece_tokenizer(PYTHON, size=520)
-    return partial(new_tokens, tokenizer, output, parameters, own=own, trust_remote_code=True)
+    return partial(new_tokens, tokenizer, output, parameters, embedding_and_head=own, trust_remote_code=True)
 
 
 def spelled(data: bytes, tokenizer: PreTrainedTokenizerFast) -> list[int]:
@@ -120,7 +120,7 @@ def test_a_special_token_of_the_hypernetwork_is_one_piece(
         output,
         {"approximation": "zett", "hypernetwork": str(tmp_path)},
         approximate=["<|endoftext|>"],
-        own=own,
+        embedding_and_head=own,
         trust_remote_code=True,
     )
     ids, made = new.problem.target_ids.tolist(), zett(new)(own[0], False)
@@ -159,7 +159,7 @@ def test_a_tied_hypernetwork_reads_and_predicts_one_matrix(
     tokenizer: PreTrainedTokenizerFast, own: Rows, ask: partial[NewTokens], tmp_path: Path
 ) -> None:
     hypernetwork = save_hypernetwork(tmp_path, tokenizer, separate_out_embeddings=False)
-    new = ask(own=(own[0], own[0].clone()))
+    new = ask(embedding_and_head=(own[0], own[0].clone()))
     form = (spelled(new.output.tokens[new.problem.target_ids[0].item()].data, tokenizer) + [1] * 3)[:3]
     assert tokenizer.pad_token_id == 1
     with torch.no_grad():
@@ -189,11 +189,11 @@ def test_code_is_not_run_unasked(tokenizer: PreTrainedTokenizerFast, ask: partia
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"n_embd": 16}, "is for rows of 16 numbers, and the model's have 12"),
+        ({"n_embd": 16}, "is for rows of width 16, but the model's have width 12"),
         ({"original_vocab_size": 5000}, "is for another vocabulary, of 5000 tokens"),
-        ({"separate_out_embeddings": False}, "predicts no rows for an LM head, and the model has one"),
-        ({"hn_embed_lang_id": True}, "is multilingual and wants to be told a language"),
-        ({"auto_map": {}}, "is no hypernetwork of ZeTT"),
+        ({"separate_out_embeddings": False}, "predicts no rows for an LM head, but the model has a separate one"),
+        ({"hn_embed_lang_id": True}, "is multilingual and requires a language id"),
+        ({"auto_map": {}}, "is not a hypernetwork of ZeTT"),
     ],
 )
 def test_a_hypernetwork_that_does_not_fit_is_refused(
@@ -209,7 +209,7 @@ def test_the_hypernetwork_of_another_vocabulary_is_refused(ask: partial[NewToken
     other = byte_level_tokenizer(PYTHON, size=420, special=(PAD, "<|shifts all ids by one|>"))
     other.pad_token = PAD
     save_hypernetwork(tmp_path, other)
-    assert "of which 0 are where the model has them" in refused(ask())
+    assert "of which 0 have the same id in the model" in refused(ask())
 
 
 def test_a_model_is_no_hypernetwork(
@@ -217,7 +217,7 @@ def test_a_model_is_no_hypernetwork(
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
     LlamaConfig().save_pretrained(tmp_path)
-    assert "is no hypernetwork of ZeTT" in refused(ask())
+    assert "is not a hypernetwork of ZeTT" in refused(ask())
 
 
 @pytest.mark.parametrize(
@@ -233,24 +233,24 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused(
 
 @pytest.mark.parametrize("named", ["/no/such/folder", "./relative", "a/b/c"])
 def test_a_folder_that_is_not_there_is_refused_early(named: str) -> None:
-    with pytest.raises(OmpError, match=r"^parameters.hypernetwork: .* is no folder"):
-        check(OmpParameters(hypernetwork=named), "parameters")
+    with pytest.raises(OmpError, match=r"^parameters.hypernetwork: .* is not a folder"):
+        check_zett(OmpParameters(hypernetwork=named), "parameters")
 
 
 def test_a_folder_without_a_checkpoint_is_refused_early(tmp_path: Path) -> None:
     with pytest.raises(OmpError, match=r"^parameters.hypernetwork: the folder .* has no config.json"):
-        check(OmpParameters(hypernetwork=str(tmp_path)), "parameters")
+        check_zett(OmpParameters(hypernetwork=str(tmp_path)), "parameters")
 
 
 def test_a_recipe_has_to_name_one() -> None:
     with pytest.raises(OmpError, match=r"^parameters: approximation: zett needs .* add hypernetwork: and a folder"):
-        check(OmpParameters(), "parameters")
+        check_zett(OmpParameters(), "parameters")
 
 
 def test_a_name_on_the_hub_and_a_checkpoint_pass(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     save_hypernetwork(tmp_path, tokenizer)
     for named in ("benjamin/zett-hypernetwork-Mistral-7B-v0.1", str(tmp_path)):
-        check(OmpParameters(hypernetwork=named), "parameters")
+        check_zett(OmpParameters(hypernetwork=named), "parameters")
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -262,7 +262,7 @@ def test_a_recipe_makes_the_rows_of_both_matrices(
     model = make_model(tokenizer, tied=tied)
     base, other = save(tmp_path / "base", model, tokenizer), tmp_path / "other"
     own = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
-    new = ask(own=own)
+    new = ask(embedding_and_head=own)
     new.output_tokenizer.save_pretrained(other)
     asked = recipe(base, other, parameters={"approximation": "zett", "hypernetwork": str(tmp_path)})
     assert "pass --trust-remote-code" in refusal(asked, tmp_path / "refused")
