@@ -103,7 +103,8 @@ class OmpParameters(BaseModel, frozen=True):
     reconstruction: Reconstruction = Field(
         default=Reconstruction.REGRESSION,
         description="How rows are computed from sparse codes: `regression` also uses the donor's row and the "
-        "pieces of the token in the model's own tokenizer; `combination` is the paper's Σ cᵢ bᵢ, as in mergekit-tokensurgeon.",
+        "pieces of the token in the model's own tokenizer; `combination` is the paper's Σ cᵢ bᵢ, as in "
+        "mergekit-tokensurgeon.",
     )
     numerals: Numerals = Field(
         default=Numerals.APPROXIMATE,
@@ -113,8 +114,8 @@ class OmpParameters(BaseModel, frozen=True):
     copy_rows: CopyRows = Field(
         default=CopyRows.AUTO,
         description="Rows of new tokens that another model of the recipe has: `auto` copies them if both models share "
-        "a space (fine-tunes of one base), which is tested on their shared tokens; `always` copies them if both models "
-        "have the same hidden size; `never` approximates them.",
+        "a space (fine-tunes of one base), which is tested on their shared tokens; `always` copies them if both "
+        "models have the same hidden size; `never` approximates them.",
     )
     magikarp: StrictBool = Field(
         default=False,

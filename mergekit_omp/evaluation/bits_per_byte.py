@@ -341,7 +341,16 @@ def _extended(known: list[IdealToken] | None, more: list[IdealToken] | None) -> 
 
 
 def windows(text: str, window_bytes: int) -> list[str]:
-    """Split a text into windows of at most ``window_bytes`` bytes of UTF-8."""
+    r"""Split a text into windows of at most ``window_bytes`` bytes of UTF-8.
+
+    Raises:
+        OmpError: if ``window_bytes`` is less than 4.
+
+    Example:
+        >>> from mergekit_omp.evaluation.bits_per_byte import windows
+        >>> windows("One line.\nAnother line.", 12)
+        ['One line.\n', 'Another', ' line.']
+    """
     if window_bytes < 4:
         raise OmpError(f"The window is {window_bytes} bytes, but one character can take 4: use 4 or more.")
     pieces = []

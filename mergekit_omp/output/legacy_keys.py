@@ -56,6 +56,11 @@ def legacy_rope(rope_parameters: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``rope_theta``, ``rope_scaling`` (None without scaling), ``partial_rotary_factor`` if it is set, and
         ``rope_local_base_freq`` of layers with a sliding window.
+
+    Example:
+        >>> from mergekit_omp.output.legacy_keys import legacy_rope
+        >>> legacy_rope({"rope_theta": 500000.0, "rope_type": "default"})
+        {'rope_theta': 500000.0, 'rope_scaling': None}
     """
     by_layer = {name: part for name, part in rope_parameters.items() if isinstance(part, Mapping)}
     full = by_layer.get("full_attention", {}) if by_layer else rope_parameters

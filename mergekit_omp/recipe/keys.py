@@ -134,7 +134,13 @@ def explain(recipe: Mapping[Any, Any], error: Exception) -> OmpError:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean …?)`` if a known word is similar, else an empty string."""
+    """Return `` (did you mean …?)`` if a known word is similar, else an empty string.
+
+    Example:
+        >>> from mergekit_omp.recipe.keys import did_you_mean
+        >>> did_you_mean("slurp", ["linear", "slerp"])
+        ' (did you mean slerp?)'
+    """
     by_lower_case = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), by_lower_case, n=1)
     return f" (did you mean {by_lower_case[close[0]]}?)" if close else ""

@@ -106,7 +106,13 @@ def ids_by_bytes(vocabulary: Vocabulary) -> dict[bytes, int]:
 
 
 def spell(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:
-    """Segment bytes greedily into the longest tokens of at most ``longest`` bytes; return [] if that is impossible."""
+    """Segment bytes greedily into the longest tokens of at most ``longest`` bytes; return [] if that is impossible.
+
+    Example:
+        >>> from mergekit_omp.vocabulary.segmentation import spell
+        >>> spell(b"undo", {b"u": 0, b"n": 1, b"un": 2, b"do": 3}, longest=2)
+        [2, 3]
+    """
     spelled, start = [], 0
     while start < len(data):
         ends = range(min(len(data), start + longest), start, -1)

@@ -221,7 +221,8 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         lambda w: w.recipe(**SLERP, base_model=str(w.base), models=w.models(w.base, w.donor), parameters={"t": 0.5}),
         (
             "models: {donor} has hidden size 24 and {base} has 32, but models must have the same hidden size to "
-            "be merged; to give one of them the other's tokenizer, use merge_method: omp with the other as tokenizer.source."
+            "be merged; to give one of them the other's tokenizer, use merge_method: omp with the other as "
+            "tokenizer.source."
         ),
     ),
     "models: an unknown key": (
@@ -826,8 +827,8 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "index.json: no name": (
         lambda w: w.bad_base(shard(lambda names: names | {"lm_head.weight": 3})),
         (
-            "models[0].model: {bad}/model.safetensors.index.json names the shard 3, which is not a file in the model's "
-            "folder; do not use this model unless you know why."
+            "models[0].model: {bad}/model.safetensors.index.json names the shard 3, which is not a file in the "
+            "model's folder; do not use this model unless you know why."
         ),
     ),
     "index.json: a list": (

@@ -195,7 +195,7 @@ def test_vectors_of_nothing_shared_are_refused(new: Callable[..., NewTokens], tm
         focus(new(vectors=path))
 
 
-refusal = partial(refusal_by, check)
+refusal = partial(refusal_by, check_focus)
 
 
 def test_one_file_is_needed(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def write_walk(path: Path, words: list[str]) -> None:
     )
 
 
-refusal = partial(refusal_by, check)
+refusal = partial(refusal_by, check_tokalign)
 
 
 def test_one_file_is_needed(tmp_path: Path) -> None:
