@@ -1,4 +1,4 @@
-"""README tells what is there."""
+"""Test that the README agrees with the package."""
 
 import re
 from pathlib import Path
