@@ -1,4 +1,4 @@
-"""Test that the README agrees with the package."""
+"""README tells what is there."""
 
 import re
 from pathlib import Path
