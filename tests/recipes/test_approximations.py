@@ -298,4 +298,4 @@ def test_tokens_ranks_by_residuals_which_only_omp_has(base: Path, donor: Path, t
 def test_every_method_of_the_parameter_exists() -> None:
     assert set(INITIALIZERS) == set(Approximation)
     assert OmpParameters().approximation is Approximation.OMP
-    assert tokensurgeon.TARGETS_AT_A_TIME == 512
+    assert tokensurgeon.TARGETS_PER_BATCH == 512

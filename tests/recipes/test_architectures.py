@@ -429,7 +429,7 @@ def test_an_architecture_that_nothing_describes_is_refused_by_name(
     tokenizer, donor_tokenizer = tokenizers
     base = checkpoint(REFUSED, tokenizer, tmp_path / "base")
     donor = save(tmp_path / "donor", make_model(donor_tokenizer), donor_tokenizer)
-    with pytest.raises(OmpError, match="is a Qwen2VLForConditionalGeneration, whose config"):
+    with pytest.raises(OmpError, match="is a Qwen2VLForConditionalGeneration, but its config"):
         transplant(base, donor, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -248,7 +248,7 @@ def test_words_of_the_dictionary_are_looked_up_in_other_cases(
     dictionary.write_text("\ufeffdog\thund\n\nfox\tfuchs\nno such words\tgibt es nicht\n")
     wechsel(german_tokens(languages.parameters))
     # the lower case of `dog` is `dog` itself, so that it counts twice
-    assert "aligned by 4 pairs" in caplog.text
+    assert "aligned with 4 pairs" in caplog.text
 
 
 @pytest.mark.parametrize("missing", ["source_vectors", "vectors", "dictionary"])

@@ -90,7 +90,7 @@ def test_rows_are_what_the_hypernetwork_predicts_for_the_bytes(
     monkeypatch: pytest.MonkeyPatch,
     batch: int,
 ) -> None:
-    monkeypatch.setattr(module_under_test, "TARGETS_AT_A_TIME", batch)
+    monkeypatch.setattr(module_under_test, "TARGETS_PER_BATCH", batch)
     hypernetwork = save_hypernetwork(tmp_path, tokenizer)
     new = make_new_tokens()
     lengths = {len(spelled(new.output.tokens[id_].data, tokenizer)) for id_ in new.problem.target_ids.tolist()}
