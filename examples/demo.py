@@ -1,4 +1,4 @@
-"""Give Gemma-3-270M the tokenizer of SmolLM2 with mergekit's command, and compare the model before and after."""
+"""Give Gemma-3-270M the tokenizer of SmolLM2 with mergekit's own command, and show the model before and after."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def main() -> None:
 
 
 def with_local_folders(recipe: Path, cache: Path | None) -> Path:
-    """Write a copy of the recipe beside the checkpoints, with absolute paths.
+    """Write a copy of the recipe beside the checkpoints, with their whole paths.
 
-    For a relative path, mergekit asks the hub whether it is a model, and fails without a connection.
+    Of a relative path, mergekit asks the hub whether it is a model there, and fails without a connection.
     """
     text = recipe.read_text()
     for name in ("gemma3", "smollm2"):
@@ -71,18 +71,18 @@ def transplant(recipe: Path, out: Path) -> None:
 
 @torch.inference_mode()
 def show_continuations(before: str, after: str, n_tokens: int = 24) -> None:
-    """Print greedy continuations of a few prompts by both models."""
+    """Print what both models make of a few prompts, greedily."""
     continuations = [[], []]
-    for texts, folder in zip(continuations, (before, after), strict=True):
+    for told, folder in zip(continuations, (before, after), strict=True):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         for prompt in PROMPTS:
             # Gemma has only seen texts that begin with bos, which SmolLM2's tokenizer does not add by itself.
             ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
-            generated = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=n_tokens)[0, len(ids) :]
-            texts.append(tokenizer.decode(generated, skip_special_tokens=True))
-    for prompt, text_before, text_after in zip(PROMPTS, *continuations, strict=True):
-        print(f"\n{prompt!r}\n  before: {text_before!r}\n  after:  {text_after!r}")
+            made = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=n_tokens)[0, len(ids) :]
+            told.append(tokenizer.decode(made, skip_special_tokens=True))
+    for prompt, own, new in zip(PROMPTS, *continuations, strict=True):
+        print(f"\n{prompt!r}\n  before: {own!r}\n  after:  {new!r}")
 
 
 def show_scores(before: str, after: str) -> None:

@@ -46,7 +46,7 @@ MINIMUM_COUNT = 10
 _BUCKETS_PER_TOKEN = 20
 """Buckets of n-grams per token. fastText's 2,000,000 take 2.4 GB at this dimension; tokens have fewer n-grams."""
 
-_SIMILARITIES_PER_BATCH = 2**24
+_SIMILARITIES_AT_A_TIME = 2**24
 _LIKELY_SUPPORT = 512
 """Number of similarities that sparsemax sorts at first; it sorts more if needed, so this only affects speed."""
 
@@ -182,7 +182,7 @@ def similarity_means(targets: Tensor, anchors: Tensor) -> SparseMeans:
 
     targets, anchors = normalize(targets, dim=1), normalize(anchors, dim=1)
     chosen, weights, counts = [], [], [torch.zeros(1, dtype=torch.int64)]
-    step = max(1, _SIMILARITIES_PER_BATCH // len(anchors))
+    step = max(1, _SIMILARITIES_AT_A_TIME // len(anchors))
     for part in tqdm(targets.split(step), desc="Comparing with anchors", leave=False):
         dense = sparsemax(part @ anchors.T, dim=1, k=_LIKELY_SUPPORT)
         chosen.append(dense.nonzero()[:, 1])

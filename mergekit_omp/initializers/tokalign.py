@@ -37,7 +37,7 @@ MINIMUM_COUNT = 5
 WINDOW = 15
 PIVOTS = 300
 
-_SIMILARITIES_PER_BATCH = 2**24
+_SIMILARITIES_AT_A_TIME = 2**24
 _EXAMPLE = '{"Ġcolour": "Ġcolor"}'
 
 
@@ -171,7 +171,7 @@ def relative(vectors: Tensor, pivots: Tensor) -> Tensor:
 
 def nearest(targets: Tensor, candidates: Tensor) -> Tensor:
     """Return the index int64 (B,) of the candidate (C, P) with the largest inner product with each target (B, P)."""
-    step = max(1, _SIMILARITIES_PER_BATCH // len(candidates))
+    step = max(1, _SIMILARITIES_AT_A_TIME // len(candidates))
     parts = tqdm(targets.split(step), desc="Aligning tokens", leave=False)
     return torch.cat([(part @ candidates.T).argmax(dim=1) for part in parts])
 

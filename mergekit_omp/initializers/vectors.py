@@ -185,7 +185,7 @@ class TokenizedCorpus:
         """
         # gensim lowers its learning rate with every batch, so a short corpus needs short batches.
         batch = min(10_000, max(100, len(self.ids) // 20))
-        total = len(self.ends) * (passes + 1)  # gensim reads the corpus once more to count tokens
+        total = len(self.ends) * (passes + 1)  # gensim first reads all to count
         with tqdm(desc="Training vectors", total=total, unit=" blocks", leave=False) as progress:
             sentences = _Sentences(self, names, progress.update)
             return make_model(sentences=sentences, epochs=passes, batch_words=batch, seed=SEED, workers=1)

@@ -259,7 +259,7 @@ def _recording(record: "Record") -> Iterator[None]:
 
 @contextmanager
 def _log_level(level: int) -> Iterator[None]:
-    """Set the log level of this package, independently of mergekit's ``-v``."""
+    """Our lines are shown unless the run is quiet, whatever the level that mergekit's ``-v`` sets for its own."""
     before = LOG.level
     LOG.setLevel(level)
     try:

@@ -30,7 +30,7 @@ from mergekit_omp.vocabulary.tokens import TokenKind
 EXAMPLES = 24
 _PROBE_TARGETS = 128
 _PROBE_NUMBERS = 2**25  # 128 MB of float32
-_IDLE_MEMORY = 900 * 10**6  # bytes of Python, torch, transformers and two tokenizers
+_AT_REST = 900 * 10**6  # bytes that Python, torch, transformers and two tokenizers hold
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def forecast(transplant: Transplant, *, measure: bool = True) -> dict[str, Any]:
         The forecast as ``mergekit-omp inspect --json`` prints it.
     """
     config, options = transplant.config, transplant.options
-    approximations = list(dict.fromkeys(Approximation(value).value for value in settings_of(config, "approximation")))
+    approximations = list(dict.fromkeys(Approximation(each).value for each in settings_of(config, "approximation")))
     offers = {model: _offers(model, transplant) for model in transplant.inputs}
     solves = list(_solves(transplant, offers)) if Approximation.OMP.value in approximations else []
     if measure:
@@ -229,7 +229,7 @@ def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
         for model in transplant.inputs
     )
     shard = min(_output_bytes(transplant) or 0, transplant.options.out_shard_size)
-    return _IDLE_MEMORY + max(needs) + len(transplant.inputs) * vocabulary + shard
+    return _AT_REST + max(needs) + len(transplant.inputs) * vocabulary + shard
 
 
 def _output_bytes(transplant: Transplant) -> int | None:

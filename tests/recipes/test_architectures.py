@@ -59,7 +59,7 @@ T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "de
 class Architecture:
     """A class of transformers, settings of a tiny model, and the differences of its published files.
 
-    ``renamed`` and ``buffers`` convert what transformers saves now to the published checkpoints.
+    ``renamed`` and ``buffers`` turn what transformers saves now into what the published checkpoints hold.
     """
 
     name: str
@@ -390,9 +390,7 @@ def test_as_base(
     assert any(tensor is after.get_input_embeddings().weight for tensor in _parameters(after, realigned))
     head = after.get_output_embeddings()
     if head is not None:
-        assert all(
-            any(parameter is tensor for parameter in _parameters(after, realigned)) for tensor in head.parameters()
-        )
+        assert all(any(each is tensor for each in _parameters(after, realigned)) for tensor in head.parameters())
     result = outputs(after, ids[:6])
     assert torch.isfinite(result).all()
     if head is not None:

@@ -146,8 +146,8 @@ def small_tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_tekken_without_tokenizer_json(tmp_path: Path) -> None:
-    """Compare the file of Mistral NeMo with its conversion, with the roles and bos of mistral-common."""
+def test_tekken_alone_is_the_whole_tokenizer(tmp_path: Path) -> None:
+    """The file of Mistral NeMo: the same ids and texts as its conversion, with the roles and bos of mistral-common."""
     source = tt.package_file("mistral_common", "data/tekken_240911.json")
     (tmp_path / "tekken.json").write_bytes(source.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral"}))
