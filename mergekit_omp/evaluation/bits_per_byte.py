@@ -225,7 +225,7 @@ def evaluate(
     """
     texts = builtin_texts() if texts is None else texts
     _check_request(models, texts)
-    compared = [] if base is None else [str(model) for model in models if str(model) != str(base)]
+    measured = [] if base is None else [str(model) for model in models if str(model) != str(base)]
     base = base or models[0]
     order = [str(base), *(str(model) for model in models if str(model) != str(base))]
     readings: dict[str, dict[str, Reading]] = {}
@@ -235,7 +235,7 @@ def evaluate(
             bar.set_description(Path(name).name)
             model, tokenizer = _load(name, device, dtype, trust_remote_code)
             others = (
-                {other: _load_tokenizer(other, trust_remote_code) for other in compared} if name == order[0] else {}
+                {other: _load_tokenizer(other, trust_remote_code) for other in measured} if name == order[0] else {}
             )
             rulers = _rulers(tokenizer, others)
             readings[name] = {

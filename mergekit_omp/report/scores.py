@@ -21,7 +21,7 @@ def score_table(scores: Sequence[ModelScore]) -> Table:
 
 
 def span_table(score: ModelScore) -> Table:
-    """Build a table of bits and ideal bits per byte by class of token, which shows where a model loses bits."""
+    """Make a table of where a model loses bits against its base: bits per byte beside the ideal ones, by class."""
     table = new_table("", "gap", *(f"{kind.value}\nbits/B  ideal" for kind in SpanClass))
     for text in (*score.texts, score.overall):
         if text.spans is None:
