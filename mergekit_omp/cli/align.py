@@ -61,7 +61,7 @@ def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[s
         raise OmpError(f"models: a map is for one model, and the recipe names {names}; keep the one that it is for.")
     corpora = [corpus for corpus in settings_of(config, "corpus") if corpus is not None]
     parameters = OmpParameters(approximation=Approximation.TOKALIGN, corpus=corpora[0] if corpora else None)
-    tokalign.check(parameters, "parameters")
+    tokalign.check_tokalign(parameters, "parameters")
     base = transplant.base.alignment
     problem = transplant.problems[base][0].problem
     return tokalign.token_map(NewTokens.of(base, problem, transplant.vocabulary, transplant.tokenizer, parameters))

@@ -1,11 +1,12 @@
-"""Where a model with another tokenizer loses bits: its tokens beside what its base says that they should cost.
+"""Attribute lost bits to spans: compare the bits of a model's tokens with the ideal bits by its base.
 
-A text is cut into spans at the bytes where both tokenizers begin a token. In a span with one token of the base, one
-pass of the base gives the exact probability of the other tokenizer's pieces: the first piece gets the mass of all base
-tokens whose split begins with it, and each later piece the share of that mass whose split goes on with it. In a span
-with several tokens of the base there is no such distribution; there the base's own bits are the ideal.
+A text is split into spans at the bytes where both tokenizers start a token. In a span with one token of the base, one
+forward pass of the base gives the exact probability of the other tokenizer's pieces. The first piece has the mass of
+all base tokens whose segmentation starts with it, and each later piece the share of that mass whose segmentation
+continues with it. In a span with several tokens of the base there is no such distribution; its ideal bits are the
+base's own.
 
-The splits are sorted, so that the tokens that begin with the same pieces are neighbours, and each mass is a sum over a
+The segmentations are sorted, so tokens that start with the same pieces are neighbours, and each mass is a sum over a
 range.
 """
 
@@ -24,22 +25,22 @@ from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
 
 
 class SpanClass(str, Enum):
-    """How a token lies over the tokens of the base."""
+    """The relation of a token to the tokens of the base."""
 
-    EQUAL = "equal"  # the same bytes as one token of the base
-    FIRST = "first piece"  # of a token of the base that is split
-    LATER = "later pieces"  # of a token of the base that is split
+    EQUAL = "equal"  # has the bytes of one token of the base
+    FIRST = "first piece"  # of a segmented token of the base
+    LATER = "later pieces"  # of a segmented token of the base
     CROSSING = "crossing"  # in a span with several tokens of the base
 
 
 @dataclass(frozen=True)
 class IdealToken:
-    """What a token of a text should cost.
+    """The ideal bits of one token of a text.
 
     Attributes:
-        kind: how it lies over the tokens of the base.
-        bits: -log2 of its probability by the base. In a crossing span the first token has the bits of the whole span,
-            and the others 0.
+        kind: class of the token.
+        bits: -log2 of its probability by the base. In a crossing span the first token has the bits of the span, and
+            the others have 0.
     """
 
     kind: SpanClass
@@ -48,12 +49,12 @@ class IdealToken:
 
 @dataclass(frozen=True)
 class SpanScore:
-    """All tokens of one class in a text.
+    """The score of all tokens of one class in a text.
 
     Attributes:
-        n_tokens: how many there are.
-        bits: what they cost the model.
-        ideal_bits: what they should cost.
+        n_tokens: number of tokens.
+        bits: bits of the tokens by the model.
+        ideal_bits: bits of the tokens by the base.
     """
 
     n_tokens: int = 0
@@ -61,7 +62,7 @@ class SpanScore:
     ideal_bits: float = 0.0
 
     def __add__(self, other: "SpanScore") -> "SpanScore":
-        """Both together."""
+        """Add two scores."""
         return SpanScore(self.n_tokens + other.n_tokens, self.bits + other.bits, self.ideal_bits + other.ideal_bits)
 
 
@@ -69,11 +70,11 @@ SpanScores = Mapping[SpanClass, SpanScore]
 
 
 def score_spans(ideals: Sequence[IdealToken], bits: Sequence[float]) -> dict[SpanClass, SpanScore]:
-    """Sum a model's bits and the ideal ones by class.
+    """Sum a model's bits and the ideal bits by class.
 
     Args:
-        ideals: of each token of a text.
-        bits: -log2 of the probability that the model gives the same tokens.
+        ideals: ideal bits of each token of a text.
+        bits: -log2 of the model's probability of each token.
     """
     scores = {kind: SpanScore() for kind in SpanClass}
     for ideal, cost in zip(ideals, bits, strict=True):
@@ -90,13 +91,13 @@ def add_scores(all_scores: Iterable[SpanScores]) -> dict[SpanClass, SpanScore]:
 
 
 class SpanRuler:
-    """What the tokens of another tokenizer should cost, by a base model that reads the same text."""
+    """Computes the ideal bits of another tokenizer's tokens from a base model's predictions for the same text."""
 
     def __init__(self, base: Vocabulary, tokenizer: PreTrainedTokenizerBase, output: Vocabulary) -> None:
-        """Split every token of the base as the other tokenizer does.
+        """Segment every token of the base with the other tokenizer.
 
         Args:
-            base: the base's vocabulary.
+            base: vocabulary of the base.
             tokenizer: the other tokenizer.
             output: its vocabulary.
         """
@@ -110,16 +111,16 @@ class SpanRuler:
     def measure(
         self, window: str, logits: Tensor, base_starts: Sequence[int], base_bits: Sequence[float]
     ) -> list[IdealToken] | None:
-        """Measure the tokens that the other tokenizer makes of a window.
+        """Compute the ideal bits of the other tokenizer's tokens of a window.
 
         Args:
-            window: a text.
-            logits: (T, V) of the base, any floating dtype, before each of its T tokens of the window.
-            base_starts: the byte at which each of these tokens begins, ascending.
-            base_bits: what each of these tokens cost the base.
+            window: text of the window.
+            logits: (T, V) of any floating dtype, the base's predictions for its T tokens of the window.
+            base_starts: byte offset of each of these tokens, ascending.
+            base_bits: bits of each of these tokens by the base.
 
         Returns:
-            One for each token; None where they do not spell the window byte for byte.
+            The ideal bits of each token; None if the tokens do not reproduce the window byte for byte.
         """
         ids = self._tokenizer(window, add_special_tokens=False).input_ids
         starts = token_starts(ids, window, self._output)
@@ -141,7 +142,7 @@ class SpanRuler:
         return ideals
 
     def _of_split(self, logits: Tensor, split: tuple[int, ...]) -> list[float] | None:
-        """Bits of each piece, given logits (V,); None where no token of the base is split so."""
+        """Return the bits of each piece, given logits (V,); None if no token of the base has this segmentation."""
         logits = logits.float()
         before = logits.logsumexp(dim=0)
         bits = []
@@ -155,18 +156,18 @@ class SpanRuler:
         return bits
 
     def _range(self, prefix: tuple[int, ...]) -> slice:
-        """Where the tokens are whose split begins with these pieces."""
+        """Return the range of the tokens whose segmentation starts with these pieces."""
         after = (*prefix[:-1], prefix[-1] + 1)
         return slice(bisect_left(self._splits, prefix), bisect_left(self._splits, after))
 
 
 def token_starts(ids: Sequence[int], text: str, vocabulary: Vocabulary) -> list[int] | None:
-    """The byte of a text at which each token begins; None if the tokens do not spell it."""
+    """Return the byte offset of each token in a text; None if the tokens do not reproduce it."""
     parts = [vocabulary.tokens[id_].data if id_ in vocabulary.tokens else b"" for id_ in ids]
-    spelt, expected = b"".join(parts), text.encode()
-    if spelt not in (expected, b" " + expected):  # SentencePiece may put a space before a text
+    decoded, expected = b"".join(parts), text.encode()
+    if decoded not in (expected, b" " + expected):  # SentencePiece may prepend a space
         return None
-    starts, offset = [], len(expected) - len(spelt)
+    starts, offset = [], len(expected) - len(decoded)
     for part in parts:
         starts.append(max(0, offset))
         offset += len(part)

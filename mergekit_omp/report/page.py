@@ -1,4 +1,4 @@
-"""The record of a transplant as one self-contained HTML page: ``page.html.j2``, filled in."""
+"""Render the record of a transplant as a self-contained HTML page from ``page.html.j2``."""
 
 import jinja2
 
@@ -17,19 +17,22 @@ from mergekit_omp.report.summary import Record
 
 
 def page(record: Record, title: str) -> str:
-    """Make the page.
+    """Render the page.
 
     Args:
-        record: a complete one, as ``mergekit_omp.report.record`` writes it.
-        title: the model's name.
+        record: a complete record, as :mod:`mergekit_omp.report.record` writes it.
+        title: name of the model.
+
+    Returns:
+        The HTML.
 
     Raises:
-        OmpError: matplotlib is not installed.
+        OmpError: if matplotlib is not installed.
     """
     require_matplotlib()
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("mergekit_omp", "report"),
-        autoescape=True,  # names and tokens are text, whatever markup is in them
+        autoescape=True,  # names and tokens may contain markup
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -53,7 +56,7 @@ def page(record: Record, title: str) -> str:
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:
-    """List the numbers at the top of the page, each with what it counts."""
+    """Return the numbers at the top of the page with their labels."""
     first = summary.inputs(record)[0]
     targets = [problem["targets"] for problem in (*record["solves"], *record.get("other_rows", ()))]
     residuals = [solve["residuals"]["mean"] for solve in solves_with_targets(record)]
@@ -62,12 +65,12 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         (f"{first['kept']:,}", "keep a row of the model"),
         (f"{max(targets, default=0):,}", "are approximated"),
         (f"{sum(residuals) / len(residuals):.3f}" if residuals else "–", "mean relative residual"),
-        (_duration(record["seconds"]), "from start to end"),
+        (_duration(record["seconds"]), "total time"),
     ]
 
 
 def _details(record: Record) -> list[tuple[str, str]]:
-    """List everything else that is known about the run, each with its name."""
+    """Return all other properties of the run with their names."""
     rows = [("merge method", record["merge_method"]), ("tokenizer", record["tokenizer_source"])]
     for model in record["models"]:
         about = f"{model['tokens']:,} tokens; numbers as {model['numerals']}"

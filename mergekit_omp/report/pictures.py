@@ -1,4 +1,4 @@
-"""The pictures of the report page as SVG, drawn by matplotlib, which is optional and imported where it is used."""
+"""Draw the figures of the report page as SVG with matplotlib, an optional dependency imported on use."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ GREY = "#8a8f98"
 
 
 def require_matplotlib() -> None:
-    """Raise an OmpError where matplotlib is not installed."""
+    """Raise an OmpError if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise OmpError("The page's pictures need matplotlib; run `pip install 'mergekit-omp[report]'`.")
 
 
 def draw_matches(record: Record) -> "Figure":
-    """Draw for each input how many output tokens it has a row for or not, by reason."""
+    """Draw the number of output tokens with and without a row in each input, by reason."""
     models = inputs(record)
     most = max(len(model["match"]) for model in models)
     figure, axes = _new_figure(len(models), 0.9 + 0.34 * most)
@@ -66,7 +66,7 @@ def draw_residuals(record: Record) -> "Figure":
 
 
 def draw_usage(record: Record) -> "Figure":
-    """Draw for each solve how many anchors are used how often."""
+    """Draw a histogram of the number of uses of anchors for each solve."""
     solves = solves_with_targets(record)
     figure, axes = _new_figure(len(solves), 2.6)
     for axis, solve in zip(axes, solves, strict=True):
@@ -100,19 +100,19 @@ def draw_texts(record: Record) -> "Figure":
 
 
 def solves_with_targets(record: Record) -> list[Record]:
-    """List the solves that there are pictures of."""
+    """Return the solves that have targets."""
     return [solve for solve in record["solves"] if solve["targets"]]
 
 
 def sides(record: Record, solve: Record) -> str:
-    """Say which tensors of the output a solve served."""
+    """Describe the matrix of a solve and the sides of the output that use it."""
     index = record["solves"].index(solve)
-    served = sorted({tensor["side"] for tensor in record["tensors"] if index in tensor["solves"]})
-    return f"{solve['tensor']} of {solve['donor']}, for the {' and the '.join(served)}"
+    used_by = sorted({tensor["side"] for tensor in record["tensors"] if index in tensor["solves"]})
+    return f"{solve['tensor']} of {solve['donor']}, for the {' and the '.join(used_by)}"
 
 
 def as_svg(draw: Callable[[Record], "Figure"], record: Record) -> str:
-    """Draw a picture as an ``<svg>`` element; the same record gives the same bytes."""
+    """Draw a figure as an ``<svg>`` element; equal records give equal bytes."""
     from matplotlib import rc_context
 
     image = io.StringIO()

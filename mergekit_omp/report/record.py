@@ -1,7 +1,7 @@
-"""An account of a transplant beside the model that it made: ``omp_record.json``, and a section of the model card.
+"""Record a transplant in ``omp_record.json`` and in a section of the model card.
 
-The record is for machines; ``mergekit-omp report`` makes a page of it. What the solves found is added while their
-codes are at hand; everything is written once, when the model is.
+The record is machine-readable; ``mergekit-omp report`` renders it as a page. Results of solves are added while their
+codes are in memory. Everything is written once, after the model.
 """
 
 import datetime
@@ -40,29 +40,29 @@ PACKAGES = ("mergekit-omp", "mergekit", "torch", "transformers", "tokenizers", "
 
 
 def never_fatal(step: Callable[..., None]) -> Callable[..., None]:
-    """Log what goes wrong in a step, and no more: an account of a model must not cost the model."""
+    """Log exceptions of a step instead of raising them: a failure of the record must not cost the model."""
 
     @functools.wraps(step)
     def attempt(*args: Any, **kwargs: Any) -> None:
         try:
             step(*args, **kwargs)
         except Exception:
-            LOG.warning("The model is not affected, but the record of how it was made is incomplete", exc_info=True)
+            LOG.warning("The model is complete, but the record of the run is not", exc_info=True)
 
     return attempt
 
 
 class Record:
-    """What a run has to tell, collected on the way.
+    """Results of a run, collected while it runs.
 
     Attributes:
         transplant: the resolved recipe.
-        solves: a description of every solve, in the order in which they were planned.
-        other_rows: of every problem whose rows another initializer made.
-        tensors: of every realigned tensor of every input, with the places of its solves.
-        uncovered: for each input the ids of new tokens that neither a donor nor an override gives a row.
-        copied: for each input the ids of tokens whose rows other models of its space give, in every tensor.
-        is_complete: whether everything that was to be added has been.
+        solves: descriptions of the solves, in the order in which they were planned.
+        other_rows: descriptions of the problems of other initializers.
+        tensors: descriptions of the realigned tensors of every input, with the indices of their solves.
+        uncovered: ids of new tokens of each input that neither a donor nor an override has a row for.
+        copied: ids of tokens of each input whose rows are copied from other models, in every tensor.
+        is_complete: whether all results have been added.
     """
 
     def __init__(self, transplant: Transplant) -> None:
@@ -76,19 +76,19 @@ class Record:
         self._warnings: dict[RecipeModel, list[str]] = {}
 
     def warnings(self, model: RecipeModel) -> list[str]:
-        """What the user should know of an input; found once, for the log and for the file."""
+        """Return the warnings about an input, which are computed once."""
         if model not in self._warnings:
             self._warnings[model] = warnings_for(model, self.transplant, self.copied.get(model, ()))
         return self._warnings[model]
 
     def add_solve(self, posed: DonorProblem, solution: Solution, **settings: Any) -> int:
-        """Describe a solve, with the settings that it had; returns its place among all."""
+        """Add a solve with its settings, and return its index."""
         described = _describe_solution(solution, self.transplant.vocabulary)
         self.solves.append(_describe_problem(posed, solution.problem) | settings | described)
         return len(self.solves) - 1
 
     def add_other_rows(self, posed: DonorProblem, problem: Problem) -> None:
-        """Describe a problem whose rows were not made from codes."""
+        """Add a problem whose rows were not made from sparse codes."""
         self.other_rows.append(_describe_problem(posed, problem))
 
     def add_tensor(
@@ -100,7 +100,7 @@ class Record:
         problems: Sequence[Problem],
         copied: Sequence[tuple[Sequence[RecipeModel], torch.Tensor]],
     ) -> None:
-        """Describe a realigned tensor of an input, and note which new tokens no problem and no copy covers."""
+        """Add a realigned tensor of an input, and update the new tokens that no problem and no copy covers."""
         self.tensors.append(
             {
                 "name": name,
@@ -124,14 +124,14 @@ class Record:
 
     @never_fatal
     def write(self, folder: Path, seconds: float) -> None:
-        """Write the record, if it is complete, and, where mergekit has written a model card, a section of that.
+        """Write a complete record, and a section of the model card if mergekit has written one.
 
         Args:
-            folder: of the finished model.
-            seconds: what the run took.
+            folder: folder of the finished model.
+            seconds: duration of the run.
         """
         if not self.is_complete:
-            return  # what went wrong has been logged
+            return  # the failure has been logged
         record = self._complete(folder, seconds)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -166,34 +166,34 @@ class Record:
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """The record beside a model.
+    """Read the record of a model.
 
     Raises:
-        OmpError: where there is none, an incomplete one, or one that this version cannot read.
+        OmpError: if there is no record, or it is incomplete or of another version.
     """
     path = Path(folder) / RECORD_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OmpError(
-            f"{folder}: there is no {RECORD_FILE} in it; name the output folder of a merge with merge_method: omp."
+            f"{folder} has no {RECORD_FILE}; name the output folder of a merge with merge_method: omp."
         ) from error
     except ValueError as error:
-        raise OmpError(f"{path} is no JSON ({error}); make the model again.") from error
+        raise OmpError(f"{path} is not valid JSON ({error}); make the model again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise OmpError(f"{path} is of another version of mergekit-omp; make the model again or use that version.")
     if "samples" not in record:
-        raise OmpError(f"{path} is incomplete, as the log of that run tells; make the model again.")
+        raise OmpError(f"{path} is incomplete (the log of that run has the reason); make the model again.")
     return record
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that have a part in the result."""
+    """Return the versions of Python and of the packages that affect the result."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
 def peak_memory() -> int | None:
-    """The most bytes of memory that this process held; None where the system does not tell."""
+    """Return the peak memory of this process in bytes; None if the system does not report it."""
     if sys.platform == "win32":
         return None
     import resource
@@ -203,23 +203,23 @@ def peak_memory() -> int | None:
 
 
 def match_counts(match: VocabularyMatch) -> dict[str, int]:
-    """How many output tokens there are of each reason, in words."""
+    """Return the number of output tokens by reason, in words."""
     return {reason.name.lower().replace("_", " "): count for reason, count in match.counts().items()}
 
 
 def card_section(record: Mapping[str, Any]) -> str:
-    """Markdown on what was kept, what was approximated and how well, for the end of a model card."""
+    """Return Markdown on kept and approximated rows for the end of a model card."""
     lines = ["### Tokenizer transplantation", ""]
     for model in record["models"]:
         if "input" in model["roles"]:
             lines.append(
-                f"* {model['name']}: of {record['tokens']:,} tokens {model['kept']:,} kept their rows and "
-                f"{model['lacking']:,} were lacking."
+                f"* {model['name']}: of {record['tokens']:,} tokens {model['kept']:,} keep their rows and "
+                f"{model['lacking']:,} are new."
             )
     for solve in record["solves"]:
         lines.append(
-            f"* {solve['targets']:,} tokens were approximated with at most {solve['k']} of {solve['atoms']:,} shared "
-            f"ones each, in {solve['tensor']} of {solve['donor']}; "
+            f"* {solve['targets']:,} tokens were approximated with at most {solve['k']} of {solve['atoms']:,} "
+            f"anchors each, in {solve['tensor']} of {solve['donor']}; "
             f"the mean relative residual is {solve['residuals']['mean']:.3f}."
         )
     for tensor in record["tensors"]:
@@ -235,13 +235,13 @@ def card_section(record: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Made with mergekit-omp {record['versions']['mergekit-omp']}; `{RECORD_FILE}` has the details, and "
-        "`mergekit-omp report <this folder>` makes a page of them.",
+        "`mergekit-omp report <this folder>` renders them as a page.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def copied_rows(tensor: Mapping[str, Any]) -> list[str]:
-    """Say which tokens of a tensor of :class:`Record` have the rows of other models."""
+    """Describe the copied rows of a tensor of a record."""
     return [
         f"{tensor['name']} of {tensor['model']}: {copied['tokens']:,} rows copied from {' and '.join(copied['from'])}"
         for copied in tensor.get("copied", ())
@@ -281,7 +281,7 @@ def _describe_solution(solution: Solution, vocabulary: Vocabulary) -> dict[str, 
 
 
 def _describe_residuals(residuals: torch.Tensor) -> dict[str, Any]:
-    """A histogram over [0, 1] of relative residuals, with a few numbers."""
+    """Summarise relative residuals, with a histogram over [0, 1]."""
     if not len(residuals):
         return {"mean": 0.0, "median": 0.0, "p95": 0.0, "edges": [0.0, 1.0], "counts": [0]}
     values = residuals.double()
@@ -296,7 +296,7 @@ def _describe_residuals(residuals: torch.Tensor) -> dict[str, Any]:
 
 
 def _histogram(sorted_counts: list[int]) -> list[dict[str, int]]:
-    """How many anchors are used 1, 2–3, 4–7, … times."""
+    """Count the anchors that are used 1, 2–3, 4–7, … times."""
     bins: dict[int, int] = {}
     for count in sorted_counts:
         if count:
@@ -328,7 +328,7 @@ def _describe_model(
 
 
 def _measure_texts(folder: Path, transplant: Transplant) -> list[dict[str, Any]]:
-    """Tokens per byte of the built-in texts, before and after."""
+    """Measure tokens per byte of the built-in texts, before and after."""
     before, after = transplant.base.tokenizer, AutoTokenizer.from_pretrained(folder)
     measured = []
     for name, text in builtin_texts().items():

@@ -1,4 +1,4 @@
-"""The scores of models on texts as a table."""
+"""Format the scores of models on texts as tables."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +11,12 @@ from mergekit_omp.report.tables import new_table, render
 
 
 def score_table(scores: Sequence[ModelScore]) -> Table:
-    """Make a table with a row for each text and a group of numbers for each model."""
+    """Build a table with a row per text and a group of numbers per model."""
     names = _short_names([score.model for score in scores])
     table = new_table("", *(f"{name}\nbits/B  tokens/B  agree" for name in names))
     rows = [(*score.texts, score.overall) for score in scores]
-    for same_text in zip(*rows, strict=True):
-        table.add_row(same_text[0].text, *map(_numbers, same_text))
+    for text_scores in zip(*rows, strict=True):
+        table.add_row(text_scores[0].text, *map(_numbers, text_scores))
     return table
 
 
@@ -44,6 +44,6 @@ def _numbers(score: TextScore) -> str:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Name models by their last part where that tells them apart."""
+    """Shorten names to their last part if that is unambiguous."""
     short = [Path(name).name for name in names]
     return short if len(set(short)) == len(set(names)) else list(names)

@@ -1,4 +1,4 @@
-"""The record of a transplant as text for a terminal, and what the page says in the same words."""
+"""Format the record of a transplant as text, partly shared with the page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ def summary(record: Record) -> Iterator[Part]:
     """Yield the parts of the text.
 
     Args:
-        record: a complete one, as ``mergekit_omp.report.record`` writes it.
+        record: a complete record, as :mod:`mergekit_omp.report.record` writes it.
     """
     yield subtitle(record)
     for model in inputs(record):
@@ -75,7 +75,7 @@ def _describe_solves(solves: Sequence[Record]) -> Iterator[Part]:
 
 
 def subtitle(record: Record) -> str:
-    """Say what was merged, and when."""
+    """Describe what was merged, and when."""
     models = ", ".join(model["name"] for model in inputs(record))
     return (
         f"{record['merge_method']}: {models} with the tokenizer of {record['tokenizer_source']}, {record['created']}"
@@ -83,26 +83,26 @@ def subtitle(record: Record) -> str:
 
 
 def inputs(record: Record) -> list[Record]:
-    """List the models that were merged."""
+    """Return the models that were merged."""
     return [model for model in record["models"] if "input" in model["roles"]]
 
 
 def advice(record: Record) -> list[str]:
-    """List the warnings about all inputs."""
+    """Return the warnings about all inputs."""
     return [sentence for model in inputs(record) for sentence in model["advice"]]
 
 
 def matches(model: Record) -> list[tuple[str, int]]:
-    """List why an input has rows for output tokens or not, with the number of tokens, most first."""
+    """Return the reasons of an input's match with the number of tokens, most frequent first."""
     return sorted(model["match"].items(), key=lambda item: -item[1])
 
 
 def label(reason: str) -> str:
-    """Word a reason of :func:`matches` for a reader."""
+    """Return the label of a reason of :func:`matches`."""
     return _LABELS.get(reason, reason)
 
 
 def other_rows(record: Record) -> list[str]:
-    """Say for each tensor whose new rows are not OMP's what made them."""
+    """Describe the tensors whose new rows were made by other initializers than OMP."""
     made_by = [(tensor, tensor["parameters"].get("approximation", "omp")) for tensor in record["tensors"]]
     return [f"{tensor['name']} of {tensor['model']}: new rows by {name}" for tensor, name in made_by if name != "omp"]
