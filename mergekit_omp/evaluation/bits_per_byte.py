@@ -185,7 +185,7 @@ def evaluate(
         device: where the models run.
         dtype: what the models compute in; log-probabilities are float32 in any case.
         window_bytes: length of the windows that texts are read in.
-        progress: show a progress bar, in bytes.
+        progress: show a progress bar, in bytes, where the error stream is a terminal.
         trust_remote_code: let a model bring its own code.
 
     Raises:
@@ -198,7 +198,7 @@ def evaluate(
     order = [str(base), *(str(model) for model in models if str(model) != str(base))]
     readings: dict[str, dict[str, Reading]] = {}
     total = len(order) * sum(len(text.encode()) for text in texts.values())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
         for name in order:
             bar.set_description(Path(name).name)
             model, tokenizer = _load(name, device, dtype, trust_remote_code)
