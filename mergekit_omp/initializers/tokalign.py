@@ -168,7 +168,7 @@ def relative(vectors: Tensor, pivots: Tensor) -> Tensor:
 def nearest(targets: Tensor, candidates: Tensor) -> Tensor:
     """Which of the candidates [C, P] has the largest inner product with each of the targets [B, P]: int64 [B]."""
     step = max(1, _SIMILARITIES_AT_A_TIME // len(candidates))
-    parts = tqdm(targets.split(step), desc="Aligning tokens", leave=False)
+    parts = tqdm(targets.split(step), desc="Aligning tokens", leave=False, disable=None)
     return torch.cat([(part @ candidates.T).argmax(dim=1) for part in parts])
 
 

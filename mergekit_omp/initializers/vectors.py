@@ -145,7 +145,10 @@ class TokenizedCorpus:
             OmpError: the file is not in UTF-8, or gives no tokens.
         """
         parts: list[np.ndarray] = []
-        with tqdm(desc=f"Tokenizing {Path(path).name}", unit=" characters", unit_scale=True, leave=False) as progress:
+        name = Path(path).name
+        with tqdm(
+            desc=f"Tokenizing {name}", unit=" characters", unit_scale=True, leave=False, disable=None
+        ) as progress:
             for blocks in _batches(_blocks(path, place)):
                 encoded = tokenizer(blocks, add_special_tokens=False, verbose=False).input_ids
                 parts += [np.array(ids, dtype=np.int32) for ids in encoded]
@@ -177,7 +180,7 @@ class TokenizedCorpus:
         # gensim lowers its learning rate from batch to batch, so that a short corpus needs short ones.
         batch = min(10_000, max(100, len(self.ids) // 20))
         total = len(self.ends) * (passes + 1)  # gensim first reads all to count
-        with tqdm(desc="Training vectors", total=total, unit=" blocks", leave=False) as progress:
+        with tqdm(desc="Training vectors", total=total, unit=" blocks", leave=False, disable=None) as progress:
             sentences = _Sentences(self, names, progress.update)
             return make(sentences=sentences, epochs=passes, batch_words=batch, seed=SEED, workers=1)
 
