@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(path / "donor", make_model(donor, hidden=24), donor)
     asked = recipe(path / "base", path / "donor")
     (path / "recipe.yml").write_text(yaml.safe_dump(asked))
-    (path / "text.txt").write_text("\n".join([*ENGLISH, *PYTHON] * 10))
+    (path / "text.txt").write_text("\n".join([*ENGLISH, *PYTHON]))
     learning = {"approximation": "tokalign", "corpus": str(path / "text.txt")}
     (path / "learning.yml").write_text(yaml.safe_dump({**asked, "parameters": learning}))
     assert merge_here(asked, path / "out", "--quiet").exit_code == 0
