@@ -25,7 +25,7 @@ NAMED = 20
 """Tokens without a row that are named."""
 
 
-def never_fatal(step: Callable[..., None]) -> Callable[..., None]:
+def best_effort(step: Callable[..., None]) -> Callable[..., None]:
     """Leave out lines that cannot be made: the log of a run must not stop it."""
 
     @functools.wraps(step)
@@ -80,7 +80,7 @@ def _is_console(handler: logging.Handler) -> bool:
     return isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.stderr)
 
 
-@never_fatal
+@best_effort
 def log_start(transplant: Transplant) -> None:
     """Log what the run will do, and what it will cost."""
     if not LOG.isEnabledFor(logging.INFO):
@@ -149,7 +149,7 @@ def log_summary(record: Record, out_path: str | os.PathLike[str], seconds: float
     _log_result(record, Path(out_path), seconds)
 
 
-@never_fatal
+@best_effort
 def _log_result(record: Record, out: Path, seconds: float) -> None:
     transplant = record.transplant
     made = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
