@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_omp.cli.options import JSON, print_json
+from mergekit_omp.cli.options import JSON, print_json, working
 
 
 @click.command(short_help="Show what a transplant did, as text and as a page with pictures.")
@@ -20,7 +20,8 @@ def report(out: str, page_path: str | None, as_json: bool) -> None:
     written: how well new tokens are approximated, by which anchors, and which tokens are near them now. The page is
     one file that loads nothing else.
     """
-    from mergekit_omp.report.record import read_record
+    with working("Starting"):
+        from mergekit_omp.report.record import read_record
 
     record = read_record(out)
     if as_json:
@@ -29,13 +30,14 @@ def report(out: str, page_path: str | None, as_json: bool) -> None:
     from mergekit_omp.errors import OmpError
     from mergekit_omp.report.page import page
     from mergekit_omp.report.summary import summary
-    from mergekit_omp.report.tables import show
+    from mergekit_omp.report.tables import heading, show
 
     show(*summary(record))
     target = Path(page_path) if page_path else Path(out) / "omp_report.html"
-    text = page(record, Path(out).resolve().name)
+    with working("Drawing the page"):
+        text = page(record, Path(out).resolve().name)
     try:
         target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OmpError(f"{target} cannot be written ({error.strerror}); name another with --html.") from error
-    click.echo(f"\nPage with pictures: {target}")
+    show("", heading("Page with pictures: ").append(str(target), style="not bold cyan"))

@@ -195,7 +195,7 @@ def evaluate(
         device: device of the models.
         dtype: dtype of the models; log-probabilities are float32 in any case.
         window_bytes: maximum length of a window of text, in bytes.
-        progress: whether to show a progress bar, in bytes.
+        progress: whether to show a progress bar, in bytes, where the error stream is a terminal.
         trust_remote_code: whether to run code that comes with a model.
 
     Returns:
@@ -230,7 +230,7 @@ def evaluate(
     order = [str(base), *(str(model) for model in models if str(model) != str(base))]
     readings: dict[str, dict[str, Reading]] = {}
     total = len(order) * sum(len(text.encode()) for text in texts.values())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
         for name in order:
             bar.set_description(Path(name).name)
             model, tokenizer = _load(name, device, dtype, trust_remote_code)

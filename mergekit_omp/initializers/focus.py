@@ -183,7 +183,7 @@ def similarity_means(targets: Tensor, anchors: Tensor) -> SparseMeans:
     targets, anchors = normalize(targets, dim=1), normalize(anchors, dim=1)
     chosen, weights, counts = [], [], [torch.zeros(1, dtype=torch.int64)]
     step = max(1, _SIMILARITIES_AT_A_TIME // len(anchors))
-    for part in tqdm(targets.split(step), desc="Comparing with anchors", leave=False):
+    for part in tqdm(targets.split(step), desc="Comparing with anchors", leave=False, disable=None):
         dense = sparsemax(part @ anchors.T, dim=1, k=_LIKELY_SUPPORT)
         chosen.append(dense.nonzero()[:, 1])
         weights.append(dense[dense > 0])

@@ -172,7 +172,7 @@ def relative(vectors: Tensor, pivots: Tensor) -> Tensor:
 def nearest(targets: Tensor, candidates: Tensor) -> Tensor:
     """Return the index int64 (B,) of the candidate (C, P) with the largest inner product with each target (B, P)."""
     step = max(1, _SIMILARITIES_AT_A_TIME // len(candidates))
-    parts = tqdm(targets.split(step), desc="Aligning tokens", leave=False)
+    parts = tqdm(targets.split(step), desc="Aligning tokens", leave=False, disable=None)
     return torch.cat([(part @ candidates.T).argmax(dim=1) for part in parts])
 
 

@@ -151,7 +151,10 @@ class TokenizedCorpus:
             OmpError: if the file is not in UTF-8, or has no tokens.
         """
         parts: list[np.ndarray] = []
-        with tqdm(desc=f"Tokenizing {Path(path).name}", unit=" characters", unit_scale=True, leave=False) as progress:
+        name = Path(path).name
+        with tqdm(
+            desc=f"Tokenizing {name}", unit=" characters", unit_scale=True, leave=False, disable=None
+        ) as progress:
             for blocks in _batches(_blocks(path, place)):
                 encoded = tokenizer(blocks, add_special_tokens=False, verbose=False).input_ids
                 parts += [np.array(ids, dtype=np.int32) for ids in encoded]
@@ -186,7 +189,7 @@ class TokenizedCorpus:
         # gensim lowers its learning rate with every batch, so a short corpus needs short batches.
         batch = min(10_000, max(100, len(self.ids) // 20))
         total = len(self.ends) * (passes + 1)  # gensim first reads all to count
-        with tqdm(desc="Training vectors", total=total, unit=" blocks", leave=False) as progress:
+        with tqdm(desc="Training vectors", total=total, unit=" blocks", leave=False, disable=None) as progress:
             sentences = _Sentences(self, names, progress.update)
             return make_model(sentences=sentences, epochs=passes, batch_words=batch, seed=SEED, workers=1)
 

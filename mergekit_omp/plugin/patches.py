@@ -228,22 +228,24 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     from mergekit_omp.recipe.model_checks import check_checkpoints
     from mergekit_omp.recipe.resolve import resolve
     from mergekit_omp.report.record import Record
-    from mergekit_omp.report.run_log import log_summary
+    from mergekit_omp.report.run_log import log_start, log_summary, run_lines
 
     started = time.perf_counter()
     connect_later_methods()
-    with _log_level(logging.ERROR if options.quiet else logging.INFO):
+    with run_lines(quiet=options.quiet):
         transplant = resolve(config, options)
         check_checkpoints(transplant)
         record = Record(transplant)
         out_path = call.arguments["out_path"]
         with explained(out_path), staged(out_path) as folder:
             call.arguments["out_path"] = str(folder)
+            log_start(transplant)
             with _recording(record):
                 result = wrapped(*call.args, **call.kwargs)
             finish_output(folder, transplant)
-            record.write(folder, time.perf_counter() - started)
-        log_summary(record)
+            seconds = time.perf_counter() - started
+            record.write(folder, seconds)
+        log_summary(record, out_path, seconds)
     return result
 
 
@@ -255,14 +257,3 @@ def _recording(record: "Record") -> Iterator[None]:
         yield
     finally:
         _current_record.reset(token)
-
-
-@contextmanager
-def _log_level(level: int) -> Iterator[None]:
-    """Our lines are shown unless the run is quiet, whatever the level that mergekit's ``-v`` sets for its own."""
-    before = LOG.level
-    LOG.setLevel(level)
-    try:
-        yield
-    finally:
-        LOG.setLevel(before)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from rich.text import Text
 from tqdm import tqdm
 
 from mergekit_omp.errors import OmpError
@@ -103,17 +104,22 @@ def compare_approximations(
     def score(model: str | Path) -> ModelScore:
         return evaluate([model], texts, device=device, progress=False, trust_remote_code=trust_remote_code)[0]
 
-    rows = [Row(ORIGINAL, score(original))]
-    for approximation in tqdm(approximations, desc="Approximations", unit="run", leave=False):
+    def run(approximation: Approximation) -> Row:
         with tempfile.TemporaryDirectory(prefix="mergekit-omp-") as folder:
             out = Path(folder) / approximation.value
             problem = _merge(with_approximation(recipe, approximation), out, options)
             if problem:
-                row = Row(approximation.value, problem=problem)
-            else:
-                record = read_record(out)
-                row = Row(approximation.value, score(out), record["seconds"], record["peak_memory_bytes"])
-        rows.append(row)
+                return Row(approximation.value, problem=problem)
+            record = read_record(out)
+            return Row(approximation.value, score(out), record["seconds"], record["peak_memory_bytes"])
+
+    with tqdm(total=1 + len(approximations), unit="model", leave=False, disable=None) as bar:
+        bar.set_description(ORIGINAL)
+        rows = [Row(ORIGINAL, score(original))]
+        for approximation in approximations:
+            bar.update()
+            bar.set_description(approximation.value)
+            rows.append(run(approximation))
     return rows
 
 
@@ -153,8 +159,13 @@ def describe_comparison(rows: Sequence[Row]) -> Iterator[Part]:
     assert original is not None, "only runs of mergekit can fail"
     names = [score.text for score in original.texts]
     table = new_table("approximation", *names, "overall", "tokens/byte", "seconds", "peak MiB", markdown=True)
+    best = min((row.score.overall.bits_per_byte for row in rows[1:] if row.score), default=None)
     for row in rows:
-        table.add_row(row.approximation, *(_cells(row, row.score) if row.score else ["failed"]))
+        if row.score is None:
+            table.add_row(row.approximation, Text("failed", style="red"))
+        else:
+            is_best = row is not rows[0] and row.score.overall.bits_per_byte == best
+            table.add_row(row.approximation, *_cells(row, row.score), style="green" if is_best else None)
     yield table
     failed = [row for row in rows if row.problem]
     if failed:

@@ -30,6 +30,7 @@ from mergekit_omp.vocabulary.tokens import TokenKind
 EXAMPLES = 24
 _PROBE_TARGETS = 128
 _PROBE_NUMBERS = 2**25  # 128 MB of float32
+_WORTH_MEASURING = 10**9  # products of a step for all targets: a solve of about a second
 _AT_REST = 900 * 10**6  # bytes that Python, torch, transformers and two tokenizers hold
 
 
@@ -71,23 +72,47 @@ def forecast(transplant: Transplant, *, measure: bool = True) -> dict[str, Any]:
         The forecast as ``mergekit-omp inspect --json`` prints it.
     """
     config, options = transplant.config, transplant.options
-    approximations = list(dict.fromkeys(Approximation(each).value for each in settings_of(config, "approximation")))
     offers = {model: _offers(model, transplant) for model in transplant.inputs}
-    solves = list(_solves(transplant, offers)) if Approximation.OMP.value in approximations else []
-    if measure:
-        solves = [_timed(solve, options.device) for solve in solves]
     return {
         "merge_method": config.merge_method,
         "tokenizer_source": str(transplant.source),
         "tokens": len(transplant.vocabulary.tokens),
         "rows": transplant.rows,
         "device": str(options.device),
-        "approximations": approximations,
         "vocabularies": [_describe_vocabulary(model) for model in transplant.models],
         "inputs": [_describe_input(model, transplant, offers[model]) for model in transplant.inputs],
+        **_costs(transplant, offers, 0 if measure else None),
+    }
+
+
+def expected_costs(transplant: Transplant) -> dict[str, Any]:
+    """Return the keys ``approximations``, ``solves`` and ``estimate`` of :func:`forecast`.
+
+    Solves that take about a second are not measured; their seconds are None, and count as none in the estimate.
+    """
+    offers = {model: _offers(model, transplant) for model in transplant.inputs}
+    return _costs(transplant, offers, _WORTH_MEASURING)
+
+
+def _costs(
+    transplant: Transplant, offers: dict[RecipeModel, list[list[Offer]]], measured_from: int | None
+) -> dict[str, Any]:
+    """Describe the solves; those of at least so many products are measured, none where that is None."""
+    found = settings_of(transplant.config, "approximation")
+    approximations = list(dict.fromkeys(Approximation(name).value for name in found))
+    solves = list(_solves(transplant, offers)) if Approximation.OMP.value in approximations else []
+    if measured_from is not None:
+        solves = [
+            _timed(solve, transplant.options.device)
+            if solve.targets * solve.atoms * solve.dim >= measured_from
+            else solve
+            for solve in solves
+        ]
+    return {
+        "approximations": approximations,
         "solves": [asdict(solve) for solve in solves],
         "estimate": {
-            "solve_seconds": sum(solve.seconds or 0 for solve in solves) if measure else None,
+            "solve_seconds": None if measured_from is None else sum(solve.seconds or 0 for solve in solves),
             "peak_memory_bytes": _peak_memory(transplant, solves),
             "output_bytes": _output_bytes(transplant),
         },

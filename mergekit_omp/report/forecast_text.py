@@ -35,9 +35,9 @@ def describe_forecast(found: Mapping[str, Any]) -> Iterator[Part]:
     estimate = found["estimate"]
     estimates = new_table("", "", header=False)
     if estimate["solve_seconds"] is not None:
-        estimates.add_row("time to solve", _duration(estimate["solve_seconds"]))
-    estimates.add_row("peak memory", _size(estimate["peak_memory_bytes"]))
-    estimates.add_row("disk", _size(estimate["output_bytes"]))
+        estimates.add_row("time to solve", duration(estimate["solve_seconds"]))
+    estimates.add_row("peak memory", size(estimate["peak_memory_bytes"]))
+    estimates.add_row("disk", size(estimate["output_bytes"]))
     yield indented(estimates)
 
 
@@ -58,12 +58,13 @@ def _describe_input(model: Mapping[str, Any], tokens: int) -> Iterator[Part]:
     if model["examples"]:
         yield f"  new tokens, for example: {'  '.join(model['examples'])}"
     for copied in model["copied"]:
-        yield f"  {_describe_copies(copied)}"
+        yield f"  {describe_copies(copied)}"
     for sentence in model["advice"]:
         yield note(sentence)
 
 
-def _describe_copies(copied: Mapping[str, Any]) -> str:
+def describe_copies(copied: Mapping[str, Any]) -> str:
+    """Say what becomes of the tokens that an input lacks and another model of the recipe has."""
     tokens = f"{copied['tokens']:,} tokens that only {copied['model']} has"
     if copied["copied"] is None:
         return f"{tokens}: copied if the rows of shared tokens are similar, which is tested when the recipe runs"
@@ -83,7 +84,7 @@ def _describe_solves(found: Mapping[str, Any]) -> Iterator[Part]:
                 f"{solve['atoms']:,}",
                 str(solve["k"]),
                 str(solve["matrices"]),
-                "" if solve["seconds"] is None else _duration(solve["seconds"]),
+                "" if solve["seconds"] is None else duration(solve["seconds"]),
             )
         yield indented(solves)
     others = [name for name in found["approximations"] if name != Approximation.OMP.value]
@@ -93,13 +94,25 @@ def _describe_solves(found: Mapping[str, Any]) -> Iterator[Part]:
         yield "  none: there are no new tokens"
 
 
-def _size(count: int | None) -> str:
+def size(count: int | None) -> str:
+    """Format a number of bytes; None is unknown.
+
+    Example:
+        >>> size(2_300_000_000)
+        '2.3 GB'
+    """
     if count is None:
         return "unknown"
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Format a number of seconds, rounded.
+
+    Example:
+        >>> duration(200)
+        '3 min'
+    """
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
