@@ -4,8 +4,9 @@ All three count in bytes of UTF-8, so that models with different tokenizers comp
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from math import log
 from pathlib import Path
@@ -26,6 +27,9 @@ WINDOW_BYTES = 1536
 """Bytes that a model reads at a time: some 400 tokens of English, so that a window fits every model's context."""
 
 _LOGITS_AT_A_TIME = 2**25
+TokenizerReader = Callable[[str], PreTrainedTokenizerBase]
+"""From a folder or hub id to its tokenizer."""
+
 _SUITES = ("tuning", "held_out")
 
 
@@ -174,6 +178,7 @@ def evaluate(
     window_bytes: int = WINDOW_BYTES,
     progress: bool = True,
     trust_remote_code: bool = False,
+    read_tokenizer: TokenizerReader | None = None,
 ) -> list[ModelScore]:
     """Score models on texts, one model in memory at a time.
 
@@ -187,12 +192,14 @@ def evaluate(
         window_bytes: length of the windows that texts are read in.
         progress: show a progress bar, in bytes.
         trust_remote_code: let a model bring its own code.
+        read_tokenizer: reads the tokenizer of each model; transformers' ``AutoTokenizer`` if None.
 
     Raises:
         OmpError: no model, a model that cannot be loaded, no text or an empty one.
     """
     texts = builtin_texts() if texts is None else texts
     _check_request(models, texts)
+    read_tokenizer = read_tokenizer or partial(_load_tokenizer, trust_remote_code=trust_remote_code)
     measured = [] if base is None else [str(model) for model in models if str(model) != str(base)]
     base = base or models[0]
     order = [str(base), *(str(model) for model in models if str(model) != str(base))]
@@ -201,10 +208,9 @@ def evaluate(
     with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
         for name in order:
             bar.set_description(Path(name).name)
-            model, tokenizer = _load(name, device, dtype, trust_remote_code)
-            others = (
-                {other: _load_tokenizer(other, trust_remote_code) for other in measured} if name == order[0] else {}
-            )
+            tokenizer = read_tokenizer(name)
+            others = {other: read_tokenizer(other) for other in measured} if name == order[0] else {}
+            model = _load_model(name, device, dtype, trust_remote_code)
             rulers = _rulers(tokenizer, others)
             readings[name] = {
                 title: read_text(model, tokenizer, text, window_bytes=window_bytes, progress=bar.update, rulers=rulers)
@@ -333,15 +339,12 @@ def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> No
             raise OmpError(f"The text {title} is empty: name a file with something to read.")
 
 
-def _load(
-    name: str, device: str, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = _load_tokenizer(name, trust_remote_code)
+def _load_model(name: str, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise OmpError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # of transformers, whose `to` loses self
+    return model.to(device).eval()  # type: ignore[arg-type]  # of transformers, whose `to` loses self
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
