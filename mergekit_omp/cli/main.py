@@ -4,6 +4,7 @@ import click
 
 from mergekit_omp import __version__
 from mergekit_omp.cli.align import align
+from mergekit_omp.cli.audit import audit
 from mergekit_omp.cli.compare import compare
 from mergekit_omp.cli.doctor import doctor
 from mergekit_omp.cli.evaluate import eval_command
@@ -20,10 +21,10 @@ def main() -> None:
     The transplant itself is a merge method, so a recipe with `merge_method: omp` runs with `mergekit-yaml`. These
     commands are for before and after it. Before: `inspect` reports what a recipe would do and cost, `compare` runs it
     with several approximations, and `align` writes the token map of one of them. After: `report` shows what a
-    transplant did, `tokens` which new tokens matter for a text, and `eval` measures how well models predict texts.
-    `doctor` checks the installation.
+    transplant did, `tokens` which new tokens matter for a text, `eval` measures how well models predict texts,
+    and `audit` checks what the donor put into the model. `doctor` checks the installation.
     """
 
 
-for command in (align, compare, doctor, eval_command, inspect, report, tokens):
+for command in (align, audit, compare, doctor, eval_command, inspect, report, tokens):
     main.add_command(command)

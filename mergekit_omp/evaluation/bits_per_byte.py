@@ -210,7 +210,7 @@ def evaluate(
             bar.set_description(Path(name).name)
             tokenizer = read_tokenizer(name)
             others = {other: read_tokenizer(other) for other in measured} if name == order[0] else {}
-            model = _load_model(name, device, dtype, trust_remote_code)
+            model = load_model(name, device, dtype, trust_remote_code)
             rulers = _rulers(tokenizer, others)
             readings[name] = {
                 title: read_text(model, tokenizer, text, window_bytes=window_bytes, progress=bar.update, rulers=rulers)
@@ -339,7 +339,12 @@ def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> No
             raise OmpError(f"The text {title} is empty: name a file with something to read.")
 
 
-def _load_model(name: str, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def load_model(name: str, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a causal language model, in evaluation mode.
+
+    Raises:
+        OmpError: it cannot be loaded.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

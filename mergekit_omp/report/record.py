@@ -19,11 +19,13 @@ import torch
 from transformers import AutoTokenizer
 
 from mergekit_omp.checkpoints.architecture import vocabulary_role
+from mergekit_omp.checkpoints.files import find_file
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
+from mergekit_omp.report.fingerprints import file_sha256, fingerprints
 from mergekit_omp.report.samples import choose_samples, readable, with_neighbours
 from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.vocabulary.matching import VocabularyMatch
@@ -34,6 +36,7 @@ LOG = logging.getLogger(__name__)
 
 RECORD_FILE = "omp_record.json"
 FORMAT = 1
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model")
 RESIDUAL_BINS = 40
 MOST_USED = 30
 PACKAGES = ("mergekit-omp", "mergekit", "torch", "transformers", "tokenizers", "safetensors")
@@ -161,6 +164,7 @@ class Record:
             },
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(),
+            "sha256": fingerprints(folder, [tensor["name"] for tensor in self.tensors]),
             "samples": with_neighbours(self.tensors, self.solves, folder, transplant),
         }
 
@@ -185,6 +189,11 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     if "samples" not in record:
         raise OmpError(f"{path} is incomplete, as the log of that run tells; make the model again.")
     return record
+
+
+def base_of(record: Mapping[str, Any]) -> str:
+    """The name of the first model that was merged, whose body and configuration the output has."""
+    return next(model["name"] for model in record["models"] if "input" in model["roles"])
 
 
 def versions() -> dict[str, str]:
@@ -314,6 +323,7 @@ def _describe_model(
         "roles": [*(["input"] if is_input else []), *(["donor"] if is_donor else [])],
         "tokens": len(model.vocabulary.tokens),
         "vocabulary_sha256": model.vocabulary.fingerprint,
+        "tokenizer_sha256": _tokenizer_sha256(model),
         "numerals": numeral_scheme(model.tokenizer, model.vocabulary).value,
     }
     if is_input:
@@ -325,6 +335,13 @@ def _describe_model(
             "advice": warnings_of(model),
         }
     return described
+
+
+def _tokenizer_sha256(model: RecipeModel) -> str | None:
+    """The SHA-256 of the file that a model's tokenizer is read from; None where no single file describes it."""
+    found = (find_file(model.reference, name) for name in TOKENIZER_FILES)
+    path = next((path for path in found if path is not None), None)
+    return None if path is None else file_sha256(path)
 
 
 def _measure_texts(folder: Path, transplant: Transplant) -> list[dict[str, Any]]:

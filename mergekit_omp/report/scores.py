@@ -10,6 +10,7 @@ from rich.table import Table
 from mergekit_omp.checkpoints.tokenizers import tokenizer_of
 from mergekit_omp.evaluation.bits_per_byte import ModelScore, TextScore, evaluate
 from mergekit_omp.evaluation.spans import SpanClass
+from mergekit_omp.report.record import base_of
 from mergekit_omp.report.tables import new_table, render
 
 Spans = Mapping[str, Mapping[str, float]]
@@ -65,7 +66,7 @@ def evaluate_output(
     Raises:
         OmpError: a model cannot be loaded.
     """
-    base = base or next(model["name"] for model in record["models"] if "input" in model["roles"])
+    base = base or base_of(record)
     reader = partial(tokenizer_of, trust_remote_code=options.get("trust_remote_code", False))
     scores = evaluate([base, folder], base=base, read_tokenizer=reader, **options)
     return {"base": scores[0].as_dict(), "output": scores[1].as_dict()}
