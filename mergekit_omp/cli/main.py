@@ -10,6 +10,7 @@ from mergekit_omp.cli.doctor import doctor
 from mergekit_omp.cli.evaluate import eval_command
 from mergekit_omp.cli.inspect import inspect
 from mergekit_omp.cli.report import report
+from mergekit_omp.cli.restore import restore
 from mergekit_omp.cli.tokens import tokens
 
 
@@ -22,9 +23,10 @@ def main() -> None:
     commands are for before and after it. Before: `inspect` reports what a recipe would do and cost, `compare` runs it
     with several approximations, and `align` writes the token map of one of them. After: `report` shows what a
     transplant did, `tokens` which new tokens matter for a text, `eval` measures how well models predict texts,
-    and `audit` checks what the donor put into the model. `doctor` checks the installation.
+    and `audit` checks what the donor put into the model; `restore` goes back to the base's tokenizer. `doctor` checks
+    the installation.
     """
 
 
-for command in (align, audit, compare, doctor, eval_command, inspect, report, tokens):
+for command in (align, audit, compare, doctor, eval_command, inspect, report, restore, tokens):
     main.add_command(command)

@@ -4,17 +4,20 @@ The record is for machines; ``mergekit-omp report`` makes a page of it. What the
 codes are at hand; everything is written once, when the model is.
 """
 
+import base64
 import datetime
 import functools
 import json
 import logging
 import platform
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
@@ -76,6 +79,7 @@ class Record:
         self.uncovered: dict[RecipeModel, list[int]] = {}
         self.copied: dict[RecipeModel, set[int]] = {}
         self.is_complete = False
+        self._replaced: dict[RecipeModel, set[int]] = {}
         self._warnings: dict[RecipeModel, list[str]] = {}
 
     def warnings(self, model: RecipeModel) -> list[str]:
@@ -116,14 +120,25 @@ class Record:
         )
         copied_ids = {id_ for _, ids in copied for id_ in ids.tolist()}
         self.copied[model] = copied_ids & self.copied.get(model, copied_ids)
+        replaced = self._replaced.setdefault(model, set())
+        replaced |= copied_ids
         uncovered = model.match.is_new()
         for problem in problems:
+            replaced |= set(problem.target_ids.tolist())
             uncovered[problem.target_ids] = False
             uncovered[problem.untrained_ids] = False
         uncovered[list(copied_ids)] = False
         tokens, overridden = self.transplant.vocabulary.tokens, self.transplant.overridden
         ids = uncovered.nonzero().squeeze(1).tolist()
         self.uncovered[model] = [id_ for id_ in ids if tokens[id_].text not in overridden]
+
+    def origins(self, model: RecipeModel) -> torch.Tensor:
+        """The row of an input that each output row is, int64 (V,); -1 where it is made, copied or overridden."""
+        overridden = {token for token, given in self.transplant.overrides.items() if given.force}
+        forced = {id_ for id_, token in self.transplant.vocabulary.tokens.items() if token.text in overridden}
+        rows = model.match.rows.clone()
+        rows[sorted(self._replaced.get(model, set()) | forced)] = -1
+        return rows
 
     @never_fatal
     def write(self, folder: Path, seconds: float) -> None:
@@ -154,7 +169,7 @@ class Record:
             "tokenizer_source": str(transplant.source),
             "tokens": len(transplant.vocabulary.tokens),
             "rows": transplant.rows,
-            "models": [_describe_model(model, transplant, self.warnings) for model in transplant.models],
+            "models": [_describe_model(model, self) for model in transplant.models],
             "texts": _measure_texts(folder, transplant),
             "versions": versions(),
             "machine": {
@@ -209,6 +224,17 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def pack_rows(rows: torch.Tensor) -> str:
+    """Row numbers as a short string: 32-bit little-endian integers, compressed by zlib, in base 64."""
+    return base64.b64encode(zlib.compress(rows.numpy().astype("<i4").tobytes(), 9)).decode()
+
+
+def unpack_rows(packed: str) -> torch.Tensor:
+    """The rows, int64 (V,), of :func:`pack_rows`."""
+    data = np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype="<i4")
+    return torch.from_numpy(data.astype(np.int64))
 
 
 def match_counts(match: VocabularyMatch) -> dict[str, int]:
@@ -313,9 +339,8 @@ def _histogram(sorted_counts: list[int]) -> list[dict[str, int]]:
     return [{"from": 2**power, "to": 2 ** (power + 1) - 1, "anchors": bins[power]} for power in sorted(bins)]
 
 
-def _describe_model(
-    model: RecipeModel, transplant: Transplant, warnings_of: Callable[[RecipeModel], list[str]]
-) -> dict[str, Any]:
+def _describe_model(model: RecipeModel, record: Record) -> dict[str, Any]:
+    transplant = record.transplant
     is_input, is_donor = model in transplant.inputs, model in transplant.donors
     described: dict[str, Any] = {
         "name": str(model),
@@ -332,7 +357,8 @@ def _describe_model(
             "lacking": int(model.match.is_new().sum()),
             "anchors": len(model.match.atoms()),
             "match": match_counts(model.match),
-            "advice": warnings_of(model),
+            "advice": record.warnings(model),
+            "origins": pack_rows(record.origins(model)),
         }
     return described
 
