@@ -211,9 +211,18 @@ def evaluate(
             tokenizer = read_tokenizer(name)
             others = {other: read_tokenizer(other) for other in measured} if name == order[0] else {}
             model = load_model(name, device, dtype, trust_remote_code)
-            rulers = _rulers(tokenizer, others)
+            vocabulary = read_vocabulary(tokenizer)
+            rulers = _rulers(vocabulary, others)
             readings[name] = {
-                title: read_text(model, tokenizer, text, window_bytes=window_bytes, progress=bar.update, rulers=rulers)
+                title: read_text(
+                    model,
+                    tokenizer,
+                    text,
+                    window_bytes=window_bytes,
+                    progress=bar.update,
+                    rulers=rulers,
+                    vocabulary=vocabulary,
+                )
                 for title, text in texts.items()
             }
             del model
@@ -247,6 +256,7 @@ def read_text(
     window_bytes: int = WINDOW_BYTES,
     progress: Any = None,
     rulers: Mapping[str, SpanRuler] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Reading:
     """Let a model read a text in windows of the same bytes for every model.
 
@@ -260,11 +270,12 @@ def read_text(
         window_bytes: a window ends at the last line end, else the last space, else the last character before this.
         progress: called with the number of bytes read since the last call.
         rulers: other tokenizers, by a name each, whose tokens of the text are measured by this model.
+        vocabulary: the tokenizer's, if it has been read.
 
     Raises:
         OmpError: the tokenizer has neither bos nor eos, or emits an id that the model has no row for.
     """
-    vocabulary = read_vocabulary(tokenizer)
+    vocabulary = vocabulary or read_vocabulary(tokenizer)
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start_id is None:
         raise OmpError(
@@ -297,9 +308,8 @@ def read_text(
     return Reading(sum(token_bits), len(token_bits), next_bytes, token_bits, ideals)
 
 
-def _rulers(tokenizer: PreTrainedTokenizerBase, others: Mapping[str, PreTrainedTokenizerBase]) -> dict[str, SpanRuler]:
+def _rulers(own: Vocabulary, others: Mapping[str, PreTrainedTokenizerBase]) -> dict[str, SpanRuler]:
     """Rulers for the tokenizers that differ from the model's own."""
-    own = read_vocabulary(tokenizer)
     vocabularies = {name: read_vocabulary(other) for name, other in others.items()}
     return {
         name: SpanRuler(own, others[name], vocabulary)
