@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -55,6 +55,11 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> 
         raise OmpError(
             f"{key}: cannot read a tokenizer from {model.model} ({reason}); name a model with a tokenizer."
         ) from error
+
+
+def tokenizer_of(name: str | Path, trust_remote_code: bool = False, key: str = "MODEL") -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or hub id, as :func:`load_tokenizer` does for a model of a recipe."""
+    return load_tokenizer(ModelReference(model=ModelPath(path=str(name))), trust_remote_code, key)
 
 
 def named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

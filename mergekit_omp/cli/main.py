@@ -4,6 +4,7 @@ import click
 
 from mergekit_omp import __version__
 from mergekit_omp.cli.align import align
+from mergekit_omp.cli.audit import audit
 from mergekit_omp.cli.compare import compare
 from mergekit_omp.cli.doctor import doctor
 from mergekit_omp.cli.evaluate import eval_command
@@ -11,6 +12,7 @@ from mergekit_omp.cli.heal import heal
 from mergekit_omp.cli.init import init
 from mergekit_omp.cli.inspect import inspect
 from mergekit_omp.cli.report import report
+from mergekit_omp.cli.restore import restore
 from mergekit_omp.cli.tokens import tokens
 
 
@@ -26,12 +28,14 @@ def main() -> None:
     commands are for before and after it. Before: `init` writes a recipe, `inspect` reports what it would do and cost,
     `compare` runs it with several approximations, and `align` writes the token map of one of them. After: `report`
     shows what a transplant did, `tokens` which new tokens matter for a text, `eval` measures how well models predict
-    texts, and `heal` trains a transplanted model for some minutes. `doctor` checks the installation.
+    texts, `audit` checks what the donor put into the model, `heal` trains it for some minutes, and `restore` goes back
+    to the base's tokenizer. `doctor` checks the installation.
     """
 
 
 for command in (
     align,
+    audit,
     compare,
     doctor,
     eval_command,
@@ -39,6 +43,7 @@ for command in (
     init,
     inspect,
     report,
+    restore,
     tokens,
 ):
     main.add_command(command)

@@ -27,15 +27,14 @@ def tokens(out: str, texts: tuple[str, ...], most: int, as_json: bool) -> None:
     recipe.
     """
     silence_transformers()
-    from transformers import AutoTokenizer
-
+    from mergekit_omp.checkpoints.tokenizers import tokenizer_of
     from mergekit_omp.report.record import read_record
     from mergekit_omp.report.tables import show
     from mergekit_omp.report.token_impact import rank_tokens
 
     record = read_record(out)
     with working("Splitting texts into tokens"):
-        ranked, total = rank_tokens(record, AutoTokenizer.from_pretrained(out), read_texts(texts).values())
+        ranked, total = rank_tokens(record, tokenizer_of(out, key="OUT"), read_texts(texts).values())
     if as_json:
         print_json([{**vars(token), "impact": token.impact} for token in ranked])
         return

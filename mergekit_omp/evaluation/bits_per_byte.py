@@ -4,8 +4,9 @@ All three are per byte of UTF-8, so models with different tokenizers are compara
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from math import log
 from pathlib import Path
@@ -26,6 +27,9 @@ WINDOW_BYTES = 1536
 """Default length of a window in bytes: about 400 tokens of English, which fit every model's context."""
 
 _LOGITS_AT_A_TIME = 2**25
+TokenizerReader = Callable[[str], PreTrainedTokenizerBase]
+"""From a folder or hub id to its tokenizer."""
+
 _SUITES = ("tuning", "held_out")
 
 
@@ -185,6 +189,7 @@ def evaluate(
     window_bytes: int = WINDOW_BYTES,
     progress: bool = True,
     trust_remote_code: bool = False,
+    read_tokenizer: TokenizerReader | None = None,
 ) -> list[ModelScore]:
     """Score models on texts, with one model in memory at a time.
 
@@ -197,6 +202,7 @@ def evaluate(
         window_bytes: maximum length of a window of text, in bytes.
         progress: whether to show a progress bar, in bytes, where the error stream is a terminal.
         trust_remote_code: whether to run code that comes with a model.
+        read_tokenizer: reads the tokenizer of each model; transformers' ``AutoTokenizer`` if None.
 
     Returns:
         One score per model, in the order of ``models``.
@@ -225,6 +231,7 @@ def evaluate(
     """
     texts = builtin_texts() if texts is None else texts
     _check_request(models, texts)
+    read_tokenizer = read_tokenizer or partial(_load_tokenizer, trust_remote_code=trust_remote_code)
     measured = [] if base is None else [str(model) for model in models if str(model) != str(base)]
     base = base or models[0]
     order = [str(base), *(str(model) for model in models if str(model) != str(base))]
@@ -233,13 +240,21 @@ def evaluate(
     with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
         for name in order:
             bar.set_description(Path(name).name)
-            model, tokenizer = _load(name, device, dtype, trust_remote_code)
-            others = (
-                {other: _load_tokenizer(other, trust_remote_code) for other in measured} if name == order[0] else {}
-            )
-            rulers = _rulers(tokenizer, others)
+            tokenizer = read_tokenizer(name)
+            others = {other: read_tokenizer(other) for other in measured} if name == order[0] else {}
+            model = load_model(name, device, dtype, trust_remote_code)
+            vocabulary = read_vocabulary(tokenizer)
+            rulers = _rulers(vocabulary, others)
             readings[name] = {
-                title: read_text(model, tokenizer, text, window_bytes=window_bytes, progress=bar.update, rulers=rulers)
+                title: read_text(
+                    model,
+                    tokenizer,
+                    text,
+                    window_bytes=window_bytes,
+                    progress=bar.update,
+                    rulers=rulers,
+                    vocabulary=vocabulary,
+                )
                 for title, text in texts.items()
             }
             del model
@@ -273,6 +288,7 @@ def read_text(
     window_bytes: int = WINDOW_BYTES,
     progress: Any = None,
     rulers: Mapping[str, SpanRuler] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Reading:
     """Compute a model's predictions for a text, in windows that do not depend on the tokenizer.
 
@@ -287,6 +303,7 @@ def read_text(
             else the last character.
         progress: callback that receives the number of bytes read since its last call.
         rulers: rulers for other tokenizers by name; this model computes the ideal bits of their tokens.
+        vocabulary: the tokenizer's vocabulary, if it has been read.
 
     Returns:
         The predictions.
@@ -294,7 +311,7 @@ def read_text(
     Raises:
         OmpError: if the tokenizer has neither bos nor eos, or emits an id that the model has no row for.
     """
-    vocabulary = read_vocabulary(tokenizer)
+    vocabulary = vocabulary or read_vocabulary(tokenizer)
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start_id is None:
         raise OmpError("The tokenizer has neither a bos nor an eos token to start a window with; set its bos_token.")
@@ -325,9 +342,8 @@ def read_text(
     return Reading(sum(token_bits), len(token_bits), next_bytes, token_bits, ideals)
 
 
-def _rulers(tokenizer: PreTrainedTokenizerBase, others: Mapping[str, PreTrainedTokenizerBase]) -> dict[str, SpanRuler]:
+def _rulers(own: Vocabulary, others: Mapping[str, PreTrainedTokenizerBase]) -> dict[str, SpanRuler]:
     """Build rulers for the tokenizers that differ from the model's own."""
-    own = read_vocabulary(tokenizer)
     vocabularies = {name: read_vocabulary(other) for name, other in others.items()}
     return {
         name: SpanRuler(own, others[name], vocabulary)
@@ -376,15 +392,17 @@ def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> No
             raise OmpError(f"The text {title} is empty: name a file that is not empty.")
 
 
-def _load(
-    name: str, device: str, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = _load_tokenizer(name, trust_remote_code)
+def load_model(name: str, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a causal language model, in evaluation mode.
+
+    Raises:
+        OmpError: it cannot be loaded.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise OmpError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers' annotation of `to` lacks self
+    return model.to(device).eval()  # type: ignore[arg-type]  # transformers' annotation of `to` lacks self
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -11,7 +11,7 @@ range.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import log
@@ -22,6 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
+
+_TERMS_AT_A_TIME = 2**24
+"""Logits that are worked on at a time."""
 
 
 class SpanClass(str, Enum):
@@ -90,6 +93,26 @@ def add_scores(all_scores: Iterable[SpanScores]) -> dict[SpanClass, SpanScore]:
     return total
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Bytes between two boundaries that both tokenizers have.
+
+    Attributes:
+        pieces: the other tokenizer's tokens.
+        first: place of the base's first token in it.
+        last: place after the base's last token in it.
+    """
+
+    pieces: tuple[int, ...]
+    first: int
+    last: int
+
+    @property
+    def is_one_token(self) -> bool:
+        """Whether it is one token of the base."""
+        return self.last - self.first == 1
+
+
 class SpanRuler:
     """Computes the ideal bits of another tokenizer's tokens from a base model's predictions for the same text."""
 
@@ -126,39 +149,95 @@ class SpanRuler:
         starts = token_starts(ids, window, self._output)
         if starts is None:
             return None
-        ideals: list[IdealToken] = []
         common = sorted(set(starts) & set(base_starts))
-        for start, end in zip(common, [*common[1:], len(window.encode()) + 1], strict=True):
-            split = tuple(ids[bisect_left(starts, start) : bisect_left(starts, end)])
-            first, last = bisect_left(base_starts, start), bisect_left(base_starts, end)
-            bits = self._of_split(logits[first], split) if last - first == 1 else None
-            if bits is None:
-                kinds = [SpanClass.CROSSING] * len(split)
-                bits = [sum(base_bits[first:last])] + [0.0] * (len(split) - 1)
+        spans = [
+            _Span(
+                tuple(ids[bisect_left(starts, start) : bisect_left(starts, end)]),
+                bisect_left(base_starts, start),
+                bisect_left(base_starts, end),
+            )
+            for start, end in zip(common, [*common[1:], len(window.encode()) + 1], strict=True)
+        ]
+        exact = {span.first: ranges for span in spans if span.is_one_token and (ranges := self._ranges(span.pieces))}
+        bits = dict(zip(exact, self._bits(logits, exact), strict=True))
+        ideals: list[IdealToken] = []
+        for span in spans:
+            later = len(span.pieces) - 1
+            if span.first in bits:
+                kinds = [SpanClass.FIRST if later else SpanClass.EQUAL] + [SpanClass.LATER] * later
+                ideals += map(IdealToken, kinds, bits[span.first])
             else:
-                kinds = [SpanClass.FIRST if len(split) > 1 else SpanClass.EQUAL]
-                kinds += [SpanClass.LATER] * (len(split) - 1)
-            ideals += map(IdealToken, kinds, bits)
+                ideals.append(IdealToken(SpanClass.CROSSING, sum(base_bits[span.first : span.last])))
+                ideals += [IdealToken(SpanClass.CROSSING, 0.0)] * later
         return ideals
 
-    def _of_split(self, logits: Tensor, split: tuple[int, ...]) -> list[float] | None:
-        """Return the bits of each piece, given logits (V,); None if no token of the base has this segmentation."""
-        logits = logits.float()
-        before = logits.logsumexp(dim=0)
+    def _bits(self, logits: Tensor, exact: Mapping[int, Sequence[slice]]) -> list[list[float]]:
+        """Bits of each piece of some spans.
+
+        Args:
+            logits: (T, V) of the base.
+            exact: for each span, by its row of ``logits``, where the tokens are that begin with its first piece, with
+                its first two pieces, and so on.
+        """
+        places = torch.tensor(list(exact), dtype=torch.int64)
+        counts = torch.tensor([len(ranges) for ranges in exact.values()], dtype=torch.int64)
+        masses = self._log_masses(
+            logits, places.repeat_interleave(counts), [one for ranges in exact.values() for one in ranges]
+        )
         bits = []
-        for count in range(1, len(split) + 1):
-            ids = self._ids[self._range(split[:count])].to(logits.device)
-            if not len(ids):
-                return None
-            mass = logits[ids].logsumexp(dim=0)
-            bits.append((before - mass).item() / log(2))
-            before = mass
+        for total, mass in zip(_log_totals(logits, places), masses.split(counts.tolist()), strict=True):
+            bits.append((torch.cat([total[None], mass]).diff().neg() / log(2)).tolist())
         return bits
+
+    def _log_masses(self, logits: Tensor, places: Tensor, ranges: Sequence[slice]) -> Tensor:
+        """Logarithms (P,), float64, of sums of exp(logits) over P ranges of ``_ids``, each in a row of logits (T, V).
+
+        They are sums of the terms themselves, not differences of a cumulative sum, in which a small mass would vanish.
+        """
+        device = logits.device
+        sizes = torch.tensor([one.stop - one.start for one in ranges], dtype=torch.int64)
+        starts = torch.tensor([one.start for one in ranges], dtype=torch.int64)
+        result = []
+        for part in _parts(sizes):
+            size = sizes[part]
+            segment = torch.arange(len(size)).repeat_interleave(size)
+            within = torch.arange(len(segment)) - (size.cumsum(0) - size)[segment]
+            ids = self._ids[starts[part][segment] + within]
+            terms = logits[places[part][segment].to(device), ids.to(device)].double()
+            segment = segment.to(device)
+            top = terms.new_full((len(size),), -torch.inf).scatter_reduce(0, segment, terms, "amax")
+            top = top.clamp(min=torch.finfo(top.dtype).min)  # of terms that are all -inf
+            sums = torch.zeros_like(top).index_add(0, segment, (terms - top[segment]).exp())
+            result.append((top + sums.log()).cpu())
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *result])
+
+    def _ranges(self, split: tuple[int, ...]) -> list[slice]:
+        """Where the tokens are that begin with each start of a split; [] where no token of the base is split so."""
+        ranges = [self._range(split[:count]) for count in range(1, len(split) + 1)]
+        return ranges if all(one.start < one.stop for one in ranges) else []
 
     def _range(self, prefix: tuple[int, ...]) -> slice:
         """Return the range of the tokens whose segmentation starts with these pieces."""
         after = (*prefix[:-1], prefix[-1] + 1)
         return slice(bisect_left(self._splits, prefix), bisect_left(self._splits, after))
+
+
+def _log_totals(logits: Tensor, places: Tensor) -> Tensor:
+    """Logarithms (P,), float64, of the sums of exp over P rows of logits (T, V)."""
+    parts = places.split(max(1, _TERMS_AT_A_TIME // logits.shape[1]))
+    totals = [logits[part.to(logits.device)].float().logsumexp(dim=1).double().cpu() for part in parts]
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *totals])
+
+
+def _parts(sizes: Tensor) -> Iterator[slice]:
+    """Cut ranges into groups of at most some number of terms together, or of one range."""
+    ends = sizes.cumsum(0)
+    start = 0
+    while start < len(sizes):
+        before = int(ends[start] - sizes[start])
+        end = max(start + 1, int(torch.searchsorted(ends, before + _TERMS_AT_A_TIME, right=True)))
+        yield slice(start, end)
+        start = end
 
 
 def token_starts(ids: Sequence[int], text: str, vocabulary: Vocabulary) -> list[int] | None:

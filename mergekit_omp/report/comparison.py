@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import yaml
 from rich.text import Text
 from tqdm import tqdm
 
+from mergekit_omp.checkpoints.tokenizers import tokenizer_of
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import ModelScore, evaluate
 from mergekit_omp.parameters import Approximation
@@ -102,7 +104,14 @@ def compare_approximations(
     """
 
     def score(model: str | Path) -> ModelScore:
-        return evaluate([model], texts, device=device, progress=False, trust_remote_code=trust_remote_code)[0]
+        return evaluate(
+            [model],
+            texts,
+            device=device,
+            progress=False,
+            trust_remote_code=trust_remote_code,
+            read_tokenizer=partial(tokenizer_of, trust_remote_code=trust_remote_code),
+        )[0]
 
     def run(approximation: Approximation) -> Row:
         with tempfile.TemporaryDirectory(prefix="mergekit-omp-") as folder:

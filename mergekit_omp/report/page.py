@@ -1,18 +1,24 @@
 """Render the record of a transplant as a self-contained HTML page from ``page.html.j2``."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jinja2
 
+from mergekit_omp.evaluation.spans import SpanClass
 from mergekit_omp.report import summary
 from mergekit_omp.report.pictures import (
     as_svg,
     draw_matches,
     draw_residuals,
+    draw_spans,
     draw_texts,
     draw_usage,
     require_matplotlib,
     sides,
     solves_with_targets,
 )
+from mergekit_omp.report.scores import Spans, gap
 from mergekit_omp.report.summary import Record
 
 
@@ -49,6 +55,8 @@ def page(record: Record, title: str) -> str:
         advice=summary.advice(record),
         pictures={name: as_svg(draw, record) for name, draw in drawings.items()},
         most_used=[(sides(record, solve), solve["usage"]["most_used"]) for solve in approximated],
+        classes=[kind.value for kind in SpanClass],
+        spans=[_span_section(title, measured) for title, measured in summary.measured_spans(record)],
         samples=record["samples"],
         details=_details(record),
     )
@@ -67,6 +75,27 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         (f"{sum(residuals) / len(residuals):.3f}" if residuals else "–", "mean relative residual"),
         (_duration(record["seconds"]), "total time"),
     ]
+
+
+def _span_section(title: str, measured: Mapping[str, Spans | None]) -> dict[str, Any]:
+    """Prepare a section on where bits are lost; its picture leaves out the single texts of an evaluation."""
+    known = {name: spans for name, spans in measured.items() if spans is not None}
+    drawn = {"now": known["overall"]} if "overall" in known else known
+    return {
+        "title": title,
+        "picture": as_svg(draw_spans, drawn) if drawn else None,
+        "rows": [
+            (
+                name,
+                gap(spans),
+                [
+                    span["bits_per_byte"] - span["ideal_bits_per_byte"]
+                    for span in (spans[kind.value] for kind in SpanClass)
+                ],
+            )
+            for name, spans in known.items()
+        ],
+    }
 
 
 def _details(record: Record) -> list[tuple[str, str]]:

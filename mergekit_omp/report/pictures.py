@@ -1,11 +1,13 @@
 """Draw the figures of the report page as SVG with matplotlib, an optional dependency imported on use."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.evaluation.spans import SpanClass
+from mergekit_omp.report.scores import Spans
 from mergekit_omp.report.summary import Record, inputs, label, matches
 
 if TYPE_CHECKING:
@@ -96,6 +98,24 @@ def draw_texts(record: Record) -> "Figure":
     axis.margins(y=0.15)
     axis.set_ylabel("tokens per byte")
     axis.legend(frameon=False, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.15))
+    return figure
+
+
+def draw_spans(measured: Mapping[str, Spans]) -> "Figure":
+    """Draw bits per byte beside the ideal: a group of bars for each class of tokens, a bar for each name."""
+    figure, [axis] = _new_figure(1, 3.2)
+    colours = [KEPT] if len(measured) == 1 else [NEW, KEPT]
+    series = [("ideal", "ideal_bits_per_byte", next(iter(measured.values())), GREY)]
+    series += [(name, "bits_per_byte", spans, colours[n]) for n, (name, spans) in enumerate(measured.items())]
+    width = 0.8 / len(series)
+    for n, (name, key, spans, colour) in enumerate(series):
+        places = [group + (n - (len(series) - 1) / 2) * width for group in range(len(SpanClass))]
+        bars = axis.bar(places, [spans[kind.value][key] for kind in SpanClass], 0.95 * width, color=colour, label=name)
+        axis.bar_label(bars, fmt="{:.3f}", padding=2, fontsize=9)
+    axis.set_xticks(range(len(SpanClass)), [kind.value for kind in SpanClass])
+    axis.margins(y=0.15)
+    axis.set_ylabel("bits per byte of text")
+    axis.legend(frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, 1.15))
     return figure
 
 

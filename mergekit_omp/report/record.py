@@ -4,26 +4,31 @@ The record is machine-readable; ``mergekit-omp report`` renders it as a page. Re
 codes are in memory. Everything is written once, after the model.
 """
 
+import base64
 import datetime
 import functools
 import json
 import logging
 import platform
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from mergekit_omp.checkpoints.architecture import vocabulary_role
+from mergekit_omp.checkpoints.files import find_file
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
+from mergekit_omp.report.fingerprints import file_sha256, fingerprints
 from mergekit_omp.report.samples import choose_samples, readable, with_neighbours
 from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.vocabulary.matching import VocabularyMatch
@@ -34,6 +39,7 @@ LOG = logging.getLogger(__name__)
 
 RECORD_FILE = "omp_record.json"
 FORMAT = 1
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model")
 RESIDUAL_BINS = 40
 MOST_USED = 30
 PACKAGES = ("mergekit-omp", "mergekit", "torch", "transformers", "tokenizers", "safetensors")
@@ -73,6 +79,7 @@ class Record:
         self.uncovered: dict[RecipeModel, list[int]] = {}
         self.copied: dict[RecipeModel, set[int]] = {}
         self.is_complete = False
+        self._replaced: dict[RecipeModel, set[int]] = {}
         self._warnings: dict[RecipeModel, list[str]] = {}
 
     def warnings(self, model: RecipeModel) -> list[str]:
@@ -113,14 +120,25 @@ class Record:
         )
         copied_ids = {id_ for _, ids in copied for id_ in ids.tolist()}
         self.copied[model] = copied_ids & self.copied.get(model, copied_ids)
+        replaced = self._replaced.setdefault(model, set())
+        replaced |= copied_ids
         uncovered = model.match.is_new()
         for problem in problems:
+            replaced |= set(problem.target_ids.tolist())
             uncovered[problem.target_ids] = False
             uncovered[problem.untrained_ids] = False
         uncovered[list(copied_ids)] = False
         tokens, overridden = self.transplant.vocabulary.tokens, self.transplant.overridden
         ids = uncovered.nonzero().squeeze(1).tolist()
         self.uncovered[model] = [id_ for id_ in ids if tokens[id_].text not in overridden]
+
+    def origins(self, model: RecipeModel) -> torch.Tensor:
+        """The row of an input that each output row is, int64 (V,); -1 where it is made, copied or overridden."""
+        overridden = {token for token, given in self.transplant.overrides.items() if given.force}
+        forced = {id_ for id_, token in self.transplant.vocabulary.tokens.items() if token.text in overridden}
+        rows = model.match.rows.clone()
+        rows[sorted(self._replaced.get(model, set()) | forced)] = -1
+        return rows
 
     @never_fatal
     def write(self, folder: Path, seconds: float) -> None:
@@ -151,7 +169,7 @@ class Record:
             "tokenizer_source": str(transplant.source),
             "tokens": len(transplant.vocabulary.tokens),
             "rows": transplant.rows,
-            "models": [_describe_model(model, transplant, self.warnings) for model in transplant.models],
+            "models": [_describe_model(model, self) for model in transplant.models],
             "texts": _measure_texts(folder, transplant),
             "versions": versions(),
             "machine": {
@@ -161,6 +179,7 @@ class Record:
             },
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(),
+            "sha256": fingerprints(folder, [tensor["name"] for tensor in self.tensors]),
             "samples": with_neighbours(self.tensors, self.solves, folder, transplant),
         }
 
@@ -187,6 +206,11 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     return record
 
 
+def base_of(record: Mapping[str, Any]) -> str:
+    """The name of the first model that was merged, whose body and configuration the output has."""
+    return next(model["name"] for model in record["models"] if "input" in model["roles"])
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect the result."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
@@ -200,6 +224,17 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def pack_rows(rows: torch.Tensor) -> str:
+    """Row numbers as a short string: 32-bit little-endian integers, compressed by zlib, in base 64."""
+    return base64.b64encode(zlib.compress(rows.numpy().astype("<i4").tobytes(), 9)).decode()
+
+
+def unpack_rows(packed: str) -> torch.Tensor:
+    """The rows, int64 (V,), of :func:`pack_rows`."""
+    data = np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype="<i4")
+    return torch.from_numpy(data.astype(np.int64))
 
 
 def match_counts(match: VocabularyMatch) -> dict[str, int]:
@@ -304,9 +339,8 @@ def _histogram(sorted_counts: list[int]) -> list[dict[str, int]]:
     return [{"from": 2**power, "to": 2 ** (power + 1) - 1, "anchors": bins[power]} for power in sorted(bins)]
 
 
-def _describe_model(
-    model: RecipeModel, transplant: Transplant, warnings_of: Callable[[RecipeModel], list[str]]
-) -> dict[str, Any]:
+def _describe_model(model: RecipeModel, record: Record) -> dict[str, Any]:
+    transplant = record.transplant
     is_input, is_donor = model in transplant.inputs, model in transplant.donors
     described: dict[str, Any] = {
         "name": str(model),
@@ -314,6 +348,7 @@ def _describe_model(
         "roles": [*(["input"] if is_input else []), *(["donor"] if is_donor else [])],
         "tokens": len(model.vocabulary.tokens),
         "vocabulary_sha256": model.vocabulary.fingerprint,
+        "tokenizer_sha256": _tokenizer_sha256(model),
         "numerals": numeral_scheme(model.tokenizer, model.vocabulary).value,
     }
     if is_input:
@@ -322,9 +357,17 @@ def _describe_model(
             "lacking": int(model.match.is_new().sum()),
             "anchors": len(model.match.atoms()),
             "match": match_counts(model.match),
-            "advice": warnings_of(model),
+            "advice": record.warnings(model),
+            "origins": pack_rows(record.origins(model)),
         }
     return described
+
+
+def _tokenizer_sha256(model: RecipeModel) -> str | None:
+    """The SHA-256 of the file that a model's tokenizer is read from; None where no single file describes it."""
+    found = (find_file(model.reference, name) for name in TOKENIZER_FILES)
+    path = next((path for path in found if path is not None), None)
+    return None if path is None else file_sha256(path)
 
 
 def _measure_texts(folder: Path, transplant: Transplant) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_omp.report.record import copied_rows
+from mergekit_omp.report.scores import Spans, table_of_spans
 from mergekit_omp.report.tables import Part, heading, indented, new_table, note
 
 Record = Mapping[str, Any]
@@ -52,6 +53,10 @@ def summary(record: Record) -> Iterator[Part]:
     for text in record["texts"]:
         texts.add_row(text["name"], f"{text['before']:.3f}", f"{text['after']:.3f}")
     yield indented(texts)
+    for title, measured in measured_spans(record):
+        yield ""
+        yield heading(title)
+        yield indented(table_of_spans(measured))
     if advice(record):
         yield ""
     yield from map(note, advice(record))
@@ -95,6 +100,25 @@ def advice(record: Record) -> list[str]:
 def matches(model: Record) -> list[tuple[str, int]]:
     """Return the reasons of an input's match with the number of tokens, most frequent first."""
     return sorted(model["match"].items(), key=lambda item: -item[1])
+
+
+def measured_spans(record: Record) -> list[tuple[str, Mapping[str, Spans | None]]]:
+    """List what was measured of where bits are lost, each with a title and the names of its rows.
+
+    ``record["evaluation"]`` is what ``report --evaluate`` adds; ``record["heal"]`` is written by ``heal``.
+    """
+    found: list[tuple[str, Mapping[str, Spans | None]]] = []
+    if evaluation := record.get("evaluation"):
+        base, output = evaluation["base"], evaluation["output"]
+        bits = ", ".join(
+            f"{score['overall']['bits_per_byte']:.3f} {whose}"
+            for score, whose in ((base, f"for {base['model']}"), (output, "now"))
+        )
+        scores = [*output["texts"], output["overall"]]
+        found.append((f"Bits per byte: {bits}", {score["text"]: score["spans"] for score in scores}))
+    if heal := record.get("heal"):
+        found.append(("Bits per byte before and after healing", {key: heal.get(key) for key in ("before", "after")}))
+    return found
 
 
 def label(reason: str) -> str:

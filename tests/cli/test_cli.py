@@ -267,6 +267,51 @@ def test_report_of_several_inputs(pair: tuple[Path, Path], tmp_path: Path, sourc
     assert Page((out / "omp_report.html").read_text()).tags.count("svg") == 4
 
 
+def test_report_evaluates(pair: tuple[Path, Path], transplanted: Path, tmp_path: Path) -> None:
+    """What it draws is what `eval --base` measures; `--base` names a base that has been moved."""
+    text = answer("report", transplanted, "--evaluate", "--html", tmp_path / "page.html")
+    [expected] = json.loads(answer("eval", transplanted, "--base", pair[0], "--json"))
+    overall = expected["overall"]
+    assert f"{overall['bits_per_byte']:.3f} now" in text
+    cells = [number for span in overall["spans"].values() for number in list(span.values())[1:]]
+    assert re.search(r"overall +-?[\d.]+ +" + " +".join(f"{number:.3f}" for number in cells), text)
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.tags.count("svg") == 5
+    assert f"{overall['bits_per_byte']:.3f} now" in page.text
+    shutil.copytree(pair[0], tmp_path / "moved")
+    found = json.loads(answer("report", transplanted, "--base", tmp_path / "moved", "--json"))["evaluation"]
+    assert found["base"]["model"] == str(tmp_path / "moved")
+    assert found["output"]["overall"]["spans"] == overall["spans"]
+
+
+def test_report_evaluates_a_base_with_the_same_tokenizer(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert merge_here(recipe(pair[0], pair[0]), out, "--quiet").exit_code == 0
+    answer("report", out, "--evaluate")
+    page = Page((out / "omp_report.html").read_text())
+    assert page.tags.count("svg") == 2
+    assert "The output has the tokenizer of the base" in page.text
+
+
+def test_report_draws_what_healing_measured(transplanted: Path, tmp_path: Path) -> None:
+    """No model is run for it."""
+    spans = {
+        key: {
+            kind: {"tokens": 7, "bits_per_byte": bits, "ideal_bits_per_byte": 0.25}
+            for kind in ("equal", "first piece", "later pieces", "crossing")
+        }
+        for key, bits in (("before", 0.875), ("after", 0.375))
+    }
+    healed = json.loads((transplanted / "omp_record.json").read_text()) | {"heal": spans}
+    (tmp_path / "omp_record.json").write_text(json.dumps(healed))
+    text = answer("report", tmp_path)
+    assert re.search(r"before +2\.500( +0\.875 +0\.250){4}", text)
+    assert re.search(r"after +0\.500( +0\.375 +0\.250){4}", text)
+    page = Page((tmp_path / "omp_report.html").read_text())
+    assert page.tags.count("svg") == 5
+    assert "Bits per byte before and after healing" in page.text
+
+
 def test_report_without_new_tokens(pair: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert merge_here(recipe(pair[0], pair[0]), out, "--quiet").exit_code == 0
@@ -347,7 +392,18 @@ def test_eval_bad_arguments(pair: tuple[Path, Path], transplanted: Path, tmp_pat
         folder = pair[0] if command == "eval" else transplanted
         assert "binary.txt cannot be read (not UTF-8)" in sentence(command, folder, "--text", tmp_path / "binary.txt")
     assert "The text empty is empty" in sentence("eval", pair[0], "--text", tmp_path / "empty.txt")
-    assert "cannot be loaded as a causal language model" in sentence("eval", tmp_path)
+    assert "no tokenizer can be read from" in sentence("eval", tmp_path)
+    AutoTokenizer.from_pretrained(pair[0]).save_pretrained(tmp_path / "tokenizer")
+    assert "cannot be loaded as a causal language model" in sentence("eval", tmp_path / "tokenizer")
+
+
+def test_eval_reads_tokenizers_as_they_are_written(tmp_path: Path) -> None:
+    """transformers builds a tokenizer of its own for a qwen2 body, which reads SentencePiece tokens as nonsense."""
+    tokenizer = sentencepiece_tokenizer(ENGLISH)
+    folder = save(tmp_path / "model", make_model(tokenizer, architecture="qwen2"), tokenizer)
+    (tmp_path / "text.txt").write_text(ENGLISH[0])
+    [score] = json.loads(answer("eval", folder, "--text", tmp_path / "text.txt", "--json"))
+    assert score["overall"]["tokens"] == len(tokenizer(ENGLISH[0], add_special_tokens=False).input_ids)
 
 
 def test_doctor() -> None:
