@@ -339,7 +339,8 @@ def checkpoint(architecture: Architecture, tokenizer: PreTrainedTokenizerFast, f
     """A tiny model as its published checkpoints are."""
     save(folder, tiny_model(architecture, tokenizer), tokenizer)
     tensors = tensors_of(folder)
-    if architecture.renamed:
+    # Older versions of transformers write the published names themselves.
+    if architecture.renamed and not any(architecture.renamed[1] in name for name in tensors):
         tensors = {name.replace(*architecture.renamed): tensor for name, tensor in tensors.items()}
     for layer in range(2):
         tensors |= {f"gpt_neox.layers.{layer}.{name}": torch.zeros(4) for name in architecture.buffers}
