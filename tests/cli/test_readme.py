@@ -15,7 +15,7 @@ from mergekit_omp.parameters import OmpParameters
 PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", *sorted(str(path.relative_to(PROJECT)) for path in (PROJECT / "docs").rglob("*.md"))]
-COMMAND = re.compile(r"\bmergekit-omp (\w+)")
+COMMAND = re.compile(r"\bmergekit-omp ([a-z]\w*)")
 CODE = re.compile(r"^ *```.*?^ *```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 
 
