@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mergekit_omp.evaluation.spans import IdealToken, SpanRuler, SpanScores, add_scores, score_spans
 from mergekit_omp.healing.alignment import AlignedWindow, Reader
 
-Logits = Callable[[Tensor, Tensor], Tensor]
+Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Checker:
         base_bits = 0.0
         for window in windows:
             logits = _run(
-                lambda ids, _mask: base(input_ids=ids, use_cache=False).logits, window.base_ids, reader, base.device
+                lambda ids: base(input_ids=ids, use_cache=False).logits, window.base_ids, reader, base.device
             )
             bits = _bits(logits, window.base_ids)
             base_bits += sum(bits)
@@ -79,7 +79,7 @@ class Checker:
         """Measure a model.
 
         Args:
-            logits_of: its logits (1, T, V), given ids (1, T) and a mask (1, T).
+            logits_of: its logits (1, T, V), given ids (1, T).
             tokens: how many tokens it was trained on.
             seconds: how long that took.
         """
@@ -95,7 +95,7 @@ class Checker:
 def _run(logits_of: Logits, ids: Sequence[int], reader: Reader, device: torch.device) -> Tensor:
     """Return the logits (T, V) before each of T tokens."""
     context = torch.tensor([[reader.start_id, *ids[:-1]]], device=device)
-    return logits_of(context, torch.ones_like(context))[0]
+    return logits_of(context)[0]
 
 
 def _bits(logits: Tensor, ids: Sequence[int]) -> list[float]:

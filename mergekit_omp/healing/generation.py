@@ -117,6 +117,7 @@ def generate(
             top_p=1.0,
             repetition_penalty=1.0,
             max_new_tokens=MAX_TOKENS,
+            max_time=None if seconds is None else max(1.0, seconds - (time.monotonic() - started)),
             eos_token_id=eos_id,
             pad_token_id=eos_id,
             bos_token_id=reader.start_id,

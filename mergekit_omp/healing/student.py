@@ -34,10 +34,10 @@ class Student:
         self._hook = model.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.to(dtype))
         self._autocast = torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not torch.float32)
 
-    def logits(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Run the model over ids (N, T) with a mask (N, T); returns (N, T, V)."""
+    def logits(self, ids: Tensor) -> Tensor:
+        """Run the model over ids (N, T); returns (N, T, V)."""
         with self._autocast:
-            return self._network(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return self._network(input_ids=ids, use_cache=False).logits
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Group the trained parameters by their learning rate."""

@@ -173,7 +173,7 @@ def _head_rows(model: PreTrainedModel) -> int:
 
 
 def _shared_special(base: Vocabulary, output: Vocabulary) -> dict[int, int]:
-    """Base id -> output id of the special tokens of the same text, and of those of the same role."""
+    """Map the ids of the base's special tokens to those of the output's with the same text, or the same role."""
     by_text = {token.text: id_ for id_, token in output.tokens.items() if token.kind is TokenKind.SPECIAL}
     shared = {
         id_: by_text[token.text]

@@ -167,12 +167,12 @@ class Trainer:
         return loss
 
     def _logits(self, windows: Sequence[AlignedWindow]) -> Tensor:
-        """The student's logits (N, T, V) before each of at most T tokens of N windows."""
+        """Return the student's logits (N, T, V) before each of at most T tokens of N windows."""
         longest = max(len(window.output_ids) for window in windows)
         start = self._output.start_id
         ids = [[start, *window.output_ids[:-1]] + [start] * (longest - len(window.output_ids)) for window in windows]
-        mask = [[int(place < len(window.output_ids)) for place in range(longest)] for window in windows]
-        return self._student.logits(torch.tensor(ids, device=self._device), torch.tensor(mask, device=self._device))
+        # No mask: in a causal model what stands behind a token does not change its logits.
+        return self._student.logits(torch.tensor(ids, device=self._device))
 
     def _objective(self, logits: Tensor, window: AlignedWindow) -> tuple[float, Tensor]:
         if self._options.objective is Objective.NEXT_TOKEN:
