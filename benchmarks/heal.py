@@ -203,12 +203,12 @@ def table(
 
 
 def mean(score: ModelScore) -> float:
-    """The mean of the texts' bits per byte."""
+    """Return the mean of the texts' bits per byte."""
     return sum(text.bits_per_byte for text in score.texts) / len(score.texts)
 
 
 def numbers(score: ModelScore) -> str:
-    """The texts' bits per byte, as cells."""
+    """Format the texts' bits per byte, as cells."""
     return " | ".join(f"{text.bits_per_byte:.3f}" for text in score.texts)
 
 

@@ -58,7 +58,7 @@ class RowCheck:
         return reasons + (["high on the mean state"] if self.mean_logit > self.highest_kept else [])
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """Return what ``--json`` prints."""
         return {**vars(self), "reasons": self.reasons}
 
 
@@ -91,7 +91,7 @@ class Audit:
     free_rows: int
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """Return what ``--json`` prints."""
         return {
             "model": self.model,
             "base": self.base,
@@ -203,7 +203,7 @@ def _tolerance(logits: Tensor) -> float:
 
 
 def _highest_kept(mean: Tensor, kept: Tensor, vocabulary: Vocabulary) -> dict[TokenKind | None, float]:
-    """The highest logit of kept rows by kind; under None of all. Kinds of few kept rows are left out."""
+    """Return the highest logit of kept rows by kind; under None of all. Kinds of few kept rows are left out."""
     by_kind: dict[TokenKind | None, list[float]] = {None: []}
     for id_, logit in zip(kept.tolist(), mean[kept].tolist(), strict=True):
         by_kind.setdefault(vocabulary.tokens[id_].kind, []).append(logit)

@@ -73,7 +73,7 @@ def _unreachable(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> 
 
 
 def _merged_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
-    """The strings that BPE's merges make; None for another model."""
+    """Return the strings that BPE's merges make; None for another model."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if "merges" not in described:
         return None

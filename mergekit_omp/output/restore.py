@@ -124,7 +124,7 @@ def _check_base(
 
 
 def _tensor_of_base(base: ModelReference, name: str, options: MergeOptions) -> Tensor:
-    """The base's tensor of this name, or the one that it is tied to."""
+    """Return the base's tensor of this name, or the one that it is tied to."""
     checkpoint = open_checkpoint(base, options)
     if name not in checkpoint.index.tensor_paths:
         task, _ = vocabulary_matrix(base, vocabulary_role(name), options, _KEY)

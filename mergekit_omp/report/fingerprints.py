@@ -56,7 +56,7 @@ def changes(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
@@ -65,7 +65,7 @@ def file_sha256(path: Path) -> str:
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
-    """The SHA-256 of a tensor's type, shape and numbers."""
+    """Return the SHA-256 of a tensor's type, shape and numbers."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data.cast("B"))
     return digest.hexdigest()

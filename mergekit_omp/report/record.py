@@ -133,7 +133,7 @@ class Record:
         self.uncovered[model] = [id_ for id_ in ids if tokens[id_].text not in overridden]
 
     def origins(self, model: RecipeModel) -> torch.Tensor:
-        """The row of an input that each output row is, int64 (V,); -1 where it is made, copied or overridden."""
+        """Return the row of an input that each output row is, int64 (V,); -1 where it is new, copied or overridden."""
         overridden = {token for token, given in self.transplant.overrides.items() if given.force}
         forced = {id_ for id_, token in self.transplant.vocabulary.tokens.items() if token.text in overridden}
         rows = model.match.rows.clone()
@@ -207,7 +207,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
 
 def base_of(record: Mapping[str, Any]) -> str:
-    """The name of the first model that was merged, whose body and configuration the output has."""
+    """Return the name of the first model that was merged, whose body and configuration the output has."""
     return next(model["name"] for model in record["models"] if "input" in model["roles"])
 
 
@@ -232,7 +232,7 @@ def pack_rows(rows: torch.Tensor) -> str:
 
 
 def unpack_rows(packed: str) -> torch.Tensor:
-    """The rows, int64 (V,), of :func:`pack_rows`."""
+    """Return the rows, int64 (V,), of :func:`pack_rows`."""
     data = np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype="<i4")
     return torch.from_numpy(data.astype(np.int64))
 
@@ -364,7 +364,7 @@ def _describe_model(model: RecipeModel, record: Record) -> dict[str, Any]:
 
 
 def _tokenizer_sha256(model: RecipeModel) -> str | None:
-    """The SHA-256 of the file that a model's tokenizer is read from; None where no single file describes it."""
+    """Return the SHA-256 of the file that a model's tokenizer is read from; None if it has no single file."""
     found = (find_file(model.reference, name) for name in TOKENIZER_FILES)
     path = next((path for path in found if path is not None), None)
     return None if path is None else file_sha256(path)

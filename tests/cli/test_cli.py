@@ -398,7 +398,7 @@ def test_eval_bad_arguments(pair: tuple[Path, Path], transplanted: Path, tmp_pat
 
 
 def test_eval_reads_tokenizers_as_they_are_written(tmp_path: Path) -> None:
-    """transformers builds a tokenizer of its own for a qwen2 body, which reads SentencePiece tokens as nonsense."""
+    """Transformers builds a tokenizer of its own for a qwen2 body, which reads SentencePiece tokens as nonsense."""
     tokenizer = sentencepiece_tokenizer(ENGLISH)
     folder = save(tmp_path / "model", make_model(tokenizer, architecture="qwen2"), tokenizer)
     (tmp_path / "text.txt").write_text(ENGLISH[0])
