@@ -369,17 +369,18 @@ def windows(text: str, window_bytes: int) -> list[str]:
     """
     if window_bytes < 4:
         raise OmpError(f"The window is {window_bytes} bytes, but one character can take 4: use 4 or more.")
-    pieces = []
-    remaining = text.encode()
-    while len(remaining) > window_bytes:
-        cut = remaining.rfind(b"\n", 0, window_bytes) + 1 or remaining.rfind(b" ", 1, window_bytes)
-        if cut <= 0:
-            cut = window_bytes
-            while remaining[cut] & 0xC0 == 0x80:  # not the start of a character
+    data = text.encode()
+    found, start = [], 0
+    while len(data) - start > window_bytes:
+        end = start + window_bytes
+        cut = data.rfind(b"\n", start, end) + 1 or data.rfind(b" ", start + 1, end)
+        if cut <= start:
+            cut = end
+            while data[cut] & 0xC0 == 0x80:  # the middle of a character
                 cut -= 1
-        pieces.append(remaining[:cut].decode())
-        remaining = remaining[cut:]
-    return [*pieces, remaining.decode()] if remaining else pieces
+        found.append(data[start:cut].decode())
+        start = cut
+    return [*found, data[start:].decode()] if start < len(data) else found
 
 
 def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> None:

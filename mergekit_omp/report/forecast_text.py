@@ -98,6 +98,7 @@ def size(count: int | None) -> str:
     """Format a number of bytes; None is unknown.
 
     Example:
+        >>> from mergekit_omp.report.forecast_text import size
         >>> size(2_300_000_000)
         '2.3 GB'
     """
@@ -110,6 +111,7 @@ def duration(seconds: float) -> str:
     """Format a number of seconds, rounded.
 
     Example:
+        >>> from mergekit_omp.report.forecast_text import duration
         >>> duration(200)
         '3 min'
     """

@@ -174,6 +174,7 @@ def next_commands(out: str, base: str) -> list[tuple[list[str], str]]:
         base: the model before the transplant.
 
     Example:
+        >>> from mergekit_omp.report.run_log import next_commands
         >>> next_commands("out", "google/gemma-3-270m")[0]
         (['mergekit-omp', 'report', 'out'], 'what the transplant did')
     """
