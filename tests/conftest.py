@@ -12,10 +12,15 @@ REAL_WEIGHTS = {"smollm2_dir", "gemma3_dir"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that use real weights from the package index."""
+    """Mark tests that use real weights from the package index, and leave long tests out of coverage.
+
+    Quick tests run the same lines, and tracing them costs the more the longer a test is.
+    """
     for item in items:
         if REAL_WEIGHTS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.network)
+        if item.get_closest_marker("network") or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(scope="session")
