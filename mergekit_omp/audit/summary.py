@@ -34,7 +34,7 @@ def audit_summary(audit: Audit) -> Iterator[Part]:
     yield heading("Tokenizer")
     yield f"  {audit.free_rows:,} rows have no token"
     yield from _tokens("tokens are made of no text", audit.tokens.unreachable)
-    yield from _tokens("added tokens have a chat control string in them and are not special", audit.tokens.control)
+    yield from _tokens("added tokens hold a chat control string", audit.tokens.control)
     changed = audit.tokens.changed_scripts
     yield f"  {len(SCRIPTS) - len(changed)} of {len(SCRIPTS)} scripts are given back by encoding and decoding"
     if changed:
@@ -51,7 +51,7 @@ def _row_table(rows: Sequence[RowCheck]) -> Table:
     )
     for row in rows:
         table.add_row(
-            row.token,
+            _printable(row.token),
             str(row.id),
             f"{row.share:.1%}",
             f"{row.ratio:.3g}",
@@ -66,9 +66,14 @@ def _row_table(rows: Sequence[RowCheck]) -> Table:
 def _tokens(what: str, tokens: Sequence[Token]) -> Iterator[str]:
     yield f"  {len(tokens):,} {what}"
     if tokens:
-        names = " ".join(f"{readable(token)} ({token.id})" for token in tokens[:SHOWN])
+        names = " ".join(f"{_printable(readable(token))} ({token.id})" for token in tokens[:SHOWN])
         yield f"    {names}"
         yield from _more(len(tokens), "    ")
+
+
+def _printable(token: str) -> str:
+    """Write what a terminal does not show, such as a no-break space, as Python does."""
+    return token if token.isprintable() else ascii(token)[1:-1]
 
 
 def _more(count: int, indent: str = "  ") -> Iterator[str]:
