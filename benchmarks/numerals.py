@@ -1,9 +1,9 @@
-"""What ``numerals: digits`` gains where the tokenizers split numbers differently.
+"""Measure the gain of ``numerals: digits`` for tokenizers that split numbers differently.
 
-``python -m benchmarks.numerals`` gives SmolLM2-135M and Gemma-3-270M, which read numbers digit by digit, the tokenizer
-of Llama 3, which writes up to three digits as one token, and prints bits per byte of the built-in texts as Markdown.
-There are no weights of Llama 3 at hand, so that its tokenizer stands alone and the other new rows are
-``approximation: subword``'s. It needs the ``test`` extra, for that tokenizer.
+``python -m benchmarks.numerals`` gives SmolLM2-135M and Gemma-3-270M, which tokenise numbers digit by digit, the
+tokenizer of Llama 3, which has tokens of up to three digits, and prints bits per byte of the built-in texts as
+Markdown. No weights of Llama 3 are available, so its tokenizer has no model, and the other new rows are made with
+``approximation: subword``. Needs the ``test`` extra for that tokenizer.
 """
 
 import argparse
@@ -27,7 +27,7 @@ WINDOWS = 2
 
 
 def main() -> None:
-    """Print one table for each suite of texts."""
+    """Print one table per suite of texts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", default=("tuning", "held_out"), choices=("tuning", "held_out"))
     options = parser.parse_args()
@@ -35,12 +35,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "llama3"
         tokenizers_for_tests.llama3().save_pretrained(source)
-        named: dict[str, Path] = {}
+        models: dict[str, Path] = {}
         for base in real_weights.SOURCES:
             checkpoint = real_weights.checkpoint(base)
-            named[f"{base}, original"] = checkpoint
+            models[f"{base}, original"] = checkpoint
             for numerals in ("approximate", "digits"):
-                named[f"{base}, `numerals: {numerals}`"] = out = Path(folder) / f"{base}-{numerals}"
+                models[f"{base}, `numerals: {numerals}`"] = out = Path(folder) / f"{base}-{numerals}"
                 recipe = {
                     "merge_method": "omp",
                     "models": [{"model": str(checkpoint)}],
@@ -52,9 +52,9 @@ def main() -> None:
             texts = {
                 name: "".join(windows(text, WINDOW_BYTES)[:WINDOWS]) for name, text in builtin_texts(suite).items()
             }
-            scores = evaluate(list(named.values()), texts, progress=False)
+            scores = evaluate(list(models.values()), texts, progress=False)
             print(f"\n{suite} texts\n\n| | {' | '.join(texts)} |\n|---|{'---|' * len(texts)}")
-            for name, score in zip(named, scores, strict=True):
+            for name, score in zip(models, scores, strict=True):
                 print(f"| {name} | {' | '.join(f'{text.bits_per_byte:.3f}' for text in score.texts)} |", flush=True)
 
 

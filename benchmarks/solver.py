@@ -1,9 +1,9 @@
-"""The solver side by side with other implementations of OMP, and how its time grows.
+"""Compare the solver with other implementations of OMP, and measure how its time scales.
 
-``python -m benchmarks.solver`` writes benchmarks/solver.md, which takes hours; ``-k`` and ``--tables`` choose a part
-of it. With ``--growth benchmarks/growth.png`` it draws the curves instead. Needs the ``test`` extra and matplotlib;
-orthogonal-matching-pursuit-gpu is measured if installed. On a CPU every measurement is a process of its own, so that
-its peak memory is its own.
+``python -m benchmarks.solver`` writes benchmarks/solver.md, which takes hours; ``-k`` and ``--tables`` select parts.
+With ``--growth benchmarks/growth.png`` it plots the scaling instead. Needs the ``test`` extra and matplotlib;
+orthogonal-matching-pursuit-gpu is measured if installed. On a CPU every measurement runs in its own process, for its
+peak memory.
 """
 
 import argparse
@@ -26,23 +26,23 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "examples"))
 
 FEW_ATOMS = 8_000
-"""Atoms of the second table, which the methods that hold a float32 Gram matrix can do."""
+"""Atoms of the second table, for which methods with a float32 Gram matrix fit into memory."""
 
 BATCH = 512
-"""Targets of batch_omp, which is mergekit's own batch; a quarter of it at k = 256, which lasts long enough."""
+"""Targets of batch_omp: mergekit's batch size, or a quarter of it at k = 256."""
 
 PAIR = 10_000
-"""Targets of ours, whose set-up is for all targets of a pair: as many as the smallest real pair has. A tenth of that
-at k = 256, which lasts long enough."""
+"""Targets of this package's solver, whose set-up time is shared by all targets of a pair: as many as the smallest real
+pair has, or a tenth of that at k = 256."""
 
 MANY = 60_000
-"""Targets of ours on a GPU where rows are synthetic: as many as Llama 3's tokenizer and Mistral NeMo have."""
+"""Targets of this package's solver for synthetic rows on a GPU, as for Llama 3's tokenizer and Mistral NeMo."""
 
 GEMM_ROWS = {"cpu": 192, "cuda": 4096}
-"""Rows of the plain products: about as many as ours multiplies at a time."""
+"""Rows of the plain products: about the chunk size of this package's solver."""
 
 CHECKED = 4
-"""Targets of each row of the table that are solved again in float64."""
+"""Targets that are solved again in float64 for each row of the table."""
 
 HEAD = """# The solver against other implementations
 
@@ -54,23 +54,23 @@ rounded to bfloat16 as checkpoints are. There are as many atoms as real pairs ha
 39,237, Llama 3's tokenizer and Mistral NeMo about 70,000), or {atoms:,} in a table of its own, so that methods that
 hold a float32 Gram matrix of all atoms can take part. What is scaled down is the number of targets (a real pair has
 10,000 to 200,000; Llama 3's tokenizer and Mistral NeMo 60,000); for each method it is in its column. Times are per
-target, and the set-up of each method (copies, Gram matrix, rounded atoms) is in them, but for the GEMMs.
+target, and include the set-up of each method (copies, Gram matrix, rounded atoms), except for the GEMMs.
 
-- *ratio*: time per target of `batch_omp` over that of the row.
-- *peak*: memory above what was held with the data loaded, resident on a CPU, allocated on a GPU. Ours takes up to 60 %
-  of what is free for a Gram matrix, or on a GPU for many targets at a time; `memory_budget` bounds it. With less,
-  every step scans all atoms, as on a GPU, and targets are taken in smaller chunks.
+- *ratio*: time per target of `batch_omp` divided by that of the row.
+- *peak*: peak memory in addition to the data, resident on a CPU, allocated on a GPU. Ours uses up to 60 % of the free
+  memory for a Gram matrix, or on a GPU for large chunks of targets; `memory_budget` limits it. With less memory, every
+  step scans all atoms, as on a GPU, and chunks of targets are smaller.
 - *same support*: share of the targets (those solved by both) whose set of atoms is `batch_omp`'s.
 - *as float64*: of {checked} targets, those on which the two differ first, how many supports are those of a plain
-  float64 OMP. The last digits of float32 decide now and then between atoms; ours decides such choices in float64.
+  float64 OMP. Sometimes only the last digits of float32 distinguish two atoms; ours decides such choices in float64.
 - *residual*: mean ‖x - x̂‖ / ‖x‖ over the targets that `batch_omp` solved too (its own in its line).
-- `k GEMMs`: k plain products [targets, d] × [d, atoms] in the dtype of our scan (float16 on a GPU, {dtype} on this
+- `k GEMMs`: k plain products (targets, d) × (d, atoms) in the dtype of our scan (float16 on a GPU, {dtype} on this
   CPU): the limit of any method that multiplies all atoms with the residual at each step. Ours is faster where it has a
   Gram matrix. Not measured on the CPU at k = 256, where it is four times that of k = 64.
 
 `batch_omp` is mergekit's (`mergekit.tokensurgeon.omp`), with one batch, of the 512 targets that mergekit takes at a
 time (on the CPU at k = 256 a quarter of that). `omp-gpu` is
-`orthogonal-matching-pursuit-gpu` {omp_gpu}; it takes atoms for normalised, so that its supports differ. `sklearn` is
+`orthogonal-matching-pursuit-gpu` {omp_gpu}; it assumes normalised atoms, so its supports differ. `sklearn` is
 `sklearn.linear_model.orthogonal_mp_gram`.
 """
 
@@ -89,7 +89,7 @@ class Case:
 
 @dataclass
 class Result:
-    """What a method did with a case; ``indices`` (B, k) and ``coefficients`` (B, k) are on the CPU."""
+    """Result of a method for a case; ``indices`` (B, k) are on the CPU."""
 
     seconds: float
     peak: int
@@ -100,7 +100,7 @@ class Result:
 
 
 def load(case: Case) -> tuple[Tensor, Tensor]:
-    """Atoms (N, d) and targets (B, d) in float32; more targets never change the first ones."""
+    """Load atoms (N, d) and targets (B, d) in float32; the first targets do not depend on their number."""
     draw = torch.Generator().manual_seed(0)
     if case.rows == "synthetic":
         spectrum = torch.arange(1, case.dim + 1).rsqrt()
@@ -119,7 +119,7 @@ def load(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def problem(case: Case) -> tuple[Tensor, Tensor]:
-    """Atoms (N, d) and targets (B, d) on the device of a case; a GPU keeps those of the last shapes."""
+    """Load atoms (N, d) and targets (B, d) to the device of a case, with a cache on a GPU."""
     if case.device == "cpu":
         return load(case)
     atoms, targets = _on_gpu(replace(case, k=0, targets=MANY if case.rows == "synthetic" else PAIR))
@@ -133,21 +133,21 @@ def _on_gpu(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def ours(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
-    """This package."""
+    """Run this package's solver."""
     from mergekit_omp.solver import solve_omp
 
     return solve_omp(targets, atoms, k).indices
 
 
 def batch_omp(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
-    """mergekit's."""
-    from mergekit.tokensurgeon.omp import batch_omp as solve
+    """Run mergekit's solver."""
+    from mergekit.tokensurgeon.omp import batch_omp as solve_batch
 
-    return torch.cat([solve(batch, atoms, k)[0] for batch in targets.split(512)])
+    return torch.cat([solve_batch(batch, atoms, k)[0] for batch in targets.split(512)])
 
 
 def sklearn(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
-    """scikit-learn's, with the Gram matrix."""
+    """Run scikit-learn's solver with a Gram matrix."""
     from sklearn.linear_model import orthogonal_mp_gram
 
     gram, inner = (atoms @ atoms.T).numpy(), (atoms @ targets.T).numpy()
@@ -155,21 +155,21 @@ def sklearn(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
 
 
 def omp_gpu(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
-    """orthogonal-matching-pursuit-gpu."""
+    """Run orthogonal-matching-pursuit-gpu."""
     from orthogonal_matching_pursuit_gpu import run_omp
 
     return _dense_to_indices(run_omp(atoms.T.contiguous(), targets, k, normalize=False, fit_intercept=False), k)
 
 
 def gemms(atoms: Tensor, targets: Tensor, k: int) -> Callable[[], Tensor]:
-    """k plain products and nothing else: what they need is set up before."""
+    """Prepare a function that computes only k plain products."""
     from mergekit_omp.solver.device import make_screen
     from mergekit_omp.solver.dispatch import scan_dtype
     from mergekit_omp.solver.scan.int8 import DIGITS, Int8Screen
     from mergekit_omp.solver.scan.int8 import multiply as multiply_int8
 
     screen = make_screen(atoms, atoms.norm(dim=1), scan_dtype(atoms.device))
-    rows_at_a_time = GEMM_ROWS[atoms.device.type]
+    rows_per_product = GEMM_ROWS[atoms.device.type]
     if isinstance(screen, Int8Screen):
         left = torch.randint(1, 256, (len(targets), atoms.shape[1] + len(DIGITS)), dtype=torch.uint8)
 
@@ -182,12 +182,12 @@ def gemms(atoms: Tensor, targets: Tensor, k: int) -> Callable[[], Tensor]:
             return rows @ screen.rounded.T
 
     def run() -> Tensor:
-        for rows in left.split(rows_at_a_time):
+        for rows in left.split(rows_per_product):
             for _ in range(k):
                 multiply(rows)
         return torch.empty(0)
 
-    multiply(left[:rows_at_a_time])
+    multiply(left[:rows_per_product])
     return run
 
 
@@ -195,33 +195,35 @@ def _dense_to_indices(coefficients: Tensor, k: int) -> Tensor:
     return torch.as_tensor(coefficients).abs().topk(k, dim=1).indices.cpu()
 
 
-def whole(solve: Callable[[Tensor, Tensor, int], Tensor]) -> Callable[[Tensor, Tensor, int], Callable[[], Tensor]]:
-    """A method of which all is measured: nothing is set up before."""
+def without_setup(
+    solve: Callable[[Tensor, Tensor, int], Tensor],
+) -> Callable[[Tensor, Tensor, int], Callable[[], Tensor]]:
+    """Wrap a solver whose set-up is part of the measurement."""
     return lambda atoms, targets, k: partial(solve, atoms, targets, k)
 
 
 METHODS: dict[str, Callable[[Tensor, Tensor, int], Callable[[], Tensor]]] = {
-    "batch_omp": whole(batch_omp),
-    "ours": whole(ours),
+    "batch_omp": without_setup(batch_omp),
+    "ours": without_setup(ours),
     "k GEMMs": gemms,
-    "omp-gpu": whole(omp_gpu),
-    "sklearn": whole(sklearn),
+    "omp-gpu": without_setup(omp_gpu),
+    "sklearn": without_setup(sklearn),
 }
 
 
 def measure(method: str, case: Case) -> Result:
-    """Run one method in this process."""
-    from mergekit_omp.solver.dispatch import gram_search
-    from mergekit_omp.solver.least_squares import refit
+    """Measure one method in this process."""
+    from mergekit_omp.solver.dispatch import load_gram_search
+    from mergekit_omp.solver.least_squares import fit_supports
 
     atoms, targets = problem(case)
     on_gpu = case.device != "cpu"
-    METHODS[method](atoms[:64], targets[:2], 2)()  # imports, and what a library sets up once
-    if not on_gpu and (search := gram_search()) is not None:
+    METHODS[method](atoms[:64], targets[:2], 2)()  # imports, and one-time set-up of libraries
+    if not on_gpu and (search := load_gram_search()) is not None:
         from mergekit_omp.solver.gram.matrix import build_gram
 
         gram = build_gram(atoms[:64], atoms[:64].norm(dim=1), threads=1)
-        search.solve(targets[:2], gram, 2)  # numba compiles once for an installation
+        search.solve_by_gram(targets[:2], gram, 2)  # numba compiles once per installation
     run = METHODS[method](atoms, targets, case.k)
     before = start_of_peak(on_gpu)
     start = time.perf_counter()
@@ -237,18 +239,19 @@ def measure(method: str, case: Case) -> Result:
         result.indices = indices.cpu()
         few = targets[:512]
         parts = [
-            refit(x, atoms, i)[1] for x, i in zip(few.split(16), indices[:512].to(few.device).split(16), strict=True)
+            fit_supports(x, atoms, i)[1]
+            for x, i in zip(few.split(16), indices[:512].to(few.device).split(16), strict=True)
         ]
         result.residual = torch.cat(parts).cpu()
     return result
 
 
-def float64_supports(case: Case, some: list[int]) -> list[set[int]]:
-    """Supports of some targets by OMP in float64, the slow and obvious way."""
+def float64_supports(case: Case, indices: list[int]) -> list[set[int]]:
+    """Solve some targets with a plain float64 OMP and return their supports."""
     atoms, targets = problem(case)
-    atoms, targets = atoms.double(), targets[some].double()
-    supports: list[list[int]] = [[] for _ in some]
-    bases = [targets[:0] for _ in some]
+    atoms, targets = atoms.double(), targets[indices].double()
+    supports: list[list[int]] = [[] for _ in indices]
+    bases = [targets[:0] for _ in indices]
     residuals = targets.clone()
     for _ in range(case.k):
         for target, atom in enumerate((residuals @ atoms.T).abs().argmax(1).tolist()):
@@ -261,17 +264,19 @@ def float64_supports(case: Case, some: list[int]) -> list[set[int]]:
     return [set(support) for support in supports]
 
 
-def apart(method: str, case: Case) -> Result:
-    """Run one method, and tell how long it took."""
+def measure_and_report(method: str, case: Case) -> Result:
+    """Measure one method, and print its time."""
     print(f"{method}: {case}", file=sys.stderr, flush=True)
-    result = where(case)(measure, method, case)
+    result = runner(case)(measure, method, case)
     print(f"  {result.seconds:.2f} s {result.error}", file=sys.stderr, flush=True)
     return result
 
 
-def where(case: Case) -> Callable[..., Any]:
-    """How to call a function for a case: in a process of its own, and in this one on a GPU, where torch counts what is
-    held, and the rows stay there."""
+def runner(case: Case) -> Callable[..., Any]:
+    """Return how to call a function for a case: in a new process, or in this one for a GPU.
+
+    On a GPU torch counts allocated memory, and the rows stay on the device.
+    """
     return in_a_process if case.device == "cpu" else lambda function, *arguments: function(*arguments)
 
 
@@ -284,7 +289,7 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def cases(device: str, sparsities: Sequence[int]) -> list[Case]:
-    """As many atoms as real pairs have."""
+    """Return the cases with as many atoms as real pairs have."""
     shapes = [
         ("smollm2", 576, 39_237),
         ("gemma3", 640, 70_000),
@@ -295,7 +300,7 @@ def cases(device: str, sparsities: Sequence[int]) -> list[Case]:
 
 
 def table(grid: list[Case], methods: Iterable[str]) -> Iterator[str]:
-    """A row for each case and method, as they are measured."""
+    """Yield a row for each case and method as soon as it is measured."""
     yield (
         "| rows | d | atoms | k | method | targets | ms per target | targets/s | ratio | peak MiB | same support "
         "| as float64 | residual |"
@@ -312,9 +317,9 @@ def table(grid: list[Case], methods: Iterable[str]) -> Iterator[str]:
             "omp-gpu": 64,
             "sklearn": 4,
         }
-        # k GEMMs take k times as long as one: at k = 256 they last for minutes, and tell nothing new.
+        # k GEMMs take k times as long as one: minutes at k = 256, without new information.
         results = {
-            method: apart(method, replace(case, targets=counts.get(method, few)))
+            method: measure_and_report(method, replace(case, targets=counts.get(method, few)))
             for method in methods
             if not (method == "k GEMMs" and case.k == 256 and not on_gpu)
         }
@@ -323,18 +328,18 @@ def table(grid: list[Case], methods: Iterable[str]) -> Iterator[str]:
             yield _row(case, method, result, results["batch_omp"], checked.get(method, ""))
 
 
-def _check(case: Case, theirs: Result, mine: Result) -> dict[str, str]:
-    """How many supports of each are those of float64: of the first targets on which the two differ, and the first."""
-    if theirs.indices is None or mine.indices is None:
+def _check(case: Case, reference: Result, result: Result) -> dict[str, str]:
+    """Count the supports that equal those of float64, among the first targets that differ and the first targets."""
+    if reference.indices is None or result.indices is None:
         return {}
-    supports = {"batch_omp": theirs.indices[: case.targets], "ours": mine.indices[: case.targets]}
+    supports = {"batch_omp": reference.indices[: case.targets], "ours": result.indices[: case.targets]}
     differ = (
         (supports["batch_omp"].sort(1).values != supports["ours"].sort(1).values).any(1).nonzero().flatten().tolist()
     )
-    some = list(dict.fromkeys([*differ[: CHECKED - 1], *range(CHECKED)]))[:CHECKED]
-    exact = where(case)(float64_supports, case, some)
+    checked = list(dict.fromkeys([*differ[: CHECKED - 1], *range(CHECKED)]))[:CHECKED]
+    exact = runner(case)(float64_supports, case, checked)
     return {
-        method: f"{sum(set(found[i].tolist()) == right for i, right in zip(some, exact, strict=True))} of {CHECKED}"
+        method: f"{sum(set(found[i].tolist()) == right for i, right in zip(checked, exact, strict=True))} of {CHECKED}"
         for method, found in supports.items()
     }
 
@@ -343,23 +348,23 @@ def _row(case: Case, method: str, result: Result, reference: Result, checked: st
     head = f"| {case.rows} | {case.dim} | {case.atoms:,} | {case.k} | {method}"
     if result.error:
         return f"{head} | {result.error} | | | | | | | |"
-    each = result.seconds / result.targets
-    ratio = reference.seconds / reference.targets / each
+    per_target = result.seconds / result.targets
+    ratio = reference.seconds / reference.targets / per_target
     same, residual = "", ""
     if result.indices is not None and reference.indices is not None:
         shared = min(result.targets, reference.targets, 512)
         equal = result.indices[:shared].sort(1).values == reference.indices[:shared].sort(1).values
         same = f"{100 * equal.all(1).float().mean():.1f} %"
         residual = f"{result.residual[:shared].mean():.6f}"
-    bold, digits = "**" if method == "ours" else "", 2 if each > 1e-3 else 4
+    bold, digits = "**" if method == "ours" else "", 2 if per_target > 1e-3 else 4
     return (
-        f"{head} | {result.targets} | {1000 * each:.{digits}f} | {1 / each:.0f} | {bold}{ratio:.1f}×{bold} "
-        f"| {result.peak / 2**20:,.0f} | {same} | {checked} | {residual} |"
+        f"{head} | {result.targets} | {1000 * per_target:.{digits}f} | {1 / per_target:.0f} "
+        f"| {bold}{ratio:.1f}×{bold} | {result.peak / 2**20:,.0f} | {same} | {checked} | {residual} |"
     )
 
 
 def growth(path: Path, device: str) -> None:
-    """Time against targets, atoms, d and k, one of them at a time."""
+    """Plot time against targets, atoms, d and k, each with the others fixed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -375,7 +380,7 @@ def growth(path: Path, device: str) -> None:
     names = {"targets": "targets", "atoms": "atoms", "dim": "dimensions d", "k": "sparsity k"}
     figure, panels = plt.subplots(1, 4, figsize=(14, 3.6), sharey=True, layout="constrained")
     for panel, (field, values) in zip(panels, axes_of.items(), strict=True):
-        seconds = [apart("ours", replace(base, **{field: value})).seconds for value in values]
+        seconds = [measure_and_report("ours", replace(base, **{field: value})).seconds for value in values]
         panel.loglog(values, seconds, "o-", label="measured")
         panel.loglog(values, [seconds[0] * value / values[0] for value in values], "--", color="grey", label="linear")
         panel.set_xlabel(names[field])
@@ -390,17 +395,17 @@ def growth(path: Path, device: str) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Write the tables or draw the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--growth", type=Path, help="draw the growth curves into this file, and no table")
-    parser.add_argument("--device", default="cpu", help="of the growth curves")
+    parser.add_argument("--growth", type=Path, help="plot the scaling to this file instead of writing tables")
+    parser.add_argument("--device", default="cpu", help="device of the scaling plot")
     parser.add_argument("-k", type=int, nargs="+", default=[64, 8, 256], help="sparsities to measure")
     parser.add_argument(
         "--tables",
         nargs="+",
         choices=["real", "few", "gpu"],
         default=["real", "few", *(["gpu"] if torch.cuda.is_available() else [])],
-        help="with as many atoms as real pairs have, at each -k; with few, at k = 64; as the first on a GPU",
+        help="real: atoms of real pairs, at each -k; few: few atoms, at k = 64; gpu: as real, on a GPU",
     )
     options = parser.parse_args()
     if options.growth:

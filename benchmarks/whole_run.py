@@ -1,12 +1,12 @@
-"""The whole run, from the command to the written model, beside what users would run instead.
+"""Time complete runs, from the command to the written model, and compare with mergekit-tokensurgeon.
 
-``python -m benchmarks.whole_run`` gives Gemma-3-270M the tokenizer of SmolLM2-135M by ``mergekit-yaml`` with a recipe
-of this project, and by ``mergekit-tokensurgeon``, each in a process of its own, and prints seconds, peak memory and
-ratios. Solves are not taken from the cache.
+``python -m benchmarks.whole_run`` gives Gemma-3-270M the tokenizer of SmolLM2-135M with ``mergekit-yaml`` and a recipe
+of this project, and with ``mergekit-tokensurgeon``, each in its own process, and prints seconds, peak memory and
+ratios. The cache of sparse codes is disabled.
 
-With ``--base untied`` the base has two matrices to transplant, where the donor, SmolLM2, ties them: a small Llama with
-random weights and the tokenizer of Qwen 2.5 (what is solved are the donor's rows, so that the base's do not change the
-time). It needs the ``test`` extra, for that tokenizer, and a quarter of an hour.
+With ``--base untied`` the base has two matrices to transplant, while the donor, SmolLM2, ties them: a small Llama with
+random weights and the tokenizer of Qwen 2.5. (Solves use the donor's rows, so the base's rows do not affect the time.)
+It needs the ``test`` extra for that tokenizer, and a quarter of an hour.
 """
 
 import argparse
@@ -38,27 +38,27 @@ def main() -> None:
     donor = real_weights.checkpoint("gemma3" if options.base == "smollm2" else "smollm2")
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        # Linux counts the peak of this process into that of each command it starts, so that it must stay small.
+        # Linux includes the peak of this process in that of its child processes, so it must stay small.
         base = in_a_process(untied, work / "base") if options.base == UNTIED else real_weights.checkpoint(options.base)
         recipe = {"merge_method": "omp", "models": [{"model": str(base)}], "tokenizer": {"source": str(donor)}}
-        ways = {
+        commands = {
             "mergekit-tokensurgeon": ["mergekit-tokensurgeon", str(base), str(donor), "OUT", "-k", str(options.k)],
             "omp, the default": written(recipe, {"k": options.k}, work / "default.yml"),
             "omp, reconstruction: combination": written(
                 recipe, {"k": options.k, "reconstruction": "combination"}, work / "combination.yml"
             ),
         }
-        theirs = None
+        reference = None
         print("| command | seconds | ratio | peak MiB |\n|---|---|---|---|")
-        for name, command in ways.items():
+        for name, command in commands.items():
             seconds, peak = timed([str(work / "out") if part == "OUT" else part for part in command])
             shutil.rmtree(work / "out")
-            theirs = theirs or seconds
-            print(f"| {name} | {seconds:.1f} | {theirs / seconds:.1f} | {peak / 2**20:,.0f} |", flush=True)
+            reference = reference or seconds
+            print(f"| {name} | {seconds:.1f} | {reference / seconds:.1f} | {peak / 2**20:,.0f} |", flush=True)
 
 
 def untied(folder: Path) -> Path:
-    """A checkpoint of two layers, as wide as Qwen2.5-0.5B and with its vocabulary, whose embeddings are not tied."""
+    """Write a checkpoint of two layers with the width and vocabulary of Qwen2.5-0.5B and untied embeddings."""
     import tokenizers_for_tests
     import torch
     from helpers.checkpoints import make_model, save
@@ -68,19 +68,19 @@ def untied(folder: Path) -> Path:
 
 
 def written(recipe: dict, parameters: dict, path: Path) -> list[str]:
-    """The command for a recipe, which is written to a file."""
+    """Write a recipe to a file and return its command."""
     path.write_text(yaml.safe_dump({**recipe, "parameters": parameters}))
     return ["mergekit-yaml", str(path), "OUT"]
 
 
 def timed(command: Sequence[str]) -> tuple[float, int]:
-    """Seconds of wall-clock time and peak resident bytes of one command, which must succeed."""
+    """Run a command; return its wall-clock time in seconds and its peak resident memory in bytes."""
     program = shutil.which(command[0], path=str(Path(sys.executable).parent)) or command[0]
     started = time.perf_counter()
     child = os.posix_spawn(program, [program, *command[1:]], {**os.environ, "MERGEKIT_OMP_CACHE": "off"})
     _, status, usage = os.wait4(child, 0)
     if status:
-        raise SystemExit(f"{' '.join(command)} stopped with status {os.waitstatus_to_exitcode(status)}")
+        raise SystemExit(f"{' '.join(command)} exited with status {os.waitstatus_to_exitcode(status)}")
     return time.perf_counter() - started, usage.ru_maxrss * 1024
 
 

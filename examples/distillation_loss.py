@@ -1,9 +1,9 @@
-"""Token-level distillation between models of different tokenizers: a teacher that was given the student's.
+"""Compute a token-level distillation loss with a teacher that has the student's tokenizer.
 
     python examples/distillation_loss.py --student small/ --teacher big/
 
-Both read the same ids, so that KL(teacher ‖ student) is a sum over one vocabulary. It is printed for the transplanted
-teacher, and for one that has zeros for the rows of new tokens.
+Both models read the same ids, so KL(teacher ‖ student) is a sum over one vocabulary. It is printed for the
+transplanted teacher, and for a teacher whose rows of new tokens are zero.
 """
 
 from __future__ import annotations
@@ -22,28 +22,30 @@ from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, w
 
 
 def distillation_loss(teacher: PreTrainedModel, student: PreTrainedModel, ids: Tensor, n_tokens: int) -> Tensor:
-    """KL(teacher ‖ student) of the next token in nats, the mean over the positions of ``ids``.
+    """Compute KL(teacher ‖ student) of the next token in nats, as the mean over the positions of ``ids``.
 
     Args:
-        teacher: gets no gradient.
-        student: gets one, unless that is switched off.
-        ids: int64 [B, T] of the vocabulary that both have.
-        n_tokens: size of that vocabulary; rows beyond it are padding, and the two may have unequally many.
+        teacher: the teacher, without gradients.
+        student: the student, with gradients if they are enabled.
+        ids: int64 (B, T), ids of the common vocabulary.
+        n_tokens: size of that vocabulary; further rows are padding, and their number may differ.
 
     Returns:
         A scalar, at least 0.
     """
     with torch.no_grad():
-        wanted = teacher(ids).logits[..., :n_tokens].float().log_softmax(dim=-1)  # [B, T, V]
-    given = student(ids).logits[..., :n_tokens].float().log_softmax(dim=-1)
-    return functional.kl_div(given.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
+        target = teacher(ids).logits[..., :n_tokens].float().log_softmax(dim=-1)  # (B, T, V)
+    prediction = student(ids).logits[..., :n_tokens].float().log_softmax(dim=-1)
+    return functional.kl_div(prediction.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the loss for two teachers, and the size of the gradient that reaches the student."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one_vocabulary.add_arguments(parser, keeps="student", changes="teacher")
-    parser.add_argument("--text", type=Path, help="what both read the beginning of (default: four built-in texts)")
+    parser.add_argument(
+        "--text", type=Path, help="text of which both read the beginning (default: four built-in texts)"
+    )
     options = parser.parse_args(arguments)
     student_folder, teacher_folder = one_vocabulary.folders(options)
     zeros = options.out.with_name(options.out.name + "-zeros")
@@ -57,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher, _ = one_vocabulary.load(folder)
         student.zero_grad()
         losses = []
-        for each in ids:
-            loss = distillation_loss(teacher, student, each, len(tokenizer))
+        for text_ids in ids:
+            loss = distillation_loss(teacher, student, text_ids, len(tokenizer))
             loss.backward()
             losses.append(loss.item())
         gradients = [weight.grad for weight in student.parameters() if weight.grad is not None]

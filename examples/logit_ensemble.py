@@ -1,8 +1,9 @@
-"""Two models as one: the mean of their log-probabilities, token by token, after one was given the other's tokenizer.
+"""Combine two models by the mean of their log-probabilities, after a transplant to a common tokenizer.
 
     python examples/logit_ensemble.py --model a/ --other b/
 
-Prints bits per byte of the model, of the other one with its tokenizer, and of both together, and a text of both.
+Prints bits per byte of the model, of the other model with its tokenizer and of the ensemble, and a text of the
+ensemble.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from mergekit_omp.evaluation.bits_per_byte import builtin_texts, read_text, wind
 
 
 def mix(scores: Tensor, other: Tensor, weight: float) -> Tensor:
-    """Weighted mean of two models' log-probabilities, normalised: float32 [..., V].
+    """Compute the normalised weighted mean of two models' log-probabilities.
 
     Args:
-        scores: [..., V], the first model's logits.
-        other: [..., V'], the other's; ids that only one of the two has rows for are padding, and get -inf.
-        weight: the other's share, in [0, 1].
+        scores: (…, V), logits of the first model.
+        other: (…, V'), logits of the other model; ids without a row in one of the two are padding and get -inf.
+        weight: weight of the other model, in [0, 1].
+
+    Returns:
+        float32 (…, V).
     """
     shared = min(scores.shape[-1], other.shape[-1])
     one, two = (part[..., :shared].float().log_softmax(dim=-1) for part in (scores, other))
@@ -35,7 +39,7 @@ def mix(scores: Tensor, other: Tensor, weight: float) -> Tensor:
 
 
 class Ensemble(LogitsProcessor):
-    """Mixes another model into what ``generate`` chooses from, without beams. One object serves one call."""
+    """Mixes the logits of another model into ``generate``, without beam search. Use one object per call."""
 
     def __init__(self, other: PreTrainedModel, weight: float = 0.5) -> None:
         self.other = other
@@ -44,7 +48,7 @@ class Ensemble(LogitsProcessor):
         self.n_read = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Take the ids so far, int64 [B, T], and the first model's logits [B, V] to the mixed ones."""
+        """Return the mixed logits (B, V), given the ids int64 (B, T) so far and the first model's logits (B, V)."""
         new = input_ids[:, self.n_read :]
         self.n_read = input_ids.shape[1]
         logits = self.other(new, past_key_values=self.cache, use_cache=True).logits[:, -1]
@@ -52,7 +56,7 @@ class Ensemble(LogitsProcessor):
 
 
 class Reader:
-    """Both models together, as far as ``mergekit_omp.evaluation.bits_per_byte.read_text`` needs a model."""
+    """The ensemble with the interface that ``mergekit_omp.evaluation.bits_per_byte.read_text`` needs."""
 
     def __init__(self, model: PreTrainedModel, other: PreTrainedModel, weight: float = 0.5) -> None:
         self.model, self.other, self.weight = model, other, weight
@@ -60,8 +64,8 @@ class Reader:
         self.get_input_embeddings = model.get_input_embeddings
 
     def __call__(self, ids: Tensor, use_cache: bool) -> SimpleNamespace:
-        """The mixed logits of ids, int64 [B, T]."""
-        one, two = (each(ids, use_cache=use_cache).logits for each in (self.model, self.other))
+        """Return the mixed logits of ids int64 (B, T)."""
+        one, two = (model(ids, use_cache=use_cache).logits for model in (self.model, self.other))
         return SimpleNamespace(logits=mix(one, two, self.weight))
 
 
@@ -69,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compare the two models with their ensemble."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one_vocabulary.add_arguments(parser, keeps="model", changes="other")
-    parser.add_argument("--weight", type=float, default=0.5, help="the other's share: %(default)s")
-    parser.add_argument("--bytes", type=int, default=1536, help="how much of each built-in text to read: %(default)s")
+    parser.add_argument("--weight", type=float, default=0.5, help="weight of the other model: %(default)s")
+    parser.add_argument("--bytes", type=int, default=1536, help="bytes of each built-in text: %(default)s")
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--tokens", type=int, default=24, help="tokens to write: %(default)s")
     options = parser.parse_args(arguments)
@@ -83,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, text in builtin_texts().items():
         part = windows(text, options.bytes)[0]
         bits = [read_text(reader, tokenizer, part).bits / len(part.encode()) for reader in readers]
-        print(f"{name:<16}" + "".join(f"{each:>10.3f}" for each in bits))
+        print(f"{name:<16}" + "".join(f"{value:>10.3f}" for value in bits))
     prompt = one_vocabulary.with_start(tokenizer, options.prompt)
     [ids] = model.generate(
         prompt,

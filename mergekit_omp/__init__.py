@@ -1,7 +1,7 @@
 """Training-free tokenizer transplantation by Orthogonal Matching Pursuit, as mergekit merge methods.
 
-The names below are all that is public; other modules may change with any version. Each is imported when it is first
-used: torch imports this package at the end of ``import torch``, which must stay quick.
+Only the names in ``__all__`` are public; other modules may change with any version. They are imported on first use:
+``import torch`` imports this package, and must stay fast.
 """
 
 from importlib import import_module
@@ -35,7 +35,7 @@ _HOMES = {
     "solve_omp": "mergekit_omp.solver",
 }
 
-if not TYPE_CHECKING:  # a type checker would take every name for one of this module
+if not TYPE_CHECKING:  # a type checker would accept every name
 
     def __getattr__(name: str) -> object:
         """Import a public name (PEP 562)."""

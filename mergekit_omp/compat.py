@@ -1,9 +1,9 @@
-"""Every name of mergekit that is not public API, with what is expected of it; imported from here and nowhere else.
+"""Import every private name of mergekit that this package uses, in this module only.
 
-mergekit 0.1.5 names no public API. Taken for public here: ``mergekit.common``, ``config``, ``graph``, ``options``,
-``merge_methods``, ``architecture``, ``io.tasks``, ``io.lazy_tensor_loader`` and ``tokenizer.config``, which recipes,
-merge methods and its documentation speak of. What is below may be gone in the next release; then a recipe of ours gets
-the sentence of :func:`require_supported`, and other recipes run as ever.
+mergekit 0.1.5 declares no public API. These modules are treated as public, since recipes, merge methods and the
+documentation refer to them: ``mergekit.common``, ``config``, ``graph``, ``options``, ``merge_methods``,
+``architecture``, ``io.tasks``, ``io.lazy_tensor_loader`` and ``tokenizer.config``. A later release may lack the names
+below; then :func:`require_supported` rejects recipes of this package, and other recipes run unchanged.
 """
 
 from importlib import import_module, metadata
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
 try:
-    # `mergekit-yaml --chat-template`: names of files in this folder, `<name>.jinja`.
+    # Folder of the files `<name>.jinja` that a recipe's `chat_template` can name.
     from mergekit._data import chat_templates
 
-    # The names and the axes of a checkpoint's tensors, inferred by means of transformers.
+    # Names and axes of a checkpoint's tensors, inferred by transformers.
     from mergekit.architecture.auto import get_transformers_info, infer_architecture_info
 
-    # Whether `LoadTensor` makes a tensor of this name from others that a checkpoint has.
+    # Whether `LoadTensor` computes a tensor of this name from other tensors of a checkpoint.
     from mergekit.architecture.conversion import can_convert_checkpoint_keys
 
-    # One tensor's merge; `gather_tensors` is what gives it its inputs, `input_parameters` are bound already.
+    # The merge of one tensor: `gather_tensors` provides its inputs, `input_parameters` are bound.
     from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 
-    # mergekit-tokensurgeon's functions, for the approximations that are its own.
+    # Functions of mergekit-tokensurgeon, for its own approximations.
     from mergekit.scripts.tokensurgeon import (
         ApproximationMethod,
         TokenSurgeonOptions,
@@ -39,8 +39,8 @@ try:
         john_hewitt_init,
     )
 
-    # `run_merge` takes the tokenizer that it saves from the `TokenizerInfo` that some task returned; a
-    # `PermutedVocabulary` is what gives a merge its vocabulary tensors.
+    # `run_merge` saves the tokenizer of the `TokenizerInfo` that a task returns; a `PermutedVocabulary` provides the
+    # vocabulary tensors of a merge.
     from mergekit.tokenizer import PermutedVocabulary, TokenizerInfo
     from mergekit.tokensurgeon import SubwordMethod, WeightingScheme, batch_mp_rope, compute_token_basis
     from mergekit.tokensurgeon.magikarp import well_trained_tokens
@@ -93,38 +93,38 @@ _EXPECTED = {
     # Read by `open_loaders`.
     "mergekit.io.tasks": ("LoaderCache.loaders",),
 }
-"""Attributes that are used by name: what :func:`require_supported` looks for, beside the imports above."""
+"""Attributes that are used by name; :func:`require_supported` checks them in addition to the imports above."""
 
 
 def require_supported() -> None:
-    """Raise an OmpError unless the installed mergekit has everything that this package uses of it."""
+    """Raise an OmpError unless the installed mergekit has all names that this package uses."""
     if _PROBLEM is None and all(
         _has(import_module(name), path) for name, paths in _EXPECTED.items() for path in paths
     ):
         return
-    wanted = supported_range()
+    versions = supported_range()
     raise OmpError(
-        f"merge_method: omp works with mergekit{wanted}, but mergekit {metadata.version('mergekit')} is installed; "
-        f"run `pip install 'mergekit{wanted}'`."
+        f"merge_method: omp works with mergekit{versions}, but mergekit {metadata.version('mergekit')} is installed; "
+        f"run `pip install 'mergekit{versions}'`."
     ) from _PROBLEM
 
 
 def supported_range() -> str:
-    """The versions of mergekit that this package declares to work with, such as ``>=0.1.5,<0.2``."""
+    """Return the range of supported versions of mergekit, such as ``>=0.1.5,<0.2``."""
     requirements = map(Requirement, metadata.requires("mergekit-omp") or ())
     [versions] = [requirement.specifier for requirement in requirements if requirement.name == "mergekit"]
     return ",".join(sorted(map(str, versions), reverse=True))
 
 
 def open_loaders() -> "dict[Any, LazyTensorLoader]":
-    """The loaders of checkpoints that mergekit has opened in this process, by model; adding one is allowed."""
+    """Return mergekit's cache of open checkpoint loaders by model, to read or extend."""
     from mergekit.io.tasks import LoaderCache
 
     return LoaderCache().loaders
 
 
 def chat_template_names() -> list[str]:
-    """The names that ``chat_template:`` can have in a recipe, beside ``auto``."""
+    """Return the names that ``chat_template:`` accepts in a recipe, except ``auto``."""
     from importlib.resources import files
 
     names = (path.name for path in files(chat_templates).iterdir())
@@ -132,7 +132,7 @@ def chat_template_names() -> list[str]:
 
 
 def chat_template_of(config: "MergeConfiguration") -> str | None:
-    """The text of the chat template that a recipe asks for; None where the tokenizer keeps its own."""
+    """Return the chat template that a recipe sets; None if the tokenizer keeps its own."""
     if not config.chat_template:
         return None
     from types import SimpleNamespace

@@ -1,6 +1,6 @@
-"""The exception that a user's mistake raises, and sentences for failures of a run that are nobody's bug.
+"""Define the exception for users' mistakes, and explain failures of a run that are not bugs.
 
-Nothing heavy is imported here: every module of the package imports this one.
+This module must import fast: every other module imports it.
 """
 
 import errno
@@ -19,15 +19,16 @@ LOG = logging.getLogger(__name__)
 class OmpError(click.ClickException, ValueError):
     """Raised for an invalid recipe or model; the message is shown to the user.
 
-    mergekit's commands are click commands, so raising this anywhere below one of them prints ``Error: <sentence>`` and
-    exits with status 1, without a traceback. In a notebook it is an ordinary ``ValueError``.
+    mergekit's commands are click commands, which print ``Error: <message>`` for this exception and exit with status 1,
+    without a traceback. In Python it is a ``ValueError``.
 
     Example:
+        >>> from mergekit_omp import OmpError
         >>> try:
-        ...     raise OmpError("k is 0, but OMP needs at least one atom a token: write k: 1 or more.")
+        ...     raise OmpError("k is 0, but OMP needs at least one atom per token: write k: 1 or more.")
         ... except ValueError as error:
         ...     print(error)
-        k is 0, but OMP needs at least one atom a token: write k: 1 or more.
+        k is 0, but OMP needs at least one atom per token: write k: 1 or more.
     """
 
 
@@ -39,12 +40,12 @@ _CANNOT_WRITE = {
     errno.EROFS: "the file system is read-only; name another folder",
     errno.EACCES: "permission is denied; name another folder",
 }
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, written in Rust, reports one
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the form in which safetensors reports it
 
 
 @contextmanager
 def explained(out_path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn known failures of the block into an OmpError, and let anything else, a bug, through with its traceback."""
+    """Raise known failures of the block as an OmpError; other exceptions are bugs and keep their traceback."""
     try:
         yield
     except OmpError:
@@ -58,7 +59,7 @@ def explained(out_path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
-    """Say what went wrong, for a failure of a run that is nobody's bug; None for anything else."""
+    """Explain a failure of a run in a sentence for the user; return None for an unknown error."""
     if isinstance(error, OmpError):
         return error.message
     if problem := _cannot_write(error):
@@ -68,11 +69,9 @@ def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | Non
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     ):
-        return (
-            "The memory is used up; run on a machine with more, or see `mergekit-omp inspect` for what a recipe needs."
-        )
+        return "Out of memory; use a machine with more, or see `mergekit-omp inspect` for what a recipe needs."
     if type(error) in (RuntimeError, ValueError) and _raised_by_mergekit(error):
-        return f"mergekit refuses the recipe: {error}."
+        return f"mergekit rejects the recipe: {error}."
     return None
 
 
@@ -88,7 +87,7 @@ def _errno(error: Exception) -> int | None:
 
 
 def _raised_by_mergekit(error: Exception) -> bool:
-    """Whether the exception comes from a ``raise`` of mergekit itself: those messages are meant for users."""
+    """Tell whether mergekit itself raised the exception, with a message for its users."""
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
     module = frame.f_globals.get("__name__", "")
     return module == "mergekit" or module.startswith("mergekit.")

@@ -1,4 +1,4 @@
-"""Fixtures that more than one test file uses."""
+"""Define fixtures for several test files, and mark tests that need the network."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ REAL_WEIGHTS = {"smollm2_dir", "gemma3_dir"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of real weights, which come from the package index."""
+    """Mark tests that use real weights from the package index."""
     for item in items:
         if REAL_WEIGHTS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.network)
@@ -20,13 +20,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
-    """SmolLM2-135M-Instruct: 49,152 tokens of byte-level BPE, tied, 576 wide. Downloaded once, then cached."""
+    """SmolLM2-135M-Instruct: 49,152 tokens of byte-level BPE, tied, width 576. Downloaded once, then cached."""
     return _checkpoint("smollm2")
 
 
 @pytest.fixture(scope="session")
 def gemma3_dir() -> Path:
-    """Gemma-3-270M: 262,144 tokens of SentencePiece-style BPE, tied, 640 wide. Downloaded once, then cached."""
+    """Gemma-3-270M: 262,144 tokens of SentencePiece-style BPE, tied, width 640. Downloaded once, then cached."""
     return _checkpoint("gemma3")
 
 

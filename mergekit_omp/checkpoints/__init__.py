@@ -1,1 +1,1 @@
-"""Read models: configuration files, tensors with a vocabulary axis, tokenizers."""
+"""Read models: configurations, tensors with a vocabulary axis and tokenizers."""

@@ -1,4 +1,4 @@
-"""Which of a model's tensors have a vocabulary axis: input embeddings, and what belongs to the LM head."""
+"""Find the tensors of a model with a vocabulary axis: input embedding, LM head and its bias."""
 
 import logging
 import re
@@ -31,17 +31,17 @@ _INPUT_NAME = re.compile(r"(embed_tokens|embed_in|embeddings?|tok_embeddings|wte
 
 
 def vocabulary_role(name: str) -> VocabularyRole:
-    """The role of a tensor that is known to have a vocabulary axis, from its name.
+    """Determine the role of a tensor with a vocabulary axis from its name.
 
-    mergekit's architecture data tells the axis but not the role. Names of input embeddings are few; whatever else has
-    a vocabulary axis (``lm_head``, ``embed_out``, ``output_layer``, ``cls.predictions``, their biases) is on the
-    output side.
+    mergekit's architecture data contains the axis but not the role. Input embeddings have few names; every other
+    tensor with a vocabulary axis (``lm_head``, ``embed_out``, ``output_layer``, ``cls.predictions``, biases) belongs
+    to the head.
     """
     return VocabularyRole.INPUT if _INPUT_NAME.search(name) else VocabularyRole.HEAD
 
 
 def architecture_of(model: ModelReference, options: MergeOptions) -> ConfiguredModelArchitecture:
-    """A model's own architecture: mergekit's data where it has some that fits, else inferred from the checkpoint."""
+    """Return a model's architecture from mergekit's data if that fits, else inferred from the checkpoint."""
     config = model.config(trust_remote_code=options.trust_remote_code)
     known = arch_info_for_config(config)
     info = fitting_architecture(known, (model,), None, options) if known else infer((model,), None, options)
@@ -54,33 +54,31 @@ def fitting_architecture(
     base_model: ModelReference | None,
     options: MergeOptions,
 ) -> ModelArchitecture:
-    """mergekit's data on an architecture where the checkpoints are as it says, else what mergekit infers from them.
+    """Return mergekit's data on an architecture if the checkpoints match it, else what mergekit infers from them.
 
-    The data describes one vintage of an architecture: it wants the query norms of the larger Command R, the gated
-    feed-forward of T5 1.1, buffers that transformers no longer saves. Where neither fits, a tensor is missing from a
-    checkpoint, and the data is what tells which.
+    The data describes one variant of an architecture: it requires the query norms of the larger Command R, the gated
+    feed-forward of T5 1.1, and buffers that transformers no longer saves. If neither fits, a tensor is missing from a
+    checkpoint, and the data is returned since it names that tensor.
 
     Raises:
-        OmpError: where neither describes a checkpoint, so that nothing can be planned.
+        OmpError: if neither describes a checkpoint, so that mergekit cannot plan a merge.
     """
     if options.allow_crimes or all(_fits(known, model, options) for model in models):
         return known
     name = models[0].config(trust_remote_code=options.trust_remote_code).architectures[0]
     if all(_is_complete(model, options) for model in models):
-        LOG.info(
-            "The checkpoints are not as mergekit's data on %s says; the architecture is inferred from them.", name
-        )
+        LOG.info("The checkpoints do not match mergekit's data on %s; the architecture is inferred from them.", name)
         return infer(tuple(models), base_model, options)
     if any(_weights(known, model, options) is None for model in models):
         raise OmpError(
-            f"models: {models[0]} is a {name}, whose config.json is not as mergekit's data on that architecture says, "
-            "and whose tensors are not named as transformers names them: mergekit cannot merge it."
+            f"models: {models[0]} is a {name}, but its config.json does not match mergekit's data on it, and "
+            "its tensors do not have the names of transformers: mergekit cannot merge it; name another model."
         )
     return known
 
 
 def _fits(info: ModelArchitecture, model: ModelReference, options: MergeOptions) -> bool:
-    """Whether mergekit can load every tensor of a model that an architecture requires."""
+    """Tell whether mergekit can load every tensor of a model that an architecture requires."""
     weights = _weights(info, model, options)
     if weights is None or any(weight.optional and weight.aliases for weight in weights):
         return False  # mergekit 0.1.5 cannot plan the latter: it adds a tuple to a list
@@ -91,14 +89,14 @@ def _fits(info: ModelArchitecture, model: ModelReference, options: MergeOptions)
 def _weights(info: ModelArchitecture, model: ModelReference, options: MergeOptions) -> list[WeightInfo] | None:
     try:
         return info.all_weights(model.config(trust_remote_code=options.trust_remote_code))
-    except RuntimeError:  # mergekit's answer to a key that config.json lacks
+    except RuntimeError:  # mergekit raises this for a missing key of config.json
         return None
 
 
 def _is_complete(model: ModelReference, options: MergeOptions) -> bool:
-    """Whether a checkpoint has every tensor of the class of transformers that it is for, so that inference is safe.
+    """Tell whether a checkpoint has every tensor of its transformers class, so that inference is safe.
 
-    mergekit takes for optional what is tied, but also what a checkpoint lacks.
+    mergekit's inference treats tied tensors as optional, but also tensors that are missing from a checkpoint.
     """
     config = model.config(trust_remote_code=options.trust_remote_code)
     not_saved, _, axes, names = get_transformers_info(model, options)
@@ -116,23 +114,23 @@ def _is_complete(model: ModelReference, options: MergeOptions) -> bool:
 
 
 def _are_stored(names: Iterable[tuple[str, ...]], model: ModelReference, options: MergeOptions) -> bool:
-    """Whether a checkpoint has each tensor, under one of its names or as one that mergekit converts to the first."""
+    """Tell whether a checkpoint has all tensors, under one of their names or convertible by mergekit to the first."""
     stored = set(LoaderCache().get(model).index.tensor_paths)
     model_type = model.config(trust_remote_code=options.trust_remote_code).model_type
-    convertible: dict[str, bool] = {}  # by name without the layer's number, since it is the same for every layer
-    for known_as in names:
-        if not stored.isdisjoint(known_as):
+    convertible: dict[str, bool] = {}  # by name without the layer number: the result is the same for every layer
+    for aliases in names:
+        if not stored.isdisjoint(aliases):
             continue
-        template = _LAYER.sub(".", known_as[0])
+        template = _LAYER.sub(".", aliases[0])
         if template not in convertible:
-            convertible[template] = can_convert_checkpoint_keys(model_type, stored, known_as[0])
+            convertible[template] = can_convert_checkpoint_keys(model_type, stored, aliases[0])
         if not convertible[template]:
             return False
     return True
 
 
 def vocabulary_size(config: PretrainedConfig) -> int | None:
-    """Rows of the embedding matrix that a config describes, None where it does not say."""
+    """Return the number of embedding rows according to a configuration; None if it has no such key."""
     info = arch_info_for_config(config)
     for key in (info and info.vocab_size_config_key, "vocab_size", "text_config.vocab_size"):
         size = key and _config_value_or_none(config, key)
@@ -142,7 +140,7 @@ def vocabulary_size(config: PretrainedConfig) -> int | None:
 
 
 def hidden_size(config: PretrainedConfig) -> int | None:
-    """Width of the language model that a config describes, None where it does not say."""
+    """Return the hidden size of the language model according to a configuration; None if it has no such key."""
     for key in ("hidden_size", "text_config.hidden_size", "n_embd", "d_model", "dim"):
         if size := _config_value_or_none(config, key):
             return size
@@ -150,7 +148,7 @@ def hidden_size(config: PretrainedConfig) -> int | None:
 
 
 def position_settings(config: PretrainedConfig) -> dict[str, float | str]:
-    """What a config says of positions: the base and the scaling of RoPE, and the longest text."""
+    """Return a configuration's position settings: base and scaling of RoPE, and the maximum context length."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {"rope_theta": getattr(text, "rope_theta", None)}
     parts = {f"{kind}.": part for kind, part in rope.items() if isinstance(part, dict)} or {"": rope}  # as in Gemma 3
@@ -160,7 +158,7 @@ def position_settings(config: PretrainedConfig) -> dict[str, float | str]:
 
 
 def has_second_embedding(config: PretrainedConfig) -> bool:
-    """Whether every layer has an embedding of the vocabulary too, as in Gemma 3n, which mergekit takes for no such."""
+    """Tell whether every layer has an embedding too, as in Gemma 3n, which mergekit does not recognise as such."""
     keys = ("hidden_size_per_layer_input", "text_config.hidden_size_per_layer_input")
     return any(_config_value_or_none(config, key) for key in keys)
 
@@ -168,5 +166,5 @@ def has_second_embedding(config: PretrainedConfig) -> bool:
 def _config_value_or_none(config: PretrainedConfig, key: str) -> int | None:
     try:
         return get_config_value(config, key)
-    except RuntimeError:  # mergekit's answer to a key that is not there
+    except RuntimeError:  # mergekit raises this for a missing key
         return None

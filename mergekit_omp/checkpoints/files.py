@@ -1,6 +1,6 @@
-"""Whether a model's files can be read, checked before any work: config.json, and every shard's header.
+"""Check a model's files before any work: config.json and the header of every shard.
 
-Only headers are read, so that it takes no time; what they declare must fit the file that follows.
+Reading only the headers is fast; the tensors that they declare must fill the file.
 """
 
 import json
@@ -23,30 +23,33 @@ from transformers.utils.hub import cached_file
 from mergekit_omp.errors import OmpError
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""In mergekit's order of preference."""
+"""Names of weight files in mergekit's order of preference."""
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-"""What describes the processor of a model that reads images or sound."""
+"""Files that describe the processor of a model with image or audio input."""
 
 _VOCABULARY_MODULE = re.compile(r"\.(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|lm_head|embed_out)\.")
 
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-"""Where a model of several parts describes its language model."""
+"""Keys under which a multimodal configuration describes its language model."""
 
 
 def read_config(
     model: ModelReference, trust_remote_code: bool, key: str, *, is_donor: bool = False
 ) -> PretrainedConfig:
-    """A model's configuration.
+    """Read a model's configuration.
 
     Args:
-        model: as the recipe names it.
-        trust_remote_code: whether code that comes with the model may run.
-        key: the recipe key that it stands under.
-        is_donor: whether only its vocabulary tensors are read, so that transformers need not know its type.
+        model: the model in the recipe.
+        trust_remote_code: whether to run code that comes with the model.
+        key: its recipe key, for messages.
+        is_donor: whether only its vocabulary tensors are read, so that its type may be unknown to transformers.
+
+    Returns:
+        The configuration.
 
     Raises:
-        OmpError: naming the recipe ``key`` that the model stands under, where there is none that mergekit can use.
+        OmpError: if there is no configuration that mergekit can use; the message names the recipe key.
     """
     path = model.model.path
     if not os.path.isdir(path) and (os.path.exists(path) or not _may_be_on_the_hub(path)):
@@ -58,7 +61,7 @@ def read_config(
     try:
         read = config_of_donor if is_donor else ModelReference.config
         config = read(model, trust_remote_code)
-    except Exception as error:  # transformers raises whatever its parsers raise
+    except Exception as error:  # transformers passes on arbitrary errors of its parsers
         raise OmpError(
             f"{key}: config.json of {model} cannot be read ({first_line(error)}); download the model again."
         ) from error
@@ -72,13 +75,13 @@ def read_config(
 
 
 def config_of_donor(model: ModelReference, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration of a model of which only the vocabulary tensors are read, without its code.
+    """Read the configuration of a model of which only the vocabulary tensors are needed, without running its code.
 
-    A model type that transformers does not know has a class of its own in the repository. Of such a model the plain
-    values of config.json are taken as data: they name the sizes, and no class is needed to read two matrices.
+    A model type that transformers does not know has its own class in the repository. For such a model the plain values
+    of config.json are used as data: they contain the sizes, and reading two matrices needs no class.
 
     Raises:
-        Exception: whatever transformers raises where config.json cannot be read.
+        Exception: an arbitrary error of transformers if config.json cannot be read.
     """
     data, _ = PretrainedConfig.get_config_dict(model.model.path, revision=model.model.revision)
     if trust_remote_code or data.get("model_type") in CONFIG_MAPPING or model.override_architecture:
@@ -87,7 +90,7 @@ def config_of_donor(model: ModelReference, trust_remote_code: bool) -> Pretraine
 
 
 def _as_config(data: Mapping[str, Any]) -> PretrainedConfig:
-    """Make a configuration of the plain values of config.json, and of those of its language model's part."""
+    """Build a configuration from the plain values of config.json and of its language model's section."""
     values: dict[str, Any] = {"tie_word_embeddings": False}
     values |= {key: value for key, value in data.items() if not isinstance(value, dict)}
     part = next((data[key] for key in _LANGUAGE_PARTS if isinstance(data.get(key), dict)), None)
@@ -97,13 +100,13 @@ def _as_config(data: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def check_adapter(model: ModelReference, rows: int | None, options: MergeOptions, key: str) -> None:
-    """Raise an OmpError unless mergekit can merge the adapter of ``model+adapter``, which it does with PEFT.
+    """Raise an OmpError unless mergekit can merge the adapter of ``model+adapter`` with PEFT.
 
     Args:
-        model: with an adapter.
-        rows: of the model's embedding, as its config.json says.
-        options: of the run.
-        key: the recipe key that the model stands under.
+        model: a model with an adapter.
+        rows: rows of the model's embedding according to its config.json.
+        options: mergekit's options.
+        key: recipe key of the model, for messages.
     """
     assert model.lora
     if not options.lora_merge_cache:
@@ -117,9 +120,9 @@ def check_adapter(model: ModelReference, rows: int | None, options: MergeOptions
             shapes = {name: adapter.get_slice(name).get_shape() for name in adapter.keys()}  # noqa: SIM118, no mapping
     except FileNotFoundError as error:
         if str(error).endswith(".safetensors"):
-            return  # in pickles, which PEFT reads
+            return  # pickles, which PEFT reads
         raise OmpError(f"{key}: {model.lora} has no adapter_config.json; name a PEFT adapter after the +.") from error
-    except Exception as error:  # whatever the hub's client or the header's parser raises
+    except Exception as error:  # arbitrary errors of the hub client or the header parser
         raise OmpError(
             f"{key}: the adapter {model.lora} cannot be read ({first_line(error)}); download it again."
         ) from error
@@ -127,14 +130,14 @@ def check_adapter(model: ModelReference, rows: int | None, options: MergeOptions
     if other and rows is not None:
         raise OmpError(
             f"{key}: the adapter {model.lora} has {max(other)} rows for the vocabulary, and {model.model} has {rows}: "
-            "it was trained after tokens had been added, and mergekit merges adapters into the model as it is. Resize "
+            "it was trained after tokens had been added, but mergekit does not resize the model. Resize "
             f"the model to {max(other)} rows with transformers, merge the adapter with PEFT's merge_and_unload, save "
             "the result with the adapter's tokenizer, and name that folder."
         )
 
 
 def _adapted_rows(name: str, shape: list[int]) -> int | None:
-    """The vocabulary that a tensor of an adapter is for; None where it has no such axis."""
+    """Return the vocabulary size of an adapter's tensor; None if it has no vocabulary axis."""
     if not _VOCABULARY_MODULE.search(name):
         return None
     if ".lora_embedding_A" in name:
@@ -144,10 +147,10 @@ def _adapted_rows(name: str, shape: list[int]) -> int | None:
 
 
 def _file_of(path: ModelPath, name: str, cache_dir: str | None) -> Path:
-    """A file of a folder or of a model on the hub.
+    """Return the path of a file from a folder or from a model on the hub.
 
     Raises:
-        FileNotFoundError: it has none of that name.
+        FileNotFoundError: if there is no such file.
     """
     folder = Path(path.path)
     if folder.is_dir():
@@ -163,21 +166,21 @@ def _file_of(path: ModelPath, name: str, cache_dir: str | None) -> Path:
 
 
 def check_weights(model: ModelReference, options: MergeOptions, key: str) -> None:
-    """Raise an OmpError unless every shard of a model is there and as long as its header says.
+    """Raise an OmpError unless every shard of a model exists and is as long as its header declares.
 
-    Models on the hub are downloaded, as mergekit would a moment later.
+    Downloads models from the hub, which mergekit would do later.
     """
     if model.lora:
-        return  # see `check_adapter`; mergekit merges it into files of its own
+        return  # see `check_adapter`; mergekit writes the merged model to new files
     try:
         folder = Path(model.local_path(cache_dir=options.transformers_cache))
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # arbitrary errors of the hub client
         raise OmpError(f"{key}: {model} cannot be downloaded ({first_line(error)}); try again.") from error
     name = weight_file(folder)
     if name is None:
         raise OmpError(
-            f"{key}: {model} has no weights, neither {' nor '.join(WEIGHT_FILES)}, whole or in shards; "
-            "name a model that has some."
+            f"{key}: {model} has no weights, neither {' nor '.join(WEIGHT_FILES)}, as a single file or in shards; "
+            "name a model that has weights."
         )
     index = folder / f"{name}.index.json"
     for shard in _shards(index, key) if index.exists() else [name]:
@@ -185,14 +188,14 @@ def check_weights(model: ModelReference, options: MergeOptions, key: str) -> Non
 
 
 def weight_file(folder: Path) -> str | None:
-    """The name of the weights that mergekit reads from a folder, None where there are none."""
+    """Return the name of the weight file that mergekit reads from a folder; None if there are no weights."""
     return next((n for n in WEIGHT_FILES if (folder / n).exists() or (folder / f"{n}.index.json").exists()), None)
 
 
 def is_tokenizer_alone(model: ModelReference) -> bool:
-    """Whether a model is a tokenizer's files without a configuration, hence without weights.
+    """Tell whether a model consists of a tokenizer without a configuration, hence without weights.
 
-    False where the hub cannot be asked, so that whoever reads the model tells why it cannot be read.
+    Returns False if the hub is unreachable, so that reading the model reports the reason.
     """
     folder = Path(model.model.path)
     if folder.is_dir():
@@ -204,13 +207,13 @@ def is_tokenizer_alone(model: ModelReference) -> bool:
         return False
     except huggingface_hub.errors.EntryNotFoundError:
         return True
-    except Exception:  # no name on the hub, no network, no access
+    except Exception:  # no such name, no network or no access
         return False
     return False
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, without the advice that follows."""
+    """Return the first line of an exception's message, without the advice that follows."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     heading = lines[:1] if not lines or not lines[0].endswith(":") else lines[:2]
     return " ".join(heading).rstrip(" .:") or type(error).__name__
@@ -231,14 +234,14 @@ def _shards(index: Path, key: str) -> list[str]:
     for shard in shards:
         if not _is_inside(shard):
             raise OmpError(
-                f"{key}: {index} names the shard {shard!r}, which is no file in the model's folder; "
+                f"{key}: {index} names the shard {shard!r}, which is not a file in the model's folder; "
                 "do not use this model unless you know why."
             )
     return shards
 
 
 def _is_inside(shard: Any) -> bool:
-    """Whether a shard's name stays in the folder, on every system."""
+    """Tell whether a shard's name stays in the folder on every operating system."""
     if not isinstance(shard, str) or not shard:
         return False
     windows = PureWindowsPath(shard)
@@ -260,24 +263,24 @@ def _check_shard(path: Path, key: str) -> None:
 
 
 def _problem_of_pickle(path: Path) -> str | None:
-    """Read what a pickle holds, without its numbers, and refusing to run what it might say to run."""
+    """Check a pickle without reading its numbers or executing its code; return the problem, or None."""
     try:
         torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
-        return "it is no plain pickle of tensors"
+        return "it contains more than tensors"
     except (RuntimeError, EOFError, ValueError):
         return "it is truncated"
     return None
 
 
 def processor_files(model: ModelReference) -> list[Path]:
-    """The files that a model's processor is described by; [] for a model that reads text alone."""
+    """Return the files that describe a model's processor; [] for a text-only model."""
     found = (find_file(model, name) for name in PROCESSOR_FILES)
     return [path for path in found if path is not None]
 
 
 def find_file(model: ModelReference, name: str) -> Path | None:
-    """A file of a model, from its folder or the hub; None where it has none or the hub cannot be asked."""
+    """Return a file of a model, from its folder or the hub; None if it is missing or the hub is unreachable."""
     try:
         found = cached_file(model.model.path, name, revision=model.model.revision)
     except OSError:  # no such file, no such model, no access, no network
@@ -286,7 +289,7 @@ def find_file(model: ModelReference, name: str) -> Path | None:
 
 
 def read_settings(model: ModelReference, name: str) -> dict[str, Any]:
-    """What a JSON file of a model says; nothing where it has none or it is no JSON object."""
+    """Read a JSON object from a file of a model; return {} if the file is missing or has other content."""
     found = find_file(model, name)
     try:
         settings = read_json(found) if found else {}
@@ -296,5 +299,5 @@ def read_settings(model: ModelReference, name: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; an empty object where there is no file."""
+    """Read a JSON file; return {} if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,8 +1,8 @@
-"""Read a model's tokenizer as its files describe it.
+"""Load a model's tokenizer as its files describe it.
 
-For some model types (``qwen2`` is one) transformers 5 builds a class of its own whatever the folder says, with that
-class's pre-tokenizer and decoder. Harmless for the tokenizers that these models were released with, it turns another
-family's tokenizer into nonsense.
+For some model types, such as ``qwen2``, transformers 5 always builds its own class with the pre-tokenizer and decoder
+of that class. That works for the tokenizers with which these models were released, but breaks the tokenizer of another
+family.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -24,7 +24,7 @@ from mergekit_omp.vocabulary.tokens import ROLES
 LOG = logging.getLogger(__name__)
 
 _TEKKEN_SINCE = "5.17"
-"""The first transformers that reads a tekken.json with its special tokens and without mistral-common's classes."""
+"""First version of transformers that converts a tekken.json with its special tokens without mistral-common."""
 
 _ROLE_NAMES = {f"{role}_token" for role in ROLES}
 
@@ -32,30 +32,43 @@ _ROLE_NAMES = {f"{role}_token" for role in ROLES}
 def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
-    ``tokenizer.json`` counts before what transformers would make of it. A ``tekken.json`` without one is converted,
-    since mistral-common's class, which transformers takes for it, does not say how its tokens stand for bytes.
+    ``tokenizer.json`` takes precedence over the class that transformers chooses. A ``tekken.json`` without it is
+    converted, since mistral-common's class, which transformers uses, does not declare the bytes of its tokens.
+
+    Args:
+        model: the model in the recipe.
+        trust_remote_code: whether to run code that comes with the model.
+        key: its recipe key, for messages.
+
+    Returns:
+        The tokenizer.
 
     Raises:
-        OmpError: naming the recipe ``key`` that the model stands under, where there is none that can be read.
+        OmpError: if no tokenizer can be read; the message names the recipe key.
     """
     try:
         return _load(model, trust_remote_code)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # whatever the parsers raise; a panic in tokenizers' Rust is no Exception
+    except BaseException as error:  # arbitrary errors of parsers; a Rust panic in tokenizers is not an Exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OmpError(
-            f"{key}: no tokenizer can be read from {model.model} ({reason}); name a model with a tokenizer."
+            f"{key}: cannot read a tokenizer from {model.model} ({reason}); name a model with a tokenizer."
         ) from error
 
 
+def tokenizer_of(name: str | Path, trust_remote_code: bool = False, key: str = "MODEL") -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or hub id, as :func:`load_tokenizer` does for a model of a recipe."""
+    return load_tokenizer(ModelReference(model=ModelPath(path=str(name))), trust_remote_code, key)
+
+
 def named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The tokens that a tokenizer has a name of its own for, such as ``image_token``: processors ask for them."""
+    """Return a tokenizer's named tokens that are not roles, such as ``image_token``, which processors use."""
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name not in _ROLE_NAMES}
 
 
 def is_read_as_written(tokenizer: PreTrainedTokenizerBase, tokenizer_json: Path) -> bool:
-    """Whether a tokenizer that transformers loaded splits texts as its ``tokenizer.json`` says."""
+    """Tell whether a tokenizer that transformers loaded splits texts as its ``tokenizer.json`` declares."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return False
@@ -63,9 +76,11 @@ def is_read_as_written(tokenizer: PreTrainedTokenizerBase, tokenizer_json: Path)
     model, vocabulary = backend.model, described["model"]["vocab"]
     if backend.get_vocab_size(with_added_tokens=False) != len(vocabulary):
         return False
-    # The parts alone, as this version of tokenizers writes them: with the vocabulary it takes seconds.
-    empty = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
-    written = Tokenizer.from_str(json.dumps(described | {"model": empty, "added_tokens": [], "post_processor": None}))
+    # Compare the parts as this version of tokenizers serialises them; with the vocabulary that takes seconds.
+    empty_model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
+    written = Tokenizer.from_str(
+        json.dumps(described | {"model": empty_model, "added_tokens": [], "post_processor": None})
+    )
     return described["model"].get("type") in (type(model).__name__, None) and _parts(backend) == _parts(written)
 
 
@@ -79,8 +94,8 @@ def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizer
     if written is None or has_own_code or is_read_as_written(tokenizer, written):
         return tokenizer
     LOG.info(
-        "%s: transformers reads its tokenizer as a %s, which splits texts in another way than its tokenizer.json "
-        "says; tokenizer.json is read instead",
+        "%s: transformers loads its tokenizer as a %s, which splits texts differently from its tokenizer.json; "
+        "tokenizer.json is used instead",
         model,
         type(tokenizer).__name__,
     )
@@ -88,10 +103,10 @@ def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizer
 
 
 def _convert_tekken(tekken: Path) -> PreTrainedTokenizerBase:
-    """Convert a ``tekken.json``, and begin texts with bos, as mistral-common does.
+    """Convert a ``tekken.json`` to a tokenizer that starts texts with bos, as mistral-common does.
 
     Raises:
-        ValueError: transformers is too old for it.
+        ValueError: if transformers is too old.
     """
     if Version(transformers.__version__) < Version(_TEKKEN_SINCE):
         raise ValueError(
@@ -109,6 +124,6 @@ def _convert_tekken(tekken: Path) -> PreTrainedTokenizerBase:
 
 
 def _parts(backend: Tokenizer) -> list[Any]:
-    """What decides how texts are split and tokens are read, the model aside."""
+    """Serialise the components that determine how texts are split and decoded, except the model."""
     parts = (backend.normalizer, backend.pre_tokenizer, backend.decoder)
     return [None if part is None else json.loads(part.__getstate__()) for part in parts]

@@ -1,4 +1,4 @@
-"""The tensors of a model that have a vocabulary axis, read from a checkpoint of which little else is fetched."""
+"""Locate and open the tensors with a vocabulary axis, downloading only the shards that contain them."""
 
 import json
 import os
@@ -40,34 +40,33 @@ _NAMES = {
     VocabularyRole.INPUT: ("embed_tokens", "tok_embeddings", "wte", "word_embeddings", "embed_in", "embed"),
     VocabularyRole.HEAD: ("lm_head", "embed_out", "output_layer", "output", "head"),
 }
-"""What architectures that mergekit has no data on call their matrices, such as ``language_model.lm_head.weight``; a
-row a token in all of them. Those of single layers, as of DeepSeek's multi-token prediction, are not meant."""
+"""Names of the matrices in architectures that mergekit has no data on, such as ``language_model.lm_head.weight``; all
+have one row per token. Matrices of single layers, as in DeepSeek's multi-token prediction, are excluded."""
 
 
 def vocabulary_matrix(
     model: ModelReference, role: VocabularyRole, options: MergeOptions, key: str
 ) -> tuple[LoadTensor, int]:
-    """The task that loads a model's matrix for one role, and the matrix's vocabulary axis.
+    """Return the task that loads a model's matrix for one role, and the vocabulary axis of the matrix.
 
-    A model with tied embeddings has one matrix for both roles, so that both roles give the same task and mergekit's
+    A model with tied embeddings has one matrix for both roles. Both roles then return the same task, and mergekit's
     graph solves for it once.
 
     Raises:
-        OmpError: naming the recipe ``key`` that the model stands under, where it has no weights, or none with a
-            vocabulary axis.
+        OmpError: if the model has no weights, or none with a vocabulary axis; the message names the recipe key.
     """
     try:
         stored = open_checkpoint(model, options).index.tensor_paths
     except (RuntimeError, OSError) as error:
         raise OmpError(
             f"{key}: {model} has a tokenizer but no weights that mergekit can read ({error}); "
-            "OMP needs the embeddings of the tokens that are new, so name a model that has both, or an approximation "
-            "that needs none, such as subword."
+            "OMP needs embeddings of new tokens, so name a model that has both, or write an approximation that needs "
+            "no weights, such as subword."
         ) from error
     found = _vocabulary_tensors(model, stored, options)
     if not found:
         raise OmpError(
-            f"{key}: no tensor of {model} has a vocabulary axis that mergekit knows; "
+            f"{key}: mergekit finds no tensor of {model} with a vocabulary axis; "
             "name a model of an architecture that mergekit supports."
         )
     tasks = {
@@ -81,7 +80,7 @@ def vocabulary_matrix(
 
 
 def stored_rows(model: ModelReference, options: MergeOptions, key: str) -> int | None:
-    """Rows of a model's input embedding as the checkpoint has them; None where no header tells.
+    """Return the number of rows of the input embedding in a checkpoint; None if it has no safetensors header.
 
     Raises:
         OmpError: as :func:`vocabulary_matrix`.
@@ -97,10 +96,10 @@ def stored_rows(model: ModelReference, options: MergeOptions, key: str) -> int |
 def _vocabulary_tensors(
     model: ModelReference, stored: Mapping[str, str], options: MergeOptions
 ) -> dict[VocabularyRole, tuple[str, int]]:
-    """The name of a checkpoint's matrix for each role, and its vocabulary axis.
+    """Return the name of a checkpoint's matrix for each role, and its vocabulary axis.
 
-    mergekit's data on an architecture names them. Where it has none, the names that such matrices are known by are
-    looked for, which needs neither a class of transformers nor other tensors of the checkpoint.
+    mergekit's data on an architecture contains the names. Without data, usual names are tried, which needs neither a
+    class of transformers nor other tensors of the checkpoint.
     """
     config = config_of_donor(model, options.trust_remote_code)
     by_name = {} if arch_info_for_config(config) else _known_names(stored, config)
@@ -115,25 +114,25 @@ def _vocabulary_tensors(
 
 
 def _known_names(stored: Container[str], config: PretrainedConfig) -> dict[VocabularyRole, str]:
-    """The usual names among those of a checkpoint's tensors; none where a matrix must have an unusual one."""
+    """Return the matrices of a checkpoint that have usual names; {} if a required matrix has an unusual name."""
     found = {}
     for role, names in _NAMES.items():
         candidates = (f"{prefix}{name}.weight" for name in names for prefix in _PREFIXES)
         if name := next((name for name in candidates if name in stored), None):
             found[role] = name
     may_lack_head = getattr(config, "tie_word_embeddings", False) or type(config) is PretrainedConfig
-    is_all = VocabularyRole.INPUT in found and (VocabularyRole.HEAD in found or may_lack_head)
-    return found if is_all else {}
+    is_complete = VocabularyRole.INPUT in found and (VocabularyRole.HEAD in found or may_lack_head)
+    return found if is_complete else {}
 
 
 def open_checkpoint(model: ModelReference, options: MergeOptions) -> LazyTensorLoader:
-    """The loader of a checkpoint, downloading from the Hub only the shards with a vocabulary axis.
+    """Return the loader of a checkpoint, downloading from the hub only the shards with a vocabulary axis.
 
-    mergekit fetches whole repositories; a draft model's donor may have hundreds of gigabytes, of which one or two
-    shards are needed.
+    mergekit downloads complete repositories. The donor of a draft model may have hundreds of gigabytes, of which one
+    or two shards are needed.
 
     Raises:
-        OSError, RuntimeError: where the weights cannot be downloaded.
+        OSError, RuntimeError: if the weights cannot be downloaded.
     """
     loaders = open_loaders()
     if model in loaders or model.lora or os.path.exists(model.model.path):
@@ -153,7 +152,7 @@ def open_checkpoint(model: ModelReference, options: MergeOptions) -> LazyTensorL
 
 
 def _shards_on_the_hub(model: ModelReference, options: MergeOptions, **hub: Any) -> list[str]:
-    """The files of a model on the Hub that its vocabulary tensors are in, [] where its index does not tell."""
+    """Return the files on the hub that contain a model's vocabulary tensors; [] if the index does not tell."""
     try:
         index = huggingface_hub.hf_hub_download(model.model.path, f"{SINGLE_FILE}.index.json", **hub)
     except huggingface_hub.errors.EntryNotFoundError:
@@ -169,5 +168,5 @@ def _shards_on_the_hub(model: ModelReference, options: MergeOptions, **hub: Any)
 
 
 def _stored_name(weight: WeightInfo, stored: Container[str]) -> str | None:
-    """The name under which a checkpoint holds a weight itself (not the one that it is tied to)."""
+    """Return the name under which a checkpoint stores a weight itself (not the weight that it is tied to)."""
     return next((name for name in (weight.name, *(weight.aliases or ())) if name in stored), None)

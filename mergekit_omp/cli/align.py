@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_omp.cli.options import TRUST_REMOTE_CODE, load_recipe, silence_transformers
+from mergekit_omp.cli.options import (
+    JSON,
+    TRUST_REMOTE_CODE,
+    load_recipe,
+    print_json,
+    silence_transformers,
+    working,
+)
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -18,7 +25,8 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=click.Path(exists=True, dir_okay=False))
 @click.argument("out", type=click.Path(dir_okay=False))
 @TRUST_REMOTE_CODE
-def align(recipe: str, out: str, trust_remote_code: bool) -> None:
+@JSON
+def align(recipe: str, out: str, trust_remote_code: bool, as_json: bool) -> None:
     """Learn which token of the model each new token of RECIPE is used like, and write the map to OUT.
 
     The text to learn from is corpus: in the recipe's parameters. OUT is JSON, one token a line, and can be edited;
@@ -35,7 +43,18 @@ def align(recipe: str, out: str, trust_remote_code: bool) -> None:
         write_token_map(Path(out), mapping)
     except OSError as error:
         raise OmpError(f"{out} cannot be written ({error.strerror}); name another file.") from error
-    click.echo(f"{len(mapping):,} tokens mapped: {out}")
+    if as_json:
+        print_json({"path": out, "tokens": len(mapping)})
+        return
+    from mergekit_omp.report.tables import next_steps, show
+
+    show(
+        f"{len(mapping):,} tokens mapped: {out}",
+        "",
+        f"To use it, write token_map: {out} in place of corpus: in {recipe}.",
+        "",
+        *next_steps([(["mergekit-yaml", recipe, "out"], "run the recipe; out is a new folder")]),
+    )
 
 
 def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[str, str]:
@@ -55,13 +74,14 @@ def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[s
     from mergekit_omp.recipe.blocks import settings_of
     from mergekit_omp.recipe.resolve import resolve
 
-    transplant = resolve(config, options)
+    with working("Reading configs and tokenizers"):
+        transplant = resolve(config, options)
     if len(transplant.inputs) != 1:
         names = ", ".join(map(str, transplant.inputs))
         raise OmpError(f"models: a map is for one model, and the recipe names {names}; keep the one that it is for.")
     corpora = [corpus for corpus in settings_of(config, "corpus") if corpus is not None]
     parameters = OmpParameters(approximation=Approximation.TOKALIGN, corpus=corpora[0] if corpora else None)
-    tokalign.check(parameters, "parameters")
+    tokalign.check_tokalign(parameters, "parameters")
     base = transplant.base.alignment
     problem = transplant.problems[base][0].problem
     return tokalign.token_map(NewTokens.of(base, problem, transplant.vocabulary, transplant.tokenizer, parameters))

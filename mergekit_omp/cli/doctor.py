@@ -10,7 +10,7 @@ from importlib import metadata
 
 import click
 
-from mergekit_omp.cli.options import JSON, print_json
+from mergekit_omp.cli.options import JSON, print_json, working
 from mergekit_omp.errors import OmpError
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -40,7 +40,8 @@ def doctor(as_json: bool) -> None:
 
     from mergekit_omp.report.tables import new_table, show
 
-    checks = diagnose()
+    with working("Checking"):
+        checks = diagnose()
     if as_json:
         print_json([{"ok": check.ok, "text": check.text} for check in checks])
     else:

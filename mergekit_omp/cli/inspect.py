@@ -1,9 +1,5 @@
 """``mergekit-omp inspect``: what a recipe would do and cost."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import click
 
 from mergekit_omp.cli.options import (
@@ -14,10 +10,8 @@ from mergekit_omp.cli.options import (
     load_recipe,
     print_json,
     silence_transformers,
+    working,
 )
-
-if TYPE_CHECKING:
-    from mergekit.config import MergeConfiguration
 
 
 @click.command(short_help="Report what a recipe would do and cost, before it runs.")
@@ -43,38 +37,27 @@ def inspect(
     silence_transformers()
     from mergekit.options import MergeOptions
 
+    from mergekit_omp import register
     from mergekit_omp.recipe.resolve import resolve
     from mergekit_omp.report.forecast import forecast
     from mergekit_omp.report.forecast_text import describe_forecast
+    from mergekit_omp.report.recipe_text import transplant_recipe
     from mergekit_omp.report.tables import show
 
     if len(what) == 2:
-        config = _transplant(*what, k)
+        register()
+        config = transplant_recipe(*what, {} if k is None else {"k": k})
     elif len(what) == 1 and k is None:
         config = load_recipe(what[0])
     else:
         raise click.UsageError("Name one recipe, whose own k counts, or a base model and a donor.")
     check_device(device)
     options = MergeOptions(device=device, trust_remote_code=trust_remote_code)
-    found = forecast(resolve(config, options), measure=measure)
+    with working("Reading configs and tokenizers"):
+        transplant = resolve(config, options)
+    with working("Measuring this machine" if measure else "Comparing vocabularies"):
+        found = forecast(transplant, measure=measure)
     if as_json:
         print_json(found)
     else:
         show(*describe_forecast(found))
-
-
-def _transplant(base: str, donor: str, k: int | None) -> MergeConfiguration:
-    """Make the recipe that gives a base model a donor's tokenizer."""
-    from mergekit.config import MergeConfiguration
-
-    from mergekit_omp import register
-
-    register()
-    return MergeConfiguration.model_validate(
-        {
-            "merge_method": "omp",
-            "models": [{"model": base}],
-            "tokenizer": {"source": donor},
-            "parameters": {} if k is None else {"k": k},
-        }
-    )

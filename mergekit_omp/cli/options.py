@@ -1,8 +1,10 @@
-"""What several commands share: options, recipes and texts from files, JSON, the check of a device."""
+"""What several commands share: options, recipes and texts from files, JSON, a sign of life, the check of a device."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +104,25 @@ def check_device(device: str) -> None:
         raise OmpError(f"--device: {device} cannot be used here ({reason}); try cpu.") from error
 
 
+@contextmanager
+def working(step: str) -> Iterator[None]:
+    """Show a spinner while a step runs that cannot say how far it is.
+
+    It is on the error stream, and only where that is a terminal. Nothing else may draw a progress bar meanwhile.
+
+    Args:
+        step: what is done, such as ``Reading tokenizers``.
+    """
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{step} …"):
+        yield
+
+
 def silence_transformers() -> None:
-    """Keep transformers' warnings and progress bars out of a command's output."""
-    import transformers
+    """Import transformers, and keep its warnings and progress bars out of a command's output."""
+    with working("Starting"):
+        import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

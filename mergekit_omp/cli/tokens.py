@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_omp.cli.options import JSON, TEXTS, print_json, read_texts, silence_transformers
+from mergekit_omp.cli.options import JSON, TEXTS, print_json, read_texts, silence_transformers, working
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,14 +27,14 @@ def tokens(out: str, texts: tuple[str, ...], most: int, as_json: bool) -> None:
     recipe.
     """
     silence_transformers()
-    from transformers import AutoTokenizer
-
+    from mergekit_omp.checkpoints.tokenizers import tokenizer_of
     from mergekit_omp.report.record import read_record
     from mergekit_omp.report.tables import show
     from mergekit_omp.report.token_impact import rank_tokens
 
     record = read_record(out)
-    ranked, total = rank_tokens(record, AutoTokenizer.from_pretrained(out), read_texts(texts).values())
+    with working("Splitting texts into tokens"):
+        ranked, total = rank_tokens(record, tokenizer_of(out, key="OUT"), read_texts(texts).values())
     if as_json:
         print_json([{**vars(token), "impact": token.impact} for token in ranked])
         return
@@ -43,8 +43,7 @@ def tokens(out: str, texts: tuple[str, ...], most: int, as_json: bool) -> None:
         f"{uses:,} of {total:,} tokens in the texts are approximated ({uses / total:.1%}), {len(ranked):,} different."
     )
     if ranked:
-        show("", impact_table(ranked[:most]))
-        click.echo("\nTokens with a high impact are worth an override: tokenizer.tokens in the recipe.")
+        show("", impact_table(ranked[:most]), "", "Give tokens of high impact a row in the recipe: tokenizer.tokens.")
 
 
 def impact_table(ranked: Sequence[Impact]) -> Table:

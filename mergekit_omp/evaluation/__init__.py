@@ -1,1 +1,1 @@
-"""How well a model reads a text, and the texts that come with the package."""
+"""Evaluate language models on texts, including the built-in ones."""

@@ -1,11 +1,12 @@
-"""How well a model reads a text: bits per byte, tokens per byte, and agreement with a base model.
+"""Evaluate models on texts: bits per byte, tokens per byte, and agreement with a base model.
 
-All three count in bytes of UTF-8, so that models with different tokenizers compare.
+All three are per byte of UTF-8, so models with different tokenizers are comparable.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from math import log
 from pathlib import Path
@@ -23,9 +24,12 @@ from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 LOG = logging.getLogger(__name__)
 
 WINDOW_BYTES = 1536
-"""Bytes that a model reads at a time: some 400 tokens of English, so that a window fits every model's context."""
+"""Default length of a window in bytes: about 400 tokens of English, which fit every model's context."""
 
 _LOGITS_AT_A_TIME = 2**25
+TokenizerReader = Callable[[str], PreTrainedTokenizerBase]
+"""From a folder or hub id to its tokenizer."""
+
 _SUITES = ("tuning", "held_out")
 
 
@@ -34,15 +38,15 @@ class TextScore:
     """A model's score on one text.
 
     Attributes:
-        text: the text's name; "overall" for all of them together.
-        n_bytes: bytes of UTF-8 in the text.
-        n_tokens: tokens that the model's tokenizer makes of it, without the one put before each window.
-        bits: -log2 of the probability that the model gives the text, window by window.
-        agreement: share of the positions where both models can go on that have the same greedy next bytes, in [0, 1];
-            None without a base model, or where a tokenizer does not give the text back byte for byte.
-        n_positions: how many positions ``agreement`` is the mean of.
-        spans: the tokens by how they lie over the base's, beside what they should cost; None where no base was named,
-            it has the same tokenizer, or a tokenizer does not give the text back byte for byte.
+        text: name of the text, or "overall" for all texts.
+        n_bytes: length of the text in bytes of UTF-8.
+        n_tokens: number of its tokens, without the start token of each window.
+        bits: -log2 of the model's probability of the text, summed over the windows.
+        agreement: share in [0, 1] of the common token starts at which both models predict the same bytes greedily;
+            None without a base model, or if a tokenizer does not reproduce the text byte for byte.
+        n_positions: number of positions that ``agreement`` is the mean of.
+        spans: bits and ideal bits by class of token; None without a base, if the base has the same tokenizer, or if a
+            tokenizer does not reproduce the text byte for byte.
     """
 
     text: str
@@ -55,16 +59,16 @@ class TextScore:
 
     @property
     def bits_per_byte(self) -> float:
-        """Lower is better; 8 is knowing nothing."""
+        """Bits per byte of UTF-8; lower is better, and 8 is a uniform distribution over bytes."""
         return self.bits / self.n_bytes
 
     @property
     def tokens_per_byte(self) -> float:
-        """Lower is a shorter text for the model."""
+        """Tokens per byte of UTF-8; lower means shorter sequences."""
         return self.n_tokens / self.n_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """Return the score as ``--json`` prints it."""
         return {
             "text": self.text,
             "bits_per_byte": self.bits_per_byte,
@@ -86,14 +90,14 @@ class TextScore:
 
 @dataclass(frozen=True)
 class ModelScore:
-    """A model's scores, a text each."""
+    """A model's scores, one per text."""
 
     model: str
     texts: tuple[TextScore, ...]
 
     @property
     def overall(self) -> TextScore:
-        """All texts as one; agreement is over all positions."""
+        """The score of all texts together; agreement is the mean over all positions."""
         known = [(score.agreement, score.n_positions) for score in self.texts if score.agreement is not None]
         positions = sum(count for _, count in known)
         agreed = sum(agreement * count for agreement, count in known)
@@ -112,7 +116,7 @@ class ModelScore:
         return add_scores(known) if len(known) == len(self.texts) else None
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+        """Return the score as ``--json`` prints it."""
         return {
             "model": self.model,
             "texts": [score.as_dict() for score in self.texts],
@@ -122,16 +126,16 @@ class ModelScore:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model made of one text.
+    """A model's predictions for one text.
 
     Attributes:
         bits: -log2 of the text's probability.
-        n_tokens: tokens read.
-        next_bytes: byte offset of each token's start -> the bytes of the greedy token there. None if the tokens do not
-            spell the text byte for byte.
+        n_tokens: number of tokens.
+        next_bytes: bytes of the greedy token at the byte offset of each token's start. None if the tokens do not
+            reproduce the text byte for byte.
         token_bits: -log2 of the probability of each token.
-        ideals: for each ruler what the tokens of the other tokenizer should cost; None where the tokens of either do
-            not spell the text.
+        ideals: for each ruler the ideal bits of the other tokenizer's tokens; None if the tokens of either do not
+            reproduce the text.
     """
 
     bits: float
@@ -141,7 +145,7 @@ class Reading:
     ideals: Mapping[str, Sequence[IdealToken] | None] = field(default_factory=dict)
 
     def agreement(self, base: "Reading") -> tuple[float | None, int]:
-        """Share of the common token starts where both greedy tokens have the same bytes as far as the shorter goes."""
+        """Return the share of common token starts with equal greedy bytes (up to the shorter), and their number."""
         if self.next_bytes is None or base.next_bytes is None:
             return None, 0
         common = self.next_bytes.keys() & base.next_bytes.keys()
@@ -152,10 +156,21 @@ class Reading:
 
 
 def builtin_texts(suite: str = "held_out") -> dict[str, str]:
-    """The texts that come with the package, by name: "held_out", which no choice was made on, or "tuning".
+    """Read the texts that come with the package.
+
+    Args:
+        suite: "held_out", on which no design decision was made, or "tuning".
+
+    Returns:
+        The texts by name.
 
     Raises:
-        OmpError: no such suite.
+        OmpError: if the suite does not exist.
+
+    Example:
+        >>> from mergekit_omp.evaluation.bits_per_byte import builtin_texts
+        >>> "arithmetic" in builtin_texts("held_out")
+        True
     """
     if suite not in _SUITES:
         raise OmpError(f"The text suite is {suite!r}: choose {' or '.join(map(repr, _SUITES))}.")
@@ -174,40 +189,72 @@ def evaluate(
     window_bytes: int = WINDOW_BYTES,
     progress: bool = True,
     trust_remote_code: bool = False,
+    read_tokenizer: TokenizerReader | None = None,
 ) -> list[ModelScore]:
-    """Score models on texts, one model in memory at a time.
+    """Score models on texts, with one model in memory at a time.
 
     Args:
         models: folders or hub ids of causal language models with their tokenizers.
-        texts: name -> text; the built-in held-out texts if None.
-        base: the model to compare with: its greedy continuations, and what it says that the tokens of a model with
-            another tokenizer should cost; if None the first of ``models``, and continuations alone.
-        device: where the models run.
-        dtype: what the models compute in; log-probabilities are float32 in any case.
-        window_bytes: length of the windows that texts are read in.
-        progress: show a progress bar, in bytes.
-        trust_remote_code: let a model bring its own code.
+        texts: texts by name; the built-in held-out texts if None.
+        base: the model to compare with, for agreement and ideal bits; if None, agreement with the first of ``models``.
+        device: device of the models.
+        dtype: dtype of the models; log-probabilities are float32 in any case.
+        window_bytes: maximum length of a window of text, in bytes.
+        progress: whether to show a progress bar, in bytes, where the error stream is a terminal.
+        trust_remote_code: whether to run code that comes with a model.
+        read_tokenizer: reads the tokenizer of each model; transformers' ``AutoTokenizer`` if None.
+
+    Returns:
+        One score per model, in the order of ``models``.
 
     Raises:
-        OmpError: no model, a model that cannot be loaded, no text or an empty one.
+        OmpError: if there is no model or no text, a model cannot be loaded, or a text is empty.
+
+    Example:
+        A model whose weights are all zero predicts a uniform distribution over its tokens:
+
+        >>> import tempfile
+        >>> from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from mergekit_omp.evaluation.bits_per_byte import evaluate
+        >>> backend = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")]))
+        >>> backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1))
+        >>> _ = model.lm_head.weight.data.zero_()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+        ...     [score] = evaluate([folder], {"text": "abab"}, progress=False)
+        >>> f"{score.overall.bits_per_byte:.3f} {score.overall.tokens_per_byte:.3f}"
+        '1.000 0.500'
     """
     texts = builtin_texts() if texts is None else texts
     _check_request(models, texts)
+    read_tokenizer = read_tokenizer or partial(_load_tokenizer, trust_remote_code=trust_remote_code)
     measured = [] if base is None else [str(model) for model in models if str(model) != str(base)]
     base = base or models[0]
     order = [str(base), *(str(model) for model in models if str(model) != str(base))]
     readings: dict[str, dict[str, Reading]] = {}
     total = len(order) * sum(len(text.encode()) for text in texts.values())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
         for name in order:
             bar.set_description(Path(name).name)
-            model, tokenizer = _load(name, device, dtype, trust_remote_code)
-            others = (
-                {other: _load_tokenizer(other, trust_remote_code) for other in measured} if name == order[0] else {}
-            )
-            rulers = _rulers(tokenizer, others)
+            tokenizer = read_tokenizer(name)
+            others = {other: read_tokenizer(other) for other in measured} if name == order[0] else {}
+            model = load_model(name, device, dtype, trust_remote_code)
+            vocabulary = read_vocabulary(tokenizer)
+            rulers = _rulers(vocabulary, others)
             readings[name] = {
-                title: read_text(model, tokenizer, text, window_bytes=window_bytes, progress=bar.update, rulers=rulers)
+                title: read_text(
+                    model,
+                    tokenizer,
+                    text,
+                    window_bytes=window_bytes,
+                    progress=bar.update,
+                    rulers=rulers,
+                    vocabulary=vocabulary,
+                )
                 for title, text in texts.items()
             }
             del model
@@ -220,7 +267,7 @@ def evaluate(
 def score_readings(
     model: str, texts: Mapping[str, str], readings: Mapping[str, Reading], base: Mapping[str, Reading] | None = None
 ) -> ModelScore:
-    """Turn a model's readings, and a base model's, into its scores."""
+    """Compute a model's scores from its readings and those of a base model."""
     scores = []
     for title, text in texts.items():
         reading = readings[title]
@@ -241,29 +288,33 @@ def read_text(
     window_bytes: int = WINDOW_BYTES,
     progress: Any = None,
     rulers: Mapping[str, SpanRuler] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Reading:
-    """Let a model read a text in windows of the same bytes for every model.
+    """Compute a model's predictions for a text, in windows that do not depend on the tokenizer.
 
-    Before each window stands the tokenizer's bos token (eos if it has none), whether its own template adds one or not,
-    as in lm-eval's rolling log-likelihood: every byte of the text is predicted, and every model starts alike.
+    Each window starts with the tokenizer's bos token (or eos if it has none), whatever its own template adds, as in
+    lm-eval's rolling log-likelihood. So every byte of the text is predicted, in the same way for every model.
 
     Args:
-        model: a causal language model, in evaluation mode.
+        model: a causal language model in evaluation mode.
         tokenizer: its tokenizer.
-        text: any text that is not empty.
-        window_bytes: a window ends at the last line end, else the last space, else the last character before this.
-        progress: called with the number of bytes read since the last call.
-        rulers: other tokenizers, by a name each, whose tokens of the text are measured by this model.
+        text: any non-empty text.
+        window_bytes: maximum length of a window. It ends at the last line end before this, or else the last space, or
+            else the last character.
+        progress: callback that receives the number of bytes read since its last call.
+        rulers: rulers for other tokenizers by name; this model computes the ideal bits of their tokens.
+        vocabulary: the tokenizer's vocabulary, if it has been read.
+
+    Returns:
+        The predictions.
 
     Raises:
-        OmpError: the tokenizer has neither bos nor eos, or emits an id that the model has no row for.
+        OmpError: if the tokenizer has neither bos nor eos, or emits an id that the model has no row for.
     """
-    vocabulary = read_vocabulary(tokenizer)
+    vocabulary = vocabulary or read_vocabulary(tokenizer)
     start_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start_id is None:
-        raise OmpError(
-            "The tokenizer has neither a bos nor an eos token, and nothing can stand before the first word."
-        )
+        raise OmpError("The tokenizer has neither a bos nor an eos token to start a window with; set its bos_token.")
     token_bits: list[float] = []
     offset = 0
     next_bytes: dict[int, bytes] | None = {}
@@ -291,9 +342,8 @@ def read_text(
     return Reading(sum(token_bits), len(token_bits), next_bytes, token_bits, ideals)
 
 
-def _rulers(tokenizer: PreTrainedTokenizerBase, others: Mapping[str, PreTrainedTokenizerBase]) -> dict[str, SpanRuler]:
-    """Rulers for the tokenizers that differ from the model's own."""
-    own = read_vocabulary(tokenizer)
+def _rulers(own: Vocabulary, others: Mapping[str, PreTrainedTokenizerBase]) -> dict[str, SpanRuler]:
+    """Build rulers for the tokenizers that differ from the model's own."""
     vocabularies = {name: read_vocabulary(other) for name, other in others.items()}
     return {
         name: SpanRuler(own, others[name], vocabulary)
@@ -307,20 +357,29 @@ def _extended(known: list[IdealToken] | None, more: list[IdealToken] | None) -> 
 
 
 def windows(text: str, window_bytes: int) -> list[str]:
-    """Cut a text into pieces of at most ``window_bytes`` bytes that join to it again."""
+    r"""Split a text into windows of at most ``window_bytes`` bytes of UTF-8.
+
+    Raises:
+        OmpError: if ``window_bytes`` is less than 4.
+
+    Example:
+        >>> from mergekit_omp.evaluation.bits_per_byte import windows
+        >>> windows("One line.\nAnother line.", 12)
+        ['One line.\n', 'Another', ' line.']
+    """
     if window_bytes < 4:
         raise OmpError(f"The window is {window_bytes} bytes, but one character can take 4: use 4 or more.")
     pieces = []
-    rest = text.encode()
-    while len(rest) > window_bytes:
-        cut = rest.rfind(b"\n", 0, window_bytes) + 1 or rest.rfind(b" ", 1, window_bytes)
+    remaining = text.encode()
+    while len(remaining) > window_bytes:
+        cut = remaining.rfind(b"\n", 0, window_bytes) + 1 or remaining.rfind(b" ", 1, window_bytes)
         if cut <= 0:
             cut = window_bytes
-            while rest[cut] & 0xC0 == 0x80:  # the middle of a character
+            while remaining[cut] & 0xC0 == 0x80:  # not the start of a character
                 cut -= 1
-        pieces.append(rest[:cut].decode())
-        rest = rest[cut:]
-    return [*pieces, rest.decode()] if rest else pieces
+        pieces.append(remaining[:cut].decode())
+        remaining = remaining[cut:]
+    return [*pieces, remaining.decode()] if remaining else pieces
 
 
 def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> None:
@@ -330,18 +389,20 @@ def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> No
         raise OmpError("No text to evaluate on: name at least one file.")
     for title, text in texts.items():
         if not text:
-            raise OmpError(f"The text {title} is empty: name a file with something to read.")
+            raise OmpError(f"The text {title} is empty: name a file that is not empty.")
 
 
-def _load(
-    name: str, device: str, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = _load_tokenizer(name, trust_remote_code)
+def load_model(name: str, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a causal language model, in evaluation mode.
+
+    Raises:
+        OmpError: it cannot be loaded.
+    """
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise OmpError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
-    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # of transformers, whose `to` loses self
+    return model.to(device).eval()  # type: ignore[arg-type]  # transformers' annotation of `to` lacks self
 
 
 def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -360,12 +421,12 @@ def _check_ids(ids: Sequence[int], model: PreTrainedModel) -> None:
 
 
 def _logits(ids: Sequence[int], model: PreTrainedModel) -> Tensor:
-    """The model's logits (T, V) for each of the T tokens ids[1:]."""
+    """Return the model's logits (T, V) for the T tokens ids[1:]."""
     return model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
 
 
 def _predict(logits: Tensor, ids: Sequence[int]) -> tuple[list[float], list[int]]:
-    """Return -log2 p of each of the T tokens, given logits (T, V), and the most likely token in its place."""
+    """Return -log2 p of each of the T tokens, given logits (T, V), and the most likely token at each position."""
     followers = torch.tensor(ids, device=logits.device)
     bits: list[float] = []
     greedy: list[int] = []

@@ -1,16 +1,17 @@
-"""Where a model with another tokenizer loses bits: its tokens beside what its base says that they should cost.
+"""Attribute lost bits to spans: compare the bits of a model's tokens with the ideal bits by its base.
 
-A text is cut into spans at the bytes where both tokenizers begin a token. In a span with one token of the base, one
-pass of the base gives the exact probability of the other tokenizer's pieces: the first piece gets the mass of all base
-tokens whose split begins with it, and each later piece the share of that mass whose split goes on with it. In a span
-with several tokens of the base there is no such distribution; there the base's own bits are the ideal.
+A text is split into spans at the bytes where both tokenizers start a token. In a span with one token of the base, one
+forward pass of the base gives the exact probability of the other tokenizer's pieces. The first piece has the mass of
+all base tokens whose segmentation starts with it, and each later piece the share of that mass whose segmentation
+continues with it. In a span with several tokens of the base there is no such distribution; its ideal bits are the
+base's own.
 
-The splits are sorted, so that the tokens that begin with the same pieces are neighbours, and each mass is a sum over a
+The segmentations are sorted, so tokens that start with the same pieces are neighbours, and each mass is a sum over a
 range.
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from math import log
@@ -22,24 +23,27 @@ from transformers import PreTrainedTokenizerBase
 from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
 
+_TERMS_AT_A_TIME = 2**24
+"""Logits that are worked on at a time."""
+
 
 class SpanClass(str, Enum):
-    """How a token lies over the tokens of the base."""
+    """The relation of a token to the tokens of the base."""
 
-    EQUAL = "equal"  # the same bytes as one token of the base
-    FIRST = "first piece"  # of a token of the base that is split
-    LATER = "later pieces"  # of a token of the base that is split
+    EQUAL = "equal"  # has the bytes of one token of the base
+    FIRST = "first piece"  # of a segmented token of the base
+    LATER = "later pieces"  # of a segmented token of the base
     CROSSING = "crossing"  # in a span with several tokens of the base
 
 
 @dataclass(frozen=True)
 class IdealToken:
-    """What a token of a text should cost.
+    """The ideal bits of one token of a text.
 
     Attributes:
-        kind: how it lies over the tokens of the base.
-        bits: -log2 of its probability by the base. In a crossing span the first token has the bits of the whole span,
-            and the others 0.
+        kind: class of the token.
+        bits: -log2 of its probability by the base. In a crossing span the first token has the bits of the span, and
+            the others have 0.
     """
 
     kind: SpanClass
@@ -48,12 +52,12 @@ class IdealToken:
 
 @dataclass(frozen=True)
 class SpanScore:
-    """All tokens of one class in a text.
+    """The score of all tokens of one class in a text.
 
     Attributes:
-        n_tokens: how many there are.
-        bits: what they cost the model.
-        ideal_bits: what they should cost.
+        n_tokens: number of tokens.
+        bits: bits of the tokens by the model.
+        ideal_bits: bits of the tokens by the base.
     """
 
     n_tokens: int = 0
@@ -61,7 +65,7 @@ class SpanScore:
     ideal_bits: float = 0.0
 
     def __add__(self, other: "SpanScore") -> "SpanScore":
-        """Both together."""
+        """Add two scores."""
         return SpanScore(self.n_tokens + other.n_tokens, self.bits + other.bits, self.ideal_bits + other.ideal_bits)
 
 
@@ -69,11 +73,11 @@ SpanScores = Mapping[SpanClass, SpanScore]
 
 
 def score_spans(ideals: Sequence[IdealToken], bits: Sequence[float]) -> dict[SpanClass, SpanScore]:
-    """Sum a model's bits and the ideal ones by class.
+    """Sum a model's bits and the ideal bits by class.
 
     Args:
-        ideals: of each token of a text.
-        bits: -log2 of the probability that the model gives the same tokens.
+        ideals: ideal bits of each token of a text.
+        bits: -log2 of the model's probability of each token.
     """
     scores = {kind: SpanScore() for kind in SpanClass}
     for ideal, cost in zip(ideals, bits, strict=True):
@@ -89,14 +93,34 @@ def add_scores(all_scores: Iterable[SpanScores]) -> dict[SpanClass, SpanScore]:
     return total
 
 
+@dataclass(frozen=True)
+class _Span:
+    """Bytes between two boundaries that both tokenizers have.
+
+    Attributes:
+        pieces: the other tokenizer's tokens.
+        first: place of the base's first token in it.
+        last: place after the base's last token in it.
+    """
+
+    pieces: tuple[int, ...]
+    first: int
+    last: int
+
+    @property
+    def is_one_token(self) -> bool:
+        """Whether it is one token of the base."""
+        return self.last - self.first == 1
+
+
 class SpanRuler:
-    """What the tokens of another tokenizer should cost, by a base model that reads the same text."""
+    """Computes the ideal bits of another tokenizer's tokens from a base model's predictions for the same text."""
 
     def __init__(self, base: Vocabulary, tokenizer: PreTrainedTokenizerBase, output: Vocabulary) -> None:
-        """Split every token of the base as the other tokenizer does.
+        """Segment every token of the base with the other tokenizer.
 
         Args:
-            base: the base's vocabulary.
+            base: vocabulary of the base.
             tokenizer: the other tokenizer.
             output: its vocabulary.
         """
@@ -110,63 +134,119 @@ class SpanRuler:
     def measure(
         self, window: str, logits: Tensor, base_starts: Sequence[int], base_bits: Sequence[float]
     ) -> list[IdealToken] | None:
-        """Measure the tokens that the other tokenizer makes of a window.
+        """Compute the ideal bits of the other tokenizer's tokens of a window.
 
         Args:
-            window: a text.
-            logits: (T, V) of the base, any floating dtype, before each of its T tokens of the window.
-            base_starts: the byte at which each of these tokens begins, ascending.
-            base_bits: what each of these tokens cost the base.
+            window: text of the window.
+            logits: (T, V) of any floating dtype, the base's predictions for its T tokens of the window.
+            base_starts: byte offset of each of these tokens, ascending.
+            base_bits: bits of each of these tokens by the base.
 
         Returns:
-            One for each token; None where they do not spell the window byte for byte.
+            The ideal bits of each token; None if the tokens do not reproduce the window byte for byte.
         """
         ids = self._tokenizer(window, add_special_tokens=False).input_ids
         starts = token_starts(ids, window, self._output)
         if starts is None:
             return None
-        ideals: list[IdealToken] = []
         common = sorted(set(starts) & set(base_starts))
-        for start, end in zip(common, [*common[1:], len(window.encode()) + 1], strict=True):
-            split = tuple(ids[bisect_left(starts, start) : bisect_left(starts, end)])
-            first, last = bisect_left(base_starts, start), bisect_left(base_starts, end)
-            bits = self._of_split(logits[first], split) if last - first == 1 else None
-            if bits is None:
-                kinds = [SpanClass.CROSSING] * len(split)
-                bits = [sum(base_bits[first:last])] + [0.0] * (len(split) - 1)
+        spans = [
+            _Span(
+                tuple(ids[bisect_left(starts, start) : bisect_left(starts, end)]),
+                bisect_left(base_starts, start),
+                bisect_left(base_starts, end),
+            )
+            for start, end in zip(common, [*common[1:], len(window.encode()) + 1], strict=True)
+        ]
+        exact = {span.first: ranges for span in spans if span.is_one_token and (ranges := self._ranges(span.pieces))}
+        bits = dict(zip(exact, self._bits(logits, exact), strict=True))
+        ideals: list[IdealToken] = []
+        for span in spans:
+            later = len(span.pieces) - 1
+            if span.first in bits:
+                kinds = [SpanClass.FIRST if later else SpanClass.EQUAL] + [SpanClass.LATER] * later
+                ideals += map(IdealToken, kinds, bits[span.first])
             else:
-                kinds = [SpanClass.FIRST if len(split) > 1 else SpanClass.EQUAL]
-                kinds += [SpanClass.LATER] * (len(split) - 1)
-            ideals += map(IdealToken, kinds, bits)
+                ideals.append(IdealToken(SpanClass.CROSSING, sum(base_bits[span.first : span.last])))
+                ideals += [IdealToken(SpanClass.CROSSING, 0.0)] * later
         return ideals
 
-    def _of_split(self, logits: Tensor, split: tuple[int, ...]) -> list[float] | None:
-        """Bits of each piece, given logits (V,); None where no token of the base is split so."""
-        logits = logits.float()
-        before = logits.logsumexp(dim=0)
+    def _bits(self, logits: Tensor, exact: Mapping[int, Sequence[slice]]) -> list[list[float]]:
+        """Bits of each piece of some spans.
+
+        Args:
+            logits: (T, V) of the base.
+            exact: for each span, by its row of ``logits``, where the tokens are that begin with its first piece, with
+                its first two pieces, and so on.
+        """
+        places = torch.tensor(list(exact), dtype=torch.int64)
+        counts = torch.tensor([len(ranges) for ranges in exact.values()], dtype=torch.int64)
+        masses = self._log_masses(
+            logits, places.repeat_interleave(counts), [one for ranges in exact.values() for one in ranges]
+        )
         bits = []
-        for count in range(1, len(split) + 1):
-            ids = self._ids[self._range(split[:count])].to(logits.device)
-            if not len(ids):
-                return None
-            mass = logits[ids].logsumexp(dim=0)
-            bits.append((before - mass).item() / log(2))
-            before = mass
+        for total, mass in zip(_log_totals(logits, places), masses.split(counts.tolist()), strict=True):
+            bits.append((torch.cat([total[None], mass]).diff().neg() / log(2)).tolist())
         return bits
 
+    def _log_masses(self, logits: Tensor, places: Tensor, ranges: Sequence[slice]) -> Tensor:
+        """Logarithms (P,), float64, of sums of exp(logits) over P ranges of ``_ids``, each in a row of logits (T, V).
+
+        They are sums of the terms themselves, not differences of a cumulative sum, in which a small mass would vanish.
+        """
+        device = logits.device
+        sizes = torch.tensor([one.stop - one.start for one in ranges], dtype=torch.int64)
+        starts = torch.tensor([one.start for one in ranges], dtype=torch.int64)
+        result = []
+        for part in _parts(sizes):
+            size = sizes[part]
+            segment = torch.arange(len(size)).repeat_interleave(size)
+            within = torch.arange(len(segment)) - (size.cumsum(0) - size)[segment]
+            ids = self._ids[starts[part][segment] + within]
+            terms = logits[places[part][segment].to(device), ids.to(device)].double()
+            segment = segment.to(device)
+            top = terms.new_full((len(size),), -torch.inf).scatter_reduce(0, segment, terms, "amax")
+            top = top.clamp(min=torch.finfo(top.dtype).min)  # of terms that are all -inf
+            sums = torch.zeros_like(top).index_add(0, segment, (terms - top[segment]).exp())
+            result.append((top + sums.log()).cpu())
+        return torch.cat([torch.zeros(0, dtype=torch.float64), *result])
+
+    def _ranges(self, split: tuple[int, ...]) -> list[slice]:
+        """Where the tokens are that begin with each start of a split; [] where no token of the base is split so."""
+        ranges = [self._range(split[:count]) for count in range(1, len(split) + 1)]
+        return ranges if all(one.start < one.stop for one in ranges) else []
+
     def _range(self, prefix: tuple[int, ...]) -> slice:
-        """Where the tokens are whose split begins with these pieces."""
+        """Return the range of the tokens whose segmentation starts with these pieces."""
         after = (*prefix[:-1], prefix[-1] + 1)
         return slice(bisect_left(self._splits, prefix), bisect_left(self._splits, after))
 
 
+def _log_totals(logits: Tensor, places: Tensor) -> Tensor:
+    """Logarithms (P,), float64, of the sums of exp over P rows of logits (T, V)."""
+    parts = places.split(max(1, _TERMS_AT_A_TIME // logits.shape[1]))
+    totals = [logits[part.to(logits.device)].float().logsumexp(dim=1).double().cpu() for part in parts]
+    return torch.cat([torch.zeros(0, dtype=torch.float64), *totals])
+
+
+def _parts(sizes: Tensor) -> Iterator[slice]:
+    """Cut ranges into groups of at most some number of terms together, or of one range."""
+    ends = sizes.cumsum(0)
+    start = 0
+    while start < len(sizes):
+        before = int(ends[start] - sizes[start])
+        end = max(start + 1, int(torch.searchsorted(ends, before + _TERMS_AT_A_TIME, right=True)))
+        yield slice(start, end)
+        start = end
+
+
 def token_starts(ids: Sequence[int], text: str, vocabulary: Vocabulary) -> list[int] | None:
-    """The byte of a text at which each token begins; None if the tokens do not spell it."""
+    """Return the byte offset of each token in a text; None if the tokens do not reproduce it."""
     parts = [vocabulary.tokens[id_].data if id_ in vocabulary.tokens else b"" for id_ in ids]
-    spelt, expected = b"".join(parts), text.encode()
-    if spelt not in (expected, b" " + expected):  # SentencePiece may put a space before a text
+    decoded, expected = b"".join(parts), text.encode()
+    if decoded not in (expected, b" " + expected):  # SentencePiece may prepend a space
         return None
-    starts, offset = [], len(expected) - len(spelt)
+    starts, offset = [], len(expected) - len(decoded)
     for part in parts:
         starts.append(max(0, offset))
         offset += len(part)

@@ -1,4 +1,4 @@
-"""Inputs and output of an initializer."""
+"""Define the inputs and the output of an initializer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,28 +14,30 @@ from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
 RowFunction = Callable[[Tensor, bool], Tensor]
-"""From a matrix [R, D] of the model, and whether it is the LM head, to float32 [B, D]: the rows of the B targets."""
+"""Maps a matrix (R, D) of the model, and whether it is the LM head, to the rows float32 (B, D) of the B targets."""
 
 
 @dataclass(frozen=True)
 class NewTokens:
-    """What can be known of the tokens that a model lacks before the matrix that they are for is seen.
+    """The inputs of an initializer: the new tokens of a model, and what is known before a matrix is given.
 
-    Shapes: B targets, N anchors, R rows of the model, R' of the donor.
+    Letters in shapes: B targets, N anchors, R rows of the model, R' rows of the donor.
 
     Attributes:
-        problem: the targets and the anchors, by their ids in the output vocabulary and by their rows of the donor.
-        anchor_rows: int64 [N], the row of the model that each anchor has.
+        problem: targets and anchors, by output id and by row of the donor.
+        anchor_rows: int64 (N,), the model's row of each anchor.
         output: the output vocabulary.
-        output_tokenizer: the output tokenizer; shared, not to be changed.
-        model: the model's vocabulary, of tokens that it has rows for.
-        tokenizer: the model's tokenizer; shared, not to be changed.
-        parameters: the recipe's.
-        donor: [R', d] the donor's matrix, vocabulary axis first, borrowed; for methods that need it.
-        codes: OMP's, of the B targets over the N anchors; for methods that need them.
-        own: the model's input embedding and LM head, [R, D] each, borrowed; for methods that need both for each.
-        configs: of the donor and of the model; for methods that need them.
-        trust_remote_code: whether code from a checkpoint may run.
+        output_tokenizer: the output tokenizer; shared, so it must not be modified.
+        model: the model's vocabulary, restricted to tokens with rows.
+        tokenizer: the model's tokenizer; shared, so it must not be modified.
+        parameters: parameters of the recipe.
+        donor: the donor's matrix (R', d), vocabulary axis first, not to be modified; None unless the initializer needs
+            it.
+        codes: sparse codes of the B targets over the N anchors; None unless the initializer needs them.
+        embedding_and_head: the model's input embedding and LM head, (R, D) each, not to be modified; None unless the
+            initializer needs both.
+        configs: configurations of the donor and of the model; None unless the initializer needs them.
+        trust_remote_code: whether to run code that comes with a checkpoint.
     """
 
     problem: Problem
@@ -47,7 +49,7 @@ class NewTokens:
     parameters: OmpParameters
     donor: Tensor | None = None
     codes: SparseCodes | None = None
-    own: tuple[Tensor, Tensor] | None = None
+    embedding_and_head: tuple[Tensor, Tensor] | None = None
     configs: tuple[PretrainedConfig, PretrainedConfig] | None = None
     trust_remote_code: bool = False
 
@@ -61,7 +63,7 @@ class NewTokens:
         parameters: OmpParameters,
         **more: Any,
     ) -> "NewTokens":
-        """Describe the targets of a problem of the model with the vocabulary ``base``; ``more`` needs weights."""
+        """Build the inputs for a problem of a model with the vocabulary ``base``; ``more`` has optional fields."""
         return cls(
             problem=problem,
             anchor_rows=base.match.rows[problem.atom_ids],
@@ -74,5 +76,5 @@ class NewTokens:
         )
 
     def mean_row(self, weight: Tensor) -> Tensor:
-        """The mean of the anchors' rows of a tensor [R, ...], float32: for tokens that a method has no answer for."""
+        """Return the mean float32 (…) of the anchors' rows of a tensor (R, …), for tokens without another row."""
         return weight[self.anchor_rows.to(weight.device)].float().mean(dim=0)

@@ -1,13 +1,13 @@
-"""Rows for numbers such as ``123`` in a model that reads and writes numbers digit by digit.
+"""Make rows of numbers such as ``123`` in a model that tokenises numbers digit by digit.
 
-The paper names numbers as what transplants cost most. A model that knows single digits has no row like that of 123:
-whatever the donor's neighbours of it are, the mean of the rows of 1, 2 and 3 is what such a model understands best.
-As a logit that mean is far too high, since every number that begins with the same digits has it too: given the first
-digit, each one after it divides what is left of the probability by ten. Hence
+According to the paper, numbers lose most in a transplant (arXiv:2506.06607). A model of single digits has no row
+similar to that of 123. Whatever its neighbours in the donor are, such a model understands the mean of the rows of 1, 2
+and 3 best. The logit of that mean is far too high, since all numbers with the same first digits share it: every digit
+after the first divides the probability by ten. Hence
 
     row(123) = mean of the rows of 1, 2 and 3 - 2 · ln 10 · u
 
-in a matrix that makes logits. u is the direction in which a row moves its logit by 1 in an average context.
+in a matrix that computes logits. u is the direction along which a row changes its logit by 1 in an average context.
 """
 
 import math
@@ -21,16 +21,16 @@ from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.vocabulary.segmentation import pieces
 
 SHIFT = math.log(10)
-"""What each digit after the first takes from a logit, in nats."""
+"""Reduction of the logit for each digit after the first, in nats."""
 
 
 @dataclass(frozen=True)
 class LogitShift:
-    """How rows of a model change their logits.
+    """The direction along which rows of a model change their logits.
 
     Attributes:
-        direction: float32 [D], u: a row that has it added has its logit raised by 1, on average over contexts.
-        tied: whether the input embedding makes the logits too.
+        direction: float32 (D,), u: adding it to a row increases the logit by 1, on average over contexts.
+        tied: whether the input embedding computes the logits too.
     """
 
     direction: Tensor
@@ -39,11 +39,11 @@ class LogitShift:
 
 @dataclass(frozen=True)
 class Numbers:
-    """The new tokens that are numbers of several digits, each of which the model writes as a token of its own.
+    """New tokens that are numbers of several digits, in a model with one token per digit.
 
     Attributes:
-        places: int64 [M], among the B targets.
-        digits: for each of them the model's rows of its pieces, in order.
+        places: int64 (M,), indices among the B targets.
+        digits: the model's rows of the pieces of each number, in order.
     """
 
     places: Tensor
@@ -51,7 +51,7 @@ class Numbers:
 
 
 def find_numbers(new: NewTokens) -> Numbers:
-    """Find them; a space before the digits is a piece like them."""
+    """Find the numbers among new tokens; a space before the digits is a piece too."""
     ids = new.problem.target_ids.tolist()
     numbers = [place for place, id_ in enumerate(ids) if _is_number(new.output.tokens[id_].data)]
     split = pieces(new.output, new.tokenizer, [ids[place] for place in numbers], new.model)
@@ -64,19 +64,19 @@ def find_numbers(new: NewTokens) -> Numbers:
 
 
 def with_numbers(make: RowFunction, numbers: Numbers, shift: LogitShift) -> RowFunction:
-    """Rows as ``make`` gives them, but those of numbers from their digits."""
-    lowered = SHIFT * torch.tensor([len(rows) - 1 for rows in numbers.digits])
+    """Return a function that makes rows of numbers from their digits and all other rows by ``make``."""
+    reduction = SHIFT * torch.tensor([len(rows) - 1 for rows in numbers.digits])
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
-        made = make(weight, is_head)
+        new_rows = make(weight, is_head)
         if weight.ndim != 2 or not len(numbers.places):
-            return made
+            return new_rows
         of_digits = torch.stack([weight[list(digits)].float().mean(dim=0) for digits in numbers.digits])
         if is_head or shift.tied:
-            of_digits -= lowered.to(weight.device)[:, None] * shift.direction.to(weight.device)
-        made = made.float().clone()
-        made[numbers.places.to(made.device)] = of_digits
-        return made
+            of_digits -= reduction.to(weight.device)[:, None] * shift.direction.to(weight.device)
+        new_rows = new_rows.float().clone()
+        new_rows[numbers.places.to(new_rows.device)] = of_digits
+        return new_rows
 
     return rows
 

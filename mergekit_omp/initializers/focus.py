@@ -1,9 +1,11 @@
-"""FOCUS: new rows as sparse means of the anchors that are most similar in a space of static token vectors.
+"""FOCUS: new rows are sparse means of the anchors that are most similar in a space of static token vectors.
 
-Dobler and de Melo 2023, *FOCUS: Effective Embedding Initialization for Monolingual Specialization of Multilingual
-Models* (https://arxiv.org/abs/2305.14481), on this project's match of the vocabularies. The authors' package deepfocus
-is not used: it matches the vocabularies itself, holds the similarities of all tokens at once, and needs fasttext,
-which has no wheels.
+Source: Dobler & de Melo (2023), "FOCUS: Effective Embedding Initialization for Monolingual Specialization of
+    Multilingual
+Models" (arXiv:2305.14481), with the match of the vocabularies of this package. The authors' package deepfocus is not
+used: it matches the vocabularies itself, keeps the similarities of all tokens in memory, and needs fasttext, which has
+    no
+wheels.
 """
 
 from __future__ import annotations
@@ -42,18 +44,22 @@ EPOCHS = 3
 MINIMUM_COUNT = 10
 
 _BUCKETS_PER_TOKEN = 20
-"""fastText hashes n-grams into 2,000,000 buckets, 2.4 GB at this dimension; a token has fewer n-grams than this."""
+"""Buckets of n-grams per token. fastText's 2,000,000 take 2.4 GB at this dimension; tokens have fewer n-grams."""
 
 _SIMILARITIES_AT_A_TIME = 2**24
 _LIKELY_SUPPORT = 512
-"""Sparsemax sorts as many similarities at first, and more where that is not enough: a matter of speed alone."""
+"""Number of similarities that sparsemax sorts at first; it sorts more if needed, so this only affects speed."""
 
 
-def check(parameters: OmpParameters, place: str) -> None:
-    """Check what FOCUS needs of a recipe and of the environment.
+def check_focus(parameters: OmpParameters, place: str) -> None:
+    """Check the parameters, files and packages that FOCUS needs.
+
+    Args:
+        parameters: parameters of the recipe.
+        place: their path in the recipe, for messages.
 
     Raises:
-        OmpError: neither or both of ``corpus`` and ``vectors`` are set, the file cannot be read, or a package is
+        OmpError: if neither or both of ``corpus`` and ``vectors`` are set, the file cannot be read, or a package is
             missing.
     """
     if (parameters.corpus is None) == (parameters.vectors is None):
@@ -70,21 +76,21 @@ def check(parameters: OmpParameters, place: str) -> None:
 
 
 def focus(new: NewTokens) -> RowFunction:
-    """Combine the anchors by the sparsemax of their cosine similarities with the token.
+    """Combine the anchors' rows with the sparsemax of their cosine similarities with the token as weights.
 
-    The similarities are those of the vectors that the recipe names, or of fastText vectors that are learnt here from
-    ``corpus``, tokenized by the output tokenizer. Tokens without a vector get the mean of the anchors' rows, where the
-    paper draws from a normal distribution around the mean row; anchors without a vector are left aside.
+    The similarities are those of the vectors that the recipe names, or of fastText vectors trained on ``corpus`` with
+    the output tokenizer. Tokens without a vector get the mean of the anchors' rows, where the paper samples from a
+    normal distribution around the mean row. Anchors without a vector are excluded.
 
     Raises:
-        OmpError: no anchor has a vector.
+        OmpError: if no anchor has a vector.
     """
     parameters, problem = new.parameters, new.problem
     if parameters.vectors is not None:
         place = f"parameters.vectors: {parameters.vectors}"
         vectors, by_text = read_vectors(parameters.vectors, "parameters.vectors"), True
     else:
-        assert parameters.corpus is not None, "checked by check()"
+        assert parameters.corpus is not None, "checked by check_focus()"
         place = f"parameters.corpus: {parameters.corpus}"
         vectors, by_text = learn_fasttext_vectors(parameters.corpus, new.output, new.output_tokenizer), False
     anchors, targets = (
@@ -92,9 +98,9 @@ def focus(new: NewTokens) -> RowFunction:
     )
     usable, known = anchors.any(dim=1), targets.any(dim=1)
     if not usable.any():
-        raise OmpError(f"{place} gives a vector to none of the tokens that both vocabularies have; name another file.")
+        raise OmpError(f"{place} has vectors for none of the tokens that both vocabularies have; name another file.")
     LOG.info(
-        "%d of %d new tokens have no vector and get the mean row; %d of %d anchors have none and are left aside",
+        "%d of %d new tokens have no vector and get the mean row; %d of %d anchors have none and are excluded",
         int((~known).sum()),
         len(known),
         int((~usable).sum()),
@@ -104,35 +110,35 @@ def focus(new: NewTokens) -> RowFunction:
     usable_rows = new.anchor_rows[usable]
 
     def rows(weight: Tensor, _is_head: bool) -> Tensor:
-        made = new.mean_row(weight).repeat(len(known), 1)
-        made[known.to(weight.device)] = means.apply(weight[usable_rows.to(weight.device)].float())
-        return made
+        new_rows = new.mean_row(weight).repeat(len(known), 1)
+        new_rows[known.to(weight.device)] = means.apply(weight[usable_rows.to(weight.device)].float())
+        return new_rows
 
     return rows
 
 
 def learn_fasttext_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> KeyedVectors:
-    """Learn fastText vectors (CBOW, with n-grams of the tokens' strings) of a vocabulary's tokens.
+    """Train fastText vectors (CBOW, with n-grams of the tokens' strings) of a vocabulary's tokens.
 
-    The settings are fastText's own and those of deepfocus, but for the dimension, which there is 100 by default. A
-    corpus below a million tokens is read more often, and gives vectors to rarer tokens.
+    The settings are those of fastText and deepfocus, except for the dimension, for which fastText's default is 100. A
+    corpus of less than a million tokens is read more often, with a lower minimum count.
 
     Args:
-        corpus: a text file in UTF-8.
-        vocabulary: the tokenizer's.
-        tokenizer: left as it is.
+        corpus: path of a text file in UTF-8.
+        vocabulary: vocabulary of the tokenizer.
+        tokenizer: tokenizer for the corpus; not modified.
 
     Returns:
         A vector for the string of each token that is frequent enough.
 
     Raises:
-        OmpError: the file is not in UTF-8.
+        OmpError: if the file is not in UTF-8.
     """
     from gensim.models import FastText
 
     text = TokenizedCorpus.read(corpus, tokenizer, "parameters.corpus")
     minimum = text.minimum_count(MINIMUM_COUNT)
-    make = functools.partial(
+    make_model = functools.partial(
         FastText,
         vector_size=DIMENSION,
         min_count=minimum,
@@ -142,17 +148,17 @@ def learn_fasttext_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTr
         sample=1e-4,
         bucket=min(2_000_000, _BUCKETS_PER_TOKEN * text.frequent(minimum)),
     )
-    return text.train(make, lambda id_: vocabulary.tokens[id_].text, text.passes(EPOCHS)).wv
+    return text.train(make_model, lambda id_: vocabulary.tokens[id_].text, text.passes(EPOCHS)).wv
 
 
 @dataclass(frozen=True)
 class SparseMeans:
-    """Weighted means of anchors for B tokens, the weights of one token after the other's.
+    """Weighted means of anchors for B tokens, with the W weights of all tokens concatenated.
 
     Attributes:
-        anchors: int64 [W], which anchor each weight is for.
-        weights: float32 [W], above 0; those of a token sum to 1.
-        ends: int64 [B + 1], a 0, and where each token's weights end.
+        anchors: int64 (W,), anchor of each weight.
+        weights: float32 (W,), positive; the weights of a token sum to 1.
+        ends: int64 (B + 1,), 0, and the end of each token's weights.
     """
 
     anchors: Tensor
@@ -160,24 +166,24 @@ class SparseMeans:
     ends: Tensor
 
     def apply(self, rows: Tensor) -> Tensor:
-        """The means, float32 [B, D], of the anchors' rows, float32 [N, D], on the rows' device."""
-        anchors, weights, ends = (each.to(rows.device) for each in (self.anchors, self.weights, self.ends))
+        """Return the means float32 (B, D) of the anchors' rows float32 (N, D), on the device of the rows."""
+        anchors, weights, ends = (part.to(rows.device) for part in (self.anchors, self.weights, self.ends))
         return embedding_bag(anchors, rows, ends, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def similarity_means(targets: Tensor, anchors: Tensor) -> SparseMeans:
-    """Weigh anchors by the sparsemax of their cosine similarities with each target.
+    """Weight anchors by the sparsemax of their cosine similarities with each target.
 
     Args:
-        targets: float32 [B, d], no row of zeros.
-        anchors: float32 [N, d], no row of zeros.
+        targets: float32 (B, d), without zero rows.
+        anchors: float32 (N, d), without zero rows.
     """
     from entmax import sparsemax
 
     targets, anchors = normalize(targets, dim=1), normalize(anchors, dim=1)
     chosen, weights, counts = [], [], [torch.zeros(1, dtype=torch.int64)]
     step = max(1, _SIMILARITIES_AT_A_TIME // len(anchors))
-    for part in tqdm(targets.split(step), desc="Comparing with anchors", leave=False):
+    for part in tqdm(targets.split(step), desc="Comparing with anchors", leave=False, disable=None):
         dense = sparsemax(part @ anchors.T, dim=1, k=_LIKELY_SUPPORT)
         chosen.append(dense.nonzero()[:, 1])
         weights.append(dense[dense > 0])

@@ -1,4 +1,4 @@
-"""Rows from OMP's codes: the combination of a model's rows, or the regression that they correct."""
+"""Make rows from sparse codes: by combination of a model's rows, or by regression with a correction."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from mergekit_omp.vocabulary.tokens import Vocabulary
 
 
 def omp(new: NewTokens) -> RowFunction:
-    """Σ cᵢ bᵢ of the codes and the anchors' rows, or the regression with the codes' correction.
+    """Make rows by combination, Σ cᵢ bᵢ (arXiv:2506.06607, section 3), or by regression with the codes' correction.
 
-    A bias [R] is combined in any case, as the logits are that it is added to.
+    A bias (R,) is always combined, like the logits that it is added to.
     """
     codes = new.codes
-    assert codes is not None, "asked for in the registry"
+    assert codes is not None, "requested in the registry"
     regress = _regression(new) if new.parameters.reconstruction is Reconstruction.REGRESSION else None
 
     def rows(weight: torch.Tensor, _is_head: bool) -> torch.Tensor:
@@ -35,13 +35,13 @@ def omp(new: NewTokens) -> RowFunction:
 
 def _regression(new: NewTokens) -> Callable[[torch.Tensor], torch.Tensor]:
     donor_matrix, codes = new.donor, new.codes
-    assert donor_matrix is not None, "asked for in the registry"
-    assert codes is not None, "asked for in the registry"
+    assert donor_matrix is not None, "requested in the registry"
+    assert codes is not None, "requested in the registry"
     split = split_tokens(new.problem, new.output, new.model, new.tokenizer)
 
     def rows(weight: torch.Tensor) -> torch.Tensor:
         donor = donor_matrix.to(weight.device)
-        anchors, targets = (donor[each.to(donor.device)] for each in (new.problem.atom_rows, new.problem.target_rows))
+        anchors, targets = (donor[ids.to(donor.device)] for ids in (new.problem.atom_rows, new.problem.target_rows))
         fitted = RowRegression.fit(anchors, weight, new.anchor_rows.to(weight.device), split.atoms)
         return fitted.predict(targets, split.targets, codes)
 
@@ -50,7 +50,7 @@ def _regression(new: NewTokens) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @dataclass(frozen=True)
 class Pieces:
-    """How a model writes tokens in other tokens of its own: for each target and each atom the rows of the pieces."""
+    """Segmentation of targets and atoms into other tokens of the model: the rows of the pieces of each."""
 
     targets: Sequence[Sequence[int]]
     atoms: Sequence[Sequence[int]]
@@ -59,12 +59,12 @@ class Pieces:
 def split_tokens(
     problem: Problem, output: Vocabulary, model: Vocabulary, tokenizer: PreTrainedTokenizerBase
 ) -> Pieces:
-    """Split the targets as the model's tokenizer does, and the atoms as the model would without the atom itself.
+    """Segment the targets with the model's tokenizer, and each atom into other tokens of the model.
 
     Args:
-        problem: the targets and atoms, by their ids in the output vocabulary.
+        problem: targets and atoms, by output id.
         output: the output vocabulary.
-        model: the model's vocabulary, of tokens that it has rows for.
+        model: the model's vocabulary, restricted to tokens with rows.
         tokenizer: the model's tokenizer.
     """
     atoms = [output.tokens[id_].data for id_ in problem.atom_ids.tolist()]

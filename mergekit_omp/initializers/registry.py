@@ -1,4 +1,4 @@
-"""The initializers that ``approximation:`` can name, and what each needs."""
+"""Register the initializers that ``approximation:`` can name, with their requirements."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,16 +13,17 @@ from mergekit_omp.parameters import Approximation, OmpParameters, Reconstruction
 
 @dataclass(frozen=True)
 class Initializer:
-    """One way to make the rows of new tokens.
+    """An initializer and its requirements.
 
     Attributes:
-        prepare: does what does not depend on the model's matrix, once for the input embedding and the LM head.
-        check: raises an OmpError, whose sentence begins with the place in the recipe, for parameters that will not do.
-        solves: whether it needs OMP's codes.
-        reads_donor: whether it needs the donor's matrix, not counting the solve for the codes.
-        reads_both: whether it needs the model's input embedding and LM head for each of them.
+        prepare: computes everything that does not depend on the model's matrix, once for the input embedding and LM
+            head.
+        check: raises an OmpError for invalid parameters, given them and their path in the recipe.
+        solves: whether it needs sparse codes.
+        reads_donor: whether it needs the donor's matrix, apart from the solve.
+        reads_both: whether it needs the input embedding and the LM head to make rows of either.
         reads_configs: whether it needs the configurations of the donor and of the model.
-        any_shape: whether it can make the entries of a bias, too; the others' are the mean of the anchors'.
+        any_shape: whether it can make entries of a bias; otherwise they are the mean of the anchors' entries.
     """
 
     prepare: Callable[[NewTokens], RowFunction]
@@ -34,7 +35,7 @@ class Initializer:
     any_shape: bool = False
 
     def rows(self, new: NewTokens) -> RowFunction:
-        """How the rows of new tokens are made, for a tensor [R, ...] of any shape."""
+        """Prepare the initializer; the returned function makes rows for a tensor (R, …) of any shape."""
         make = self.prepare(new)
 
         def of_any_shape(weight: Tensor, is_head: bool) -> Tensor:
@@ -69,24 +70,24 @@ INITIALIZERS: dict[Approximation, Initializer] = {
         any_shape=True,
     ),
     **_MERGEKIT,
-    Approximation.FOCUS: Initializer(focus.focus, focus.check),
-    Approximation.WECHSEL: Initializer(wechsel.wechsel, wechsel.check),
-    Approximation.ZETT: Initializer(zett.zett, zett.check, reads_both=True),
-    Approximation.TOKALIGN: Initializer(tokalign.tokalign, tokalign.check),
+    Approximation.FOCUS: Initializer(focus.focus, focus.check_focus),
+    Approximation.WECHSEL: Initializer(wechsel.wechsel, wechsel.check_wechsel),
+    Approximation.ZETT: Initializer(zett.zett, zett.check_zett, reads_both=True),
+    Approximation.TOKALIGN: Initializer(tokalign.tokalign, tokalign.check_tokalign),
 }
 
 
 def initializer_of(parameters: OmpParameters) -> Initializer:
-    """The initializer that a recipe's parameters ask for."""
+    """Return the initializer that the parameters select."""
     return INITIALIZERS[parameters.approximation]
 
 
 def needs_donor(parameters: OmpParameters) -> bool:
-    """Whether rows of the model that the new tokenizer comes from are needed."""
+    """Tell whether rows of the donor are needed."""
     initializer = initializer_of(parameters)
     return initializer.solves or initializer.reads_donor(parameters) or parameters.magikarp
 
 
 def without_donor() -> list[str]:
-    """The names of the initializers that a tokenizer without a model is enough for."""
-    return [each.value for each in INITIALIZERS if not needs_donor(OmpParameters(approximation=each))]
+    """Return the names of initializers that work with a tokenizer without a model."""
+    return [name.value for name in INITIALIZERS if not needs_donor(OmpParameters(approximation=name))]

@@ -1,11 +1,11 @@
-"""TokAlign: each new token gets the row of the one token of the model that is used most like it in a corpus.
+"""TokAlign: each new token gets the row of the token of the model with the most similar use in a corpus.
 
-Li, Zhang and Zong 2025, *TokAlign: Efficient Vocabulary Adaptation via Token Alignment*
-(https://arxiv.org/abs/2506.03523), without its training afterwards. The paper learns GloVe vectors; there is no kept
-package for these, and here they are gensim's skip-gram vectors of the same dimension, window and minimum count. Unlike
-GloVe's they share a large common direction, so that they are centred, and representations are compared by the cosine
-instead of the inner product of the authors' code: with 4.5 MB of technical English, 69 % of shared tokens that are
-treated as new find themselves between Gemma's and SmolLM2's tokenizers that way, and 3 % by the inner product.
+Source: Li, Zhang & Zong (2025), "TokAlign: Efficient Vocabulary Adaptation via Token Alignment" (arXiv:2506.03523),
+without its subsequent training. The paper trains GloVe vectors, for which there is no maintained package; here they
+are skip-gram vectors of gensim with the same dimension, window and minimum count. Unlike GloVe vectors they share a
+large common component, so they are centred, and representations are compared by cosine instead of the inner product of
+the authors' code. With 4.5 MB of technical English and the tokenizers of Gemma and SmolLM2, 69 % of shared tokens that
+are treated as new tokens are mapped to themselves that way, and 3 % by the inner product.
 """
 
 from __future__ import annotations
@@ -41,12 +41,16 @@ _SIMILARITIES_AT_A_TIME = 2**24
 _EXAMPLE = '{"Ġcolour": "Ġcolor"}'
 
 
-def check(parameters: OmpParameters, place: str) -> None:
-    """Check what TokAlign needs of a recipe and of the environment.
+def check_tokalign(parameters: OmpParameters, place: str) -> None:
+    """Check the parameters, files and packages that TokAlign needs.
+
+    Args:
+        parameters: parameters of the recipe.
+        place: their path in the recipe, for messages.
 
     Raises:
-        OmpError: neither or both of ``corpus`` and ``token_map`` are set, the file cannot be read, or gensim is
-            missing where vectors are to be learnt.
+        OmpError: if neither or both of ``corpus`` and ``token_map`` are set, the file cannot be read, or gensim is
+            missing but needed for training vectors.
     """
     if (parameters.corpus is None) == (parameters.token_map is None):
         raise OmpError(
@@ -61,13 +65,13 @@ def check(parameters: OmpParameters, place: str) -> None:
 
 
 def tokalign(new: NewTokens) -> RowFunction:
-    """Copy to each new token the row of its token of the model.
+    """Copy the row of the mapped token of the model to each new token.
 
-    The map is read from ``token_map``, or learnt from ``corpus``. Tokens that it lacks get the mean of the anchors'
-    rows, where the authors' code takes a random row.
+    The map is read from ``token_map``, or learnt from ``corpus``. Tokens that are not in the map get the mean of the
+    anchors' rows, where the authors' code uses a random row.
 
     Raises:
-        OmpError: the map names a token that its tokenizer does not have; the corpus is too small.
+        OmpError: if the map names a token that a tokenizer does not have, or the corpus is too small.
     """
     path = new.parameters.token_map
     if path is None:
@@ -83,34 +87,34 @@ def tokalign(new: NewTokens) -> RowFunction:
     LOG.info("%d of %d new tokens are not in the map and get the mean row", int((~mapped).sum()), len(mapped))
 
     def rows(weight: Tensor, _is_head: bool) -> Tensor:
-        made = new.mean_row(weight).repeat(len(mapped), 1)
-        made[mapped.to(weight.device)] = weight[copied.to(weight.device)].float()
-        return made
+        new_rows = new.mean_row(weight).repeat(len(mapped), 1)
+        new_rows[mapped.to(weight.device)] = weight[copied.to(weight.device)].float()
+        return new_rows
 
     return rows
 
 
 def token_map(new: NewTokens) -> dict[str, str]:
-    """Learn which token of the model each new token is most like, from ``corpus``.
+    """Learn the most similar token of the model for each new token from ``corpus``.
 
-    Both tokenizers' vectors are learnt apart, so that only their relations compare: a token is represented by its
-    cosines with the pivots, 300 random anchors, and gets the token of the model whose representation is most similar.
+    The vectors of the two tokenizers are trained separately, so only relations between them are comparable: a token is
+    represented by its cosines with the pivots, 300 random anchors, and mapped to the token of the model with the most
+    similar representation.
 
     Returns:
-        The string of each new token that the corpus has often enough, and the string of a token of the model.
+        The string of a token of the model for the string of each new token that is frequent enough in the corpus.
 
     Raises:
-        OmpError: the corpus is not in UTF-8, or no anchor is frequent enough with both tokenizers.
+        OmpError: if the corpus is not in UTF-8, or no anchor is frequent enough with both tokenizers.
     """
     corpus, problem = new.parameters.corpus, new.problem
-    assert corpus is not None, "checked by check()"
+    assert corpus is not None, "checked by check_tokalign()"
     of_output = centred(learn_skipgram_vectors(corpus, new.output, new.output_tokenizer))
     of_model = centred(learn_skipgram_vectors(corpus, new.model, new.tokenizer))
     both = (of_output[problem.atom_ids].any(dim=1) & of_model[new.anchor_rows].any(dim=1)).nonzero().squeeze(1)
     if not len(both):
         raise OmpError(
-            f"parameters.corpus: {corpus} has none of the tokens that both vocabularies have often enough; "
-            "name a longer text."
+            f"parameters.corpus: no token of both vocabularies is frequent enough in {corpus}; name a longer text."
         )
     chosen = both[torch.randperm(len(both), generator=torch.Generator().manual_seed(SEED))[:PIVOTS]]
     targets = problem.target_ids[of_output[problem.target_ids].any(dim=1)]
@@ -124,26 +128,26 @@ def token_map(new: NewTokens) -> dict[str, str]:
 
 
 def learn_skipgram_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Learn the vectors of a vocabulary's tokens from the company that they keep.
+    """Train skip-gram vectors of a vocabulary's tokens.
 
     Args:
-        corpus: a text file in UTF-8.
-        vocabulary: the tokenizer's.
-        tokenizer: left as it is.
+        corpus: path of a text file in UTF-8.
+        vocabulary: vocabulary of the tokenizer.
+        tokenizer: tokenizer for the corpus; not modified.
 
     Returns:
-        float32 [V, d], zeros for tokens that are not frequent enough and for those that are no text.
+        float32 (V, d), zero rows for tokens that are not text or not frequent enough.
 
     Raises:
-        OmpError: the file is not in UTF-8.
+        OmpError: if the file is not in UTF-8.
     """
     from gensim.models import Word2Vec
 
     text = TokenizedCorpus.read(corpus, tokenizer, "parameters.corpus")
-    make = functools.partial(
+    make_model = functools.partial(
         Word2Vec, vector_size=DIMENSION, min_count=text.minimum_count(MINIMUM_COUNT), window=WINDOW, sg=1
     )
-    learnt = text.train(make, str, text.passes(EPOCHS)).wv
+    learnt = text.train(make_model, str, text.passes(EPOCHS)).wv
     vectors = torch.zeros(vocabulary.size, DIMENSION)
     for key, place in learnt.key_to_index.items():
         token = vocabulary.tokens.get(int(key))
@@ -153,47 +157,50 @@ def learn_skipgram_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTr
 
 
 def centred(vectors: Tensor) -> Tensor:
-    """Unit vectors less their mean, float32 [V, d]; rows of zeros are no vectors and stay."""
-    some = vectors.any(dim=1)
+    """Normalise vectors float32 (V, d) to unit length and subtract their mean; zero rows mean no vector and stay."""
+    present = vectors.any(dim=1)
     result = normalize(vectors, dim=1)
-    result[some] -= result[some].mean(dim=0)
+    result[present] -= result[present].mean(dim=0)
     return result
 
 
 def relative(vectors: Tensor, pivots: Tensor) -> Tensor:
-    """The cosines of vectors [T, d] with pivots [P, d], as rows of length 1; all float32, the result [T, P]."""
+    """Return the cosines float32 (T, P) of vectors (T, d) with pivots (P, d), normalised to unit rows."""
     return normalize(normalize(vectors, dim=1) @ normalize(pivots, dim=1).T, dim=1)
 
 
 def nearest(targets: Tensor, candidates: Tensor) -> Tensor:
-    """Which of the candidates [C, P] has the largest inner product with each of the targets [B, P]: int64 [B]."""
+    """Return the index int64 (B,) of the candidate (C, P) with the largest inner product with each target (B, P)."""
     step = max(1, _SIMILARITIES_AT_A_TIME // len(candidates))
-    parts = tqdm(targets.split(step), desc="Aligning tokens", leave=False)
+    parts = tqdm(targets.split(step), desc="Aligning tokens", leave=False, disable=None)
     return torch.cat([(part @ candidates.T).argmax(dim=1) for part in parts])
 
 
 def write_token_map(path: Path, mapping: Mapping[str, str]) -> None:
-    """Write a map as JSON, one token a line."""
+    """Write a map as JSON, one token per line."""
     text = json.dumps(dict(mapping), ensure_ascii=False, indent=1) + "\n"
-    path.write_text(text, encoding="utf-8", errors="surrogatepass")  # strings of tokens need not be valid text
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")  # token strings need not be valid text
 
 
 def read_token_map(path: str | Path, place: str) -> dict[str, str]:
-    """Read a map from the output tokenizer's strings to the model's.
+    """Read a map from token strings of the output tokenizer to token strings of the model.
 
     Args:
-        path: a JSON file.
-        place: the recipe key that names it, for the error.
+        path: path of a JSON file.
+        place: its recipe key, for messages.
+
+    Returns:
+        The map.
 
     Raises:
-        OmpError: the file cannot be read, or is not such a map.
+        OmpError: if the file cannot be read, or is not such a map.
     """
     try:
         read: Any = json.loads(Path(path).read_text(encoding="utf-8", errors="surrogatepass"))
     except OSError as error:
         raise OmpError(f"{place}: {path} cannot be read ({error.strerror}); name a JSON file.") from None
     except ValueError as error:
-        raise OmpError(f"{place}: {path} is no JSON in UTF-8 ({error}); write {_EXAMPLE}.") from None
+        raise OmpError(f"{place}: {path} is not JSON in UTF-8 ({error}); write {_EXAMPLE}.") from None
     if not isinstance(read, dict) or not all(isinstance(value, str) for value in read.values()):
         raise OmpError(f"{place}: {path} does not map strings to strings; write {_EXAMPLE}.")
     return read

@@ -1,13 +1,13 @@
-"""The methods of ``mergekit-tokensurgeon``, by mergekit's own functions, on this project's match of the vocabularies.
+"""Run the methods of ``mergekit-tokensurgeon`` with mergekit's functions and this package's match of the vocabularies.
 
-mergekit's ``compute_new_embeddings`` takes any hashable thing for a token: here it gets ids of the output vocabulary.
-Everything is computed in float32, since some of its steps (``cdist``, ``lstsq``) know no half precision on a CPU.
+mergekit's ``compute_new_embeddings`` accepts any hashable object as a token: here these are output ids. Everything is
+computed in float32, since some of its operations (``cdist``, ``lstsq``) do not support half precision on a CPU.
 
-Faults of 0.1.5 that are worked around: ``stb`` hands its options to ``compute_token_basis`` as k; ``john_hewitt``
-fails where the rows' covariance is singular, on the length of an integer; ``mp_rope`` looks for ``rope_theta`` where
-transformers 5 no longer keeps it; ``--prefix-match`` and ``--byte-match`` act on the wrong matrix, but matching is
-this project's. One is kept: ``subword_method: weighted_mean`` gives the first piece the most weight in the embedding,
-though the comment there says the last.
+These bugs of mergekit 0.1.5 are worked around: ``stb`` passes its options to ``compute_token_basis`` as k;
+``john_hewitt`` takes the length of an integer if the rows' covariance is singular; ``mp_rope`` reads ``rope_theta``
+where transformers 5 does not store it; ``--prefix-match`` and ``--byte-match`` change the wrong matrix, but this
+package does its own matching. One is kept: ``subword_method: weighted_mean`` gives the first piece the largest weight
+in the embedding, although its comment says the last.
 """
 
 import logging
@@ -37,18 +37,18 @@ from mergekit_omp.vocabulary.segmentation import pieces
 
 LOG = logging.getLogger(__name__)
 
-TARGETS_AT_A_TIME = 512
-"""As the command's default; a batch holds its distances to all anchors, [targets, anchors]."""
+TARGETS_PER_BATCH = 512
+"""Targets per batch, the default of the command; a batch needs its distances (targets, anchors) to all anchors."""
 
 _NOWHERE = ModelReference.model_validate("unused")
 
 
 def as_mergekit(new: NewTokens) -> RowFunction:
-    """The methods that need nothing but mergekit's function; the same rows in every run.
+    """Run mergekit's function without changes and with a fixed seed.
 
     ``mean``: the mean of all rows of the model. ``zero``: zeros. ``randn``: standard normal noise. ``landmark_pca``:
-    the donor's rows, turned into the model's space by the rotation between the principal axes of the anchors, which a
-    randomized method finds.
+    the donor's rows, mapped to the model's space by the rotation between the anchors' principal axes, which a
+    randomized algorithm computes.
     """
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
@@ -59,9 +59,9 @@ def as_mergekit(new: NewTokens) -> RowFunction:
 
 
 def john_hewitt(new: NewTokens) -> RowFunction:
-    """Draws from the normal distribution of the model's rows, the same in every run.
+    """Sample from the normal distribution of the model's rows, with a fixed seed.
 
-    After https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
+    Source: https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
     """
     count = len(new.problem.target_ids)
 
@@ -69,14 +69,14 @@ def john_hewitt(new: NewTokens) -> RowFunction:
         with _seeded(weight.device):
             try:
                 return john_hewitt_init(weight.float(), count)
-            except TypeError:  # the covariance is singular, as mergekit has just warned, and its way out fails
+            except TypeError:  # singular covariance: mergekit warns, and its fallback fails
                 return torch.randn(count, weight.shape[1], device=weight.device) * 0.02
 
     return rows
 
 
 def common_interpolation(new: NewTokens) -> RowFunction:
-    """A weighted mean of the k anchors that are nearest in the donor's space."""
+    """Compute a weighted mean of the k anchors that are nearest in the donor's space."""
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
         surgeon = _Surgeon(new, weight)
@@ -86,13 +86,13 @@ def common_interpolation(new: NewTokens) -> RowFunction:
 
 
 def stb(new: NewTokens) -> RowFunction:
-    """Sparse token basis: coordinates in a basis of which each vector is a combination of k anchors."""
+    """Compute coordinates in a sparse token basis, whose vectors are combinations of k anchors."""
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
         surgeon = _Surgeon(new, weight)
         of_model = surgeon.of_model
         anchors = {token: surgeon.of_donor[token] for token in of_model}
-        k = min(_sparsity(new), weight.shape[1], surgeon.donor.shape[1])  # a basis vector needs no more
+        k = min(_sparsity(new), weight.shape[1], surgeon.donor.shape[1])  # a basis vector never needs more
         basis = compute_token_basis(surgeon.weight, surgeon.donor, of_model, anchors, [], k)
         return surgeon.rows(is_head, basis=basis)
 
@@ -100,27 +100,27 @@ def stb(new: NewTokens) -> RowFunction:
 
 
 def mp_rope(new: NewTokens) -> RowFunction:
-    """Matching pursuit over anchors that may be rotated as rotary position embeddings do.
+    """Run matching pursuit over anchors that may be rotated like rotary position embeddings.
 
     Raises:
-        OmpError: the donor or the model has no rotary embeddings, or heads that do not divide its width.
+        OmpError: if the donor or the model has no rotary embeddings, or heads that do not divide its width.
     """
     donor_matrix, configs = new.donor, new.configs
-    assert donor_matrix is not None, "asked for in the registry"
-    assert configs is not None, "asked for in the registry"
+    assert donor_matrix is not None, "requested in the registry"
+    assert configs is not None, "requested in the registry"
     heads, bases = zip(*map(_rotary, configs), strict=True)
 
     def rows(weight: Tensor, _is_head: bool) -> Tensor:
         for count, width in zip(heads, (donor_matrix.shape[1], weight.shape[1]), strict=True):
             if width % (2 * count):
                 raise OmpError(
-                    f"approximation: mp_rope cannot split rows of {width} numbers into pairs in {count} heads; "
+                    f"approximation: mp_rope cannot split rows of width {width} into pairs in {count} heads; "
                     "name another approximation, such as omp."
                 )
         donor = donor_matrix.to(weight.device).float()
         atoms = donor[new.problem.atom_rows.to(donor.device)]
         anchors = weight[new.anchor_rows.to(weight.device)].float()
-        made = [
+        batches = [
             batch_mp_rope(
                 donor[part.to(donor.device)],
                 atoms,
@@ -133,37 +133,39 @@ def mp_rope(new: NewTokens) -> RowFunction:
             )[2]
             for part in _parts(new.problem.target_rows)
         ]
-        return torch.cat(made)
+        return torch.cat(batches)
 
     return rows
 
 
 def subword(new: NewTokens) -> RowFunction:
-    """The mean, sum, weighted mean, or one end, of the rows of the pieces that the model's tokenizer makes of a token.
+    """Combine the rows of a token's pieces by their mean, sum, weighted mean or one end.
 
-    mergekit asks the tokenizer itself; many put a space before a text, and bytes that are no UTF-8 have no text. Here
-    it is answered with the pieces as they are in the middle of a text. Tokens that cannot be written in the model's
-    vocabulary get the mean of the anchors' rows, where mergekit leaves zeros.
+    mergekit calls the tokenizer. Many tokenizers prepend a space, and bytes that are not UTF-8 have no text. So
+    mergekit gets the segmentation of the token in the middle of a text instead. Tokens without pieces get the mean of
+    the anchors' rows, where mergekit uses zeros.
     """
     ids = new.problem.target_ids.tolist()
     split = dict(zip(ids, pieces(new.output, new.tokenizer, ids, new.model), strict=True))
-    unwritten = torch.tensor([not split[id_] for id_ in ids], dtype=torch.bool)
-    if unwritten.any():
-        LOG.info("%d new tokens cannot be written in the model's; they get the mean row", int(unwritten.sum()))
+    without_pieces = torch.tensor([not split[id_] for id_ in ids], dtype=torch.bool)
+    if without_pieces.any():
+        LOG.info(
+            "%d new tokens have no pieces in the model's vocabulary and get the mean row", int(without_pieces.sum())
+        )
 
-    def own_pieces(token: int, add_special_tokens: bool) -> dict[str, list[int]]:
+    def pieces_of(token: int, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": split[token]}
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
-        made = _Surgeon(new, weight).rows(is_head, tokenizer=own_pieces)
-        made[unwritten.to(made.device)] = new.mean_row(weight)
-        return made
+        new_rows = _Surgeon(new, weight).rows(is_head, tokenizer=pieces_of)
+        new_rows[without_pieces.to(new_rows.device)] = new.mean_row(weight)
+        return new_rows
 
     return rows
 
 
 class _Surgeon:
-    """mergekit's function with what it takes for one matrix of the model; copies in float32 are made once."""
+    """Arguments of mergekit's function for one matrix of the model; float32 copies are made once."""
 
     def __init__(self, new: NewTokens, weight: Tensor) -> None:
         parameters = new.parameters
@@ -189,7 +191,7 @@ class _Surgeon:
         basis: tuple[Tensor, Tensor] | None = None,
         tokenizer: Any = None,
     ) -> Tensor:
-        """mergekit's rows, float32 [B, D], for some ids [B] of the output, or for all targets."""
+        """Return mergekit's rows float32 (B, D) for output ids (B,), or for all targets."""
         return compute_new_embeddings(
             self.weight,
             self.donor,
@@ -204,7 +206,7 @@ class _Surgeon:
 
 
 def _vocabularies(new: NewTokens) -> tuple[dict[int, int], dict[int, int]]:
-    """What mergekit takes for the two vocabularies: the anchors' rows of the model, and all rows of the donor."""
+    """Return mergekit's two vocabularies: the model's rows of the anchors, and the donor's rows of all tokens."""
     problem = new.problem
     atoms = problem.atom_ids.tolist()
     of_donor = dict(zip(atoms, problem.atom_rows.tolist(), strict=True))
@@ -217,15 +219,15 @@ def _sparsity(new: NewTokens) -> int:
 
 
 def _parts(ids: Tensor) -> Sequence[Tensor]:
-    return ids.split(TARGETS_AT_A_TIME)
+    return ids.split(TARGETS_PER_BATCH)
 
 
 def _rotary(config: PretrainedConfig) -> tuple[int, float]:
-    """Attention heads, and the base of the rotary embeddings."""
+    """Return the number of attention heads and the base of the rotary embeddings."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     stored = getattr(text, "rope_parameters", None) or {}
-    # Where layers differ, such as Gemma's, those that see the whole text count.
+    # If layers differ, as in Gemma, use the layers with full attention.
     base = stored.get("rope_theta") or stored.get("full_attention", {}).get("rope_theta")
     if not heads or not base:
         raise OmpError(
@@ -237,7 +239,7 @@ def _rotary(config: PretrainedConfig) -> tuple[int, float]:
 
 @contextmanager
 def _seeded(device: torch.device) -> Iterator[None]:
-    """Random numbers that are the same in every run, and leave those of others as they were."""
+    """Fix torch's random seed in the block and restore the random state afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(NOISE_SEED)

@@ -1,6 +1,6 @@
-"""Static vectors of tokens and words: files of the user's, and training on a text of the user's, both by gensim.
+"""Read static vectors of tokens and words, or train them on a text, with gensim.
 
-gensim is an optional package, so that it is imported where it is used.
+gensim is an optional dependency, so it is imported where it is used.
 """
 
 from __future__ import annotations
@@ -34,51 +34,54 @@ LOG = logging.getLogger(__name__)
 SEED = 0
 
 ENOUGH_TOKENS = 1_000_000
-"""A corpus of fewer tokens is read more often, up to so many in all, and fewer occurrences are enough for a vector."""
+"""Number of tokens to train on: a smaller corpus is read repeatedly, with a lower minimum count."""
 
 _BLOCK_CHARACTERS = 2_000
-"""A corpus is tokenized in blocks of lines; gensim drops what a block has above 10,000 tokens, which none reaches."""
+"""Length of the blocks of lines in which a corpus is tokenized; gensim truncates blocks at 10,000 tokens."""
 
-_BLOCKS_AT_A_TIME = 512
+_BLOCKS_PER_BATCH = 512
 _FASTTEXT_MAGIC = struct.pack("<i", 793712314)
 
 
 def check_packages(names: Sequence[str], place: str) -> None:
-    """Raise an OmpError if one of these optional packages is not installed."""
+    """Raise an OmpError if an optional package is not installed."""
     missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise OmpError(f"{place} needs {' and '.join(missing)}: pip install 'mergekit-omp[vectors]'.")
 
 
 def check_corpus(path: str, place: str) -> None:
-    """Raise an OmpError unless ``path`` is a file that begins with text in UTF-8."""
+    """Raise an OmpError unless ``path`` is a file that starts with text in UTF-8."""
     _check_file(path, place, "a text file in UTF-8")
     if not next(_blocks(path, place), "").strip():
-        raise OmpError(f"{place}: {path} begins with no text; name a text file in UTF-8.")
+        raise OmpError(f"{place}: {path} does not start with text; name a text file in UTF-8.")
 
 
 def check_vectors(path: str, place: str) -> None:
-    """Raise an OmpError unless ``path`` is a file that looks like vectors that :func:`read_vectors` can read."""
+    """Raise an OmpError unless ``path`` has a format that :func:`read_vectors` can read."""
     _check_file(path, place, "a fastText .bin file or a word2vec text file")
     with open(path, "rb") as file:
         if file.read(4) == _FASTTEXT_MAGIC:
             return
     if _text_header(Path(path)) is None:
         raise OmpError(
-            f"{place}: {path} is neither a fastText .bin file nor a text file with a word and its numbers in each "
-            "line; name one of these, unpacked."
+            f"{place}: {path} is neither a fastText .bin file nor a text file with a word and its numbers on each "
+            "line; name one of these, uncompressed."
         )
 
 
 def read_vectors(path: str, place: str) -> KeyedVectors:
-    """Read vectors from a fastText ``.bin``, or from word2vec's or GloVe's text format; the content tells which.
+    """Read vectors from a fastText ``.bin`` file or from the text format of word2vec or GloVe, detected by content.
 
     Args:
-        path: the file.
-        place: the recipe key that names it, for the error.
+        path: path of the file.
+        place: its recipe key, for messages.
+
+    Returns:
+        The vectors.
 
     Raises:
-        OmpError: gensim cannot read the file.
+        OmpError: if gensim cannot read the file.
     """
     from gensim.models import KeyedVectors
     from gensim.models.fasttext import load_facebook_vectors
@@ -97,17 +100,17 @@ def read_vectors(path: str, place: str) -> KeyedVectors:
 
 
 def vectors_of(vectors: KeyedVectors, vocabulary: Vocabulary, ids: Tensor, *, by_text: bool) -> Tensor:
-    """The vectors of tokens, looked up by the string that the tokenizer writes, such as ``Ġthe``.
+    """Look up the vectors of tokens by their strings, such as ``Ġthe``.
 
     Args:
-        vectors: of tokens or of words.
-        vocabulary: the tokens'.
-        ids: int64 [T].
-        by_text: whether a token that is not found is looked up by its text without the spaces around it, and if that
-            is not found either, gets the mean vector of its text's n-grams, where the vectors come with such.
+        vectors: vectors of tokens or of words.
+        vocabulary: vocabulary of the tokens.
+        ids: int64 (T,), ids of the tokens.
+        by_text: whether to look up a token without a vector by its text without surrounding spaces, and else to use
+            the mean vector of the n-grams of its text, if the vectors have n-grams.
 
     Returns:
-        float32 [T, d]; zeros for a token without a vector.
+        float32 (T, d), zero rows for tokens without a vector.
     """
     found = np.zeros((len(ids), vectors.vector_size), dtype=np.float32)
     has_ngrams = bool(getattr(vectors, "bucket", 0))
@@ -122,11 +125,11 @@ def vectors_of(vectors: KeyedVectors, vocabulary: Vocabulary, ids: Tensor, *, by
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
-    """A text as ids.
+    """A tokenized text.
 
     Attributes:
-        ids: int32 [T], of all blocks one after the other.
-        ends: int64 [blocks], where each block ends in ``ids``.
+        ids: int32 (T,), ids of all blocks, concatenated.
+        ends: int64 (blocks,), end of each block in ``ids``.
     """
 
     ids: np.ndarray
@@ -137,54 +140,63 @@ class TokenizedCorpus:
         """Tokenize a text file, without special tokens.
 
         Args:
-            path: the file, in UTF-8.
-            tokenizer: left as it is.
-            place: the recipe key that names the file, for the error.
+            path: path of the file, in UTF-8.
+            tokenizer: tokenizer for the text; not modified.
+            place: recipe key of the file, for messages.
+
+        Returns:
+            The tokenized text.
 
         Raises:
-            OmpError: the file is not in UTF-8, or gives no tokens.
+            OmpError: if the file is not in UTF-8, or has no tokens.
         """
         parts: list[np.ndarray] = []
-        with tqdm(desc=f"Tokenizing {Path(path).name}", unit=" characters", unit_scale=True, leave=False) as progress:
+        name = Path(path).name
+        with tqdm(
+            desc=f"Tokenizing {name}", unit=" characters", unit_scale=True, leave=False, disable=None
+        ) as progress:
             for blocks in _batches(_blocks(path, place)):
                 encoded = tokenizer(blocks, add_special_tokens=False, verbose=False).input_ids
                 parts += [np.array(ids, dtype=np.int32) for ids in encoded]
                 progress.update(sum(map(len, blocks)))
         if not any(map(len, parts)):
-            raise OmpError(f"{place}: {path} gives no tokens; name a file with text.")
+            raise OmpError(f"{place}: {path} contains no tokens; name a file with text.")
         return cls(np.concatenate(parts), np.cumsum([len(part) for part in parts], dtype=np.int64))
 
     def passes(self, usual: int) -> int:
-        """How often to read it: as usual, or more often if it is short."""
+        """Return the number of epochs: the usual number, or more for a short corpus."""
         return max(usual, ENOUGH_TOKENS // len(self.ids))
 
     def minimum_count(self, usual: int) -> int:
-        """How often a token has to occur to get a vector: as usual, or fewer times if the corpus is short."""
+        """Return the minimum count of a token with a vector: the usual one, or less for a short corpus."""
         return max(1, min(usual, usual * len(self.ids) // ENOUGH_TOKENS))
 
     def frequent(self, minimum: int) -> int:
-        """How many tokens occur at least that often."""
+        """Return the number of tokens with at least ``minimum`` occurrences."""
         return int((np.bincount(self.ids) >= minimum).sum())
 
-    def train(self, make: Callable[..., Model], names: Callable[[int], str], passes: int) -> Model:
-        """Train one of gensim's models in one thread, so that every run gives the same.
+    def train(self, make_model: Callable[..., Model], names: Callable[[int], str], passes: int) -> Model:
+        """Train a gensim model in a single thread, so that results are reproducible.
 
         Args:
-            make: the model, but for what is given here.
-            names: from an id to the key of its vector.
-            passes: how often the corpus is read.
+            make_model: creates the model from the remaining arguments.
+            names: maps an id to the key of its vector.
+            passes: number of epochs.
+
+        Returns:
+            The trained model.
         """
-        # gensim lowers its learning rate from batch to batch, so that a short corpus needs short ones.
+        # gensim lowers its learning rate with every batch, so a short corpus needs short batches.
         batch = min(10_000, max(100, len(self.ids) // 20))
         total = len(self.ends) * (passes + 1)  # gensim first reads all to count
-        with tqdm(desc="Training vectors", total=total, unit=" blocks", leave=False) as progress:
+        with tqdm(desc="Training vectors", total=total, unit=" blocks", leave=False, disable=None) as progress:
             sentences = _Sentences(self, names, progress.update)
-            return make(sentences=sentences, epochs=passes, batch_words=batch, seed=SEED, workers=1)
+            return make_model(sentences=sentences, epochs=passes, batch_words=batch, seed=SEED, workers=1)
 
 
 @dataclass(frozen=True)
 class _Sentences:
-    """A corpus as gensim reads it: again and again, a list of keys for each block."""
+    """A corpus in the form that gensim reads repeatedly: a list of keys for each block."""
 
     corpus: TokenizedCorpus
     names: Callable[[int], str]
@@ -199,7 +211,7 @@ class _Sentences:
 
 
 def _blocks(path: str, place: str) -> Iterator[str]:
-    """The text of a file: lines together up to some length, and parts of lines that are longer."""
+    """Yield the text of a file in blocks of lines; longer lines are split."""
     block = ""
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -218,23 +230,23 @@ def _batches(blocks: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     for block in blocks:
         batch.append(block)
-        if len(batch) == _BLOCKS_AT_A_TIME:
+        if len(batch) == _BLOCKS_PER_BATCH:
             yield batch
             batch = []
     if batch:
         yield batch
 
 
-def _check_file(path: str, place: str, wanted: str) -> None:
+def _check_file(path: str, place: str, expected: str) -> None:
     try:
         with open(path, "rb"):
             pass
     except OSError as error:
-        raise OmpError(f"{place}: {path} cannot be read ({error.strerror}); name {wanted}.") from None
+        raise OmpError(f"{place}: {path} cannot be read ({error.strerror}); name {expected}.") from None
 
 
 def _text_header(path: Path) -> str | None:
-    """What a text file of vectors begins with: "counts" as word2vec's, "none" as GloVe's, None if it is not one."""
+    """Detect the header of a text file of vectors: "counts" (word2vec), "none" (GloVe), None for other files."""
     with path.open(encoding="utf-8", errors="replace") as file:
         first, second = (file.readline(1_000_000).rstrip().split(" ") for _ in range(2))
     try:

@@ -1,16 +1,17 @@
-"""WECHSEL: a new token is a mean of the model's tokens of like meaning, found through words of both languages.
+"""WECHSEL: new rows are means of the rows of tokens with similar meaning, found through words of both languages.
 
-After Minixhofer, Paischer and Rekabsaz 2022, arXiv 2112.06598, section 3. Static vectors of the words of two languages
-are aligned by a rotation that brings the words of a bilingual dictionary together (orthogonal Procrustes). In that
-space every token of both vocabularies gets an embedding: the sum of its n-grams' vectors where the vectors are
-fastText's with n-grams, else the mean of the vectors of the words that it is a part of, weighed by how frequent they
-are. The row of a new token is then the mean of the rows of the tokens with the nearest embeddings, weighed by a
-softmax of the cosines.
+Source: Minixhofer, Paischer & Rekabsaz (2022), arXiv:2112.06598, section 3. Static vectors of words of two languages
+    are
+aligned by the rotation that best maps the words of a bilingual dictionary to each other (orthogonal Procrustes). In
+that space every token of both vocabularies gets an embedding: the sum of the vectors of its n-grams if the vectors are
+fastText's with n-grams, else the mean of the vectors of the words that contain it, weighted by their frequency. The
+row of a new token is the mean of the rows of the tokens with the nearest embeddings, weighted by a softmax of the
+cosines.
 
 The authors' package, ``wechsel`` 0.0.4, is not used: it needs the ``fasttext`` bindings, which have to be compiled and
-read no text format. What the paper leaves open is done as there: in which forms a dictionary's words are looked up,
-and that counts come from gensim, which makes them up from the order of the words where a file has none. What differs:
-anchors keep the model's rows, tokens are read as the bytes that they stand for, and only ordinary tokens are sources.
+read no text format. Details that the paper does not specify follow the package: the forms in which words of a
+dictionary are looked up, and word counts from gensim, which derives them from the order of words if a file has none.
+Differences: anchors keep the model's rows, tokens are compared by their bytes, and only ordinary tokens are sources.
 
 Letters in shapes: B targets, S source tokens, R rows of the model, D its width, d width of the word vectors.
 """
@@ -42,21 +43,25 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 
 NEIGHBOURS = 10
-"""How many source tokens a new one is a mean of: the paper's k."""
+"""Number of source tokens per new token: the paper's k."""
 
 TEMPERATURE = 0.1
-"""Of the softmax of the cosines: the paper's τ."""
+"""Temperature of the softmax of the cosines: the paper's τ."""
 
-_TARGETS_AT_A_TIME = 1024
-_WORDS_AT_A_TIME = 50_000
-_NEEDED = ("source_vectors", "vectors", "dictionary")
+_TARGETS_PER_BATCH = 1024
+_WORDS_PER_BATCH = 50_000
+_REQUIRED = ("source_vectors", "vectors", "dictionary")
 
 
-def check(parameters: OmpParameters, place: str) -> None:
-    """Look whether both files of vectors and the dictionary are there and look like what they have to be.
+def check_wechsel(parameters: OmpParameters, place: str) -> None:
+    """Check that both files of vectors and the dictionary exist and have a known format.
+
+    Args:
+        parameters: parameters of the recipe.
+        place: their path in the recipe, for messages.
 
     Raises:
-        OmpError: one of them is not given or cannot be read, or gensim or scipy is not installed.
+        OmpError: if one of them is not set or cannot be read, or gensim or scipy is not installed.
     """
     paths = _paths(parameters, place)
     check_packages(("gensim", "scipy"), f"{place}: approximation: wechsel")
@@ -66,38 +71,38 @@ def check(parameters: OmpParameters, place: str) -> None:
 
 
 def _paths(parameters: OmpParameters, place: str) -> dict[str, str]:
-    """The files that the recipe names, by parameter.
+    """Return the files that the recipe names, by parameter.
 
     Raises:
-        OmpError: one of them is not given.
+        OmpError: if one of them is not set.
     """
-    given = {name: getattr(parameters, name) for name in _NEEDED}
+    given = {name: getattr(parameters, name) for name in _REQUIRED}
     missing = [name for name, path in given.items() if path is None]
     if missing:
         raise OmpError(
             f"{place}: approximation: wechsel needs {' and '.join(missing)}; add source_vectors: and vectors: with "
             "vectors of words in the model's and in the new language, and dictionary: with a word and its translation "
-            "in each line."
+            "on each line."
         )
     return given
 
 
 def wechsel(new: NewTokens) -> RowFunction:
-    """Means of the rows of the model's ordinary tokens that are nearest in meaning.
+    """Compute means of the rows of the model's ordinary tokens that are nearest in meaning.
 
-    Tokens without an embedding (special tokens, bytes that are no text, text that no word has) get draws from the
-    normal distribution of the source tokens' rows, independent for each dimension, as in the paper; the same in every
-    run. That tells them apart from each other, which the mean of the anchors' rows would not.
+    Tokens without an embedding (special tokens, invalid UTF-8, text that no word contains) get samples from the normal
+    distribution of the source tokens' rows, independent per dimension, as in the paper, with a fixed seed. Unlike the
+    mean of the anchors' rows, samples distinguish these tokens from each other.
 
     Raises:
-        OmpError: the vectors are of different widths, or of words that the dictionary or the vocabulary has none of.
+        OmpError: if the vectors have different widths, or share no words with the dictionary or the vocabulary.
     """
     parameters = new.parameters
     paths = _paths(parameters, "parameters")
     dictionary = _read_dictionary(paths["dictionary"], "parameters.dictionary")
     own_words, new_words = zip(*dictionary, strict=True)
     ordinary = torch.tensor([id_ for id_, token in new.model.tokens.items() if token.kind is TokenKind.ORDINARY])
-    # One language after the other: vectors of a whole language take gigabytes, and few of them are needed afterwards.
+    # One language after the other: all vectors of a language take gigabytes, and few are needed afterwards.
     source = _Language.read(
         paths["source_vectors"], "parameters.source_vectors", own_words, new.model, new.tokenizer, ordinary
     )
@@ -113,39 +118,39 @@ def wechsel(new: NewTokens) -> RowFunction:
     known = source.known()
     if not known.any():
         raise OmpError(
-            f"parameters.source_vectors: {parameters.source_vectors} has no word that a token of the model is in; "
+            f"parameters.source_vectors: {parameters.source_vectors} has no word that contains a token of the model; "
             "name vectors of words in the model's language."
         )
-    sources = ordinary[known]  # [S]
-    answered = target.known()
-    cosines, places = _nearest(target.embeddings[answered], source.embeddings[known] @ rotation)
+    sources = ordinary[known]  # (S,)
+    embedded = target.known()
+    cosines, places = _nearest(target.embeddings[embedded], source.embeddings[known] @ rotation)
     weights = torch.softmax(cosines / TEMPERATURE, dim=1)
     LOG.info(
         "WECHSEL: %d of %d new tokens from %d tokens of the model; %d have no embedding and get random rows",
-        int(answered.sum()),
-        len(answered),
+        int(embedded.sum()),
+        len(embedded),
         len(sources),
-        int((~answered).sum()),
+        int((~embedded).sum()),
     )
 
     def rows(weight: Tensor, _is_head: bool) -> Tensor:
         of_sources = weight[sources.to(weight.device)].float()
-        made = _draw(of_sources, len(answered))
-        made[answered.to(weight.device)] = embedding_bag(
+        new_rows = _sample(of_sources, len(embedded))
+        new_rows[embedded.to(weight.device)] = embedding_bag(
             places.to(weight.device), of_sources, per_sample_weights=weights.to(weight.device), mode="sum"
         )
-        return made
+        return new_rows
 
     return rows
 
 
 @dataclass(frozen=True)
 class _Language:
-    """What is needed of the word vectors of one language.
+    """The part of the word vectors of one language that is used.
 
     Attributes:
-        embeddings: float32 [T, d] of the tokens that were asked for; zeros where there is none.
-        words: the vectors of the dictionary's words, in all forms that there are.
+        embeddings: float32 (T, d), embeddings of the requested tokens; zero rows for tokens without one.
+        words: vectors of the dictionary's words, in all forms that have one.
     """
 
     embeddings: Tensor
@@ -170,12 +175,12 @@ class _Language:
         )
 
     def known(self) -> Tensor:
-        """Boolean [T]: which tokens have an embedding."""
+        """Return bool (T,): whether a token has an embedding."""
         return (self.embeddings != 0).any(dim=1)
 
 
 def _from_ngrams(vectors: KeyedVectors, vocabulary: Vocabulary, ids: Tensor) -> Tensor:
-    """Embeddings of tokens by fastText's n-grams, as if their text were a word."""
+    """Compute embeddings of tokens from fastText's n-grams, as if their text were a word."""
     found = np.zeros((len(ids), vectors.vector_size), dtype=np.float32)
     for place, id_ in enumerate(ids.tolist()):
         token = vocabulary.tokens[id_]
@@ -188,9 +193,9 @@ def _from_ngrams(vectors: KeyedVectors, vocabulary: Vocabulary, ids: Tensor) -> 
 def _from_words(
     vectors: KeyedVectors, vocabulary: Vocabulary, tokenizer: PreTrainedTokenizerBase, ids: Tensor
 ) -> Tensor:
-    """Embeddings of tokens as means of words' vectors, weighed by the words' counts.
+    """Compute embeddings of tokens as means of word vectors, weighted by word counts.
 
-    A word counts for every token that it is split into, once as it stands and once after a space.
+    A word contributes to every token of its segmentation, once without and once with a space before it.
     """
     from scipy.sparse import csr_array
 
@@ -199,8 +204,8 @@ def _from_words(
     place_of[ids.numpy()] = np.arange(len(ids))
     sums = np.zeros((len(ids), vectors.vector_size))
     total = np.zeros((len(ids), 1))
-    for start in range(0, len(vectors), _WORDS_AT_A_TIME):
-        part = slice(start, start + _WORDS_AT_A_TIME)
+    for start in range(0, len(vectors), _WORDS_PER_BATCH):
+        part = slice(start, start + _WORDS_PER_BATCH)
         words, counts = vectors.index_to_key[part], vectors.expandos["count"][part]
         occurrences = [
             (token, word)
@@ -209,8 +214,8 @@ def _from_words(
             for token in set(tokens)
         ]
         tokens, of_words = np.array(occurrences, dtype=np.int64).reshape(-1, 2).T
-        wanted = place_of[tokens] >= 0
-        tokens, of_words = place_of[tokens[wanted]], of_words[wanted]
+        requested = place_of[tokens] >= 0
+        tokens, of_words = place_of[tokens[requested]], of_words[requested]
         weights = csr_array((counts[of_words].astype(float), (tokens, of_words)), shape=(len(ids), len(words)))
         sums += weights @ vectors.vectors[part]
         total += weights.sum(axis=1)[:, None]
@@ -220,21 +225,21 @@ def _from_words(
 def _align(
     source: _Language, target: _Language, dictionary: Sequence[tuple[str, str]], parameters: OmpParameters
 ) -> Tensor:
-    """The rotation, float32 [d, d], from the vectors of the source language into the target's.
+    """Compute the rotation float32 (d, d) from the vectors of the source language to the target language.
 
-    A pair of the dictionary counts in every form that both languages have, one that is its own lower case twice, as in
+    A pair of the dictionary counts in every form that both languages have, and twice if the form is lower case, as in
     the authors' code.
 
     Raises:
-        OmpError: the vectors are of different widths, or the dictionary pairs none of their words.
+        OmpError: if the vectors have different widths, or the dictionary pairs none of their words.
     """
     from scipy.linalg import orthogonal_procrustes
 
     widths = source.embeddings.shape[1], target.embeddings.shape[1]
     if widths[0] != widths[1]:
         raise OmpError(
-            f"parameters.source_vectors: {parameters.source_vectors} has vectors of {widths[0]} numbers, and vectors: "
-            f"{parameters.vectors} of {widths[1]}; name vectors of one width."
+            f"parameters.source_vectors: {parameters.source_vectors} has vectors of width {widths[0]}, but vectors: "
+            f"{parameters.vectors} of width {widths[1]}; name vectors of one width."
         )
     pairs = [
         (source.words[own], target.words[new])
@@ -248,7 +253,7 @@ def _align(
             f"parameters.dictionary: no line of {parameters.dictionary} has its first word in source_vectors: and its "
             "second in vectors:; name a dictionary from the language of the former to that of the latter."
         )
-    LOG.info("WECHSEL: aligned by %d pairs of words", len(pairs))
+    LOG.info("WECHSEL: aligned with %d pairs of words", len(pairs))
     left, right = (np.stack(side).astype(float) for side in zip(*pairs, strict=True))
     return torch.from_numpy(orthogonal_procrustes(left, right)[0]).float()
 
@@ -258,26 +263,26 @@ def _forms(word: str) -> tuple[str, str, str]:
 
 
 def _nearest(targets: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest sources [S, d] of each target [T, d]: cosines and places, float32 and int64 [T, min(k, S)]."""
+    """Find the nearest sources (S, d) of targets (T, d): cosines float32 and indices int64, (T, min(k, S)) each."""
     sources = normalize(sources, dim=1)
     k = min(NEIGHBOURS, len(sources))
-    parts = [(normalize(part, dim=1) @ sources.T).topk(k, dim=1) for part in targets.split(_TARGETS_AT_A_TIME)]
-    cosines, places = (torch.cat(each) for each in zip(*parts, strict=True))
+    parts = [(normalize(part, dim=1) @ sources.T).topk(k, dim=1) for part in targets.split(_TARGETS_PER_BATCH)]
+    cosines, places = (torch.cat(batches) for batches in zip(*parts, strict=True))
     return cosines, places
 
 
-def _draw(rows: Tensor, count: int) -> Tensor:
-    """Draws from the normal distribution of rows [S, D], without covariances: float32 [count, D]."""
-    generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU, so that every device draws the same
+def _sample(rows: Tensor, count: int) -> Tensor:
+    """Sample float32 (count, D) from the normal distribution of rows (S, D) with diagonal covariance."""
+    generator = torch.Generator().manual_seed(NOISE_SEED)  # on the CPU, so that every device uses the same noise
     noise = torch.randn(count, rows.shape[1], generator=generator).to(rows.device)
     return rows.mean(dim=0) + rows.std(dim=0, correction=0) * noise
 
 
 def _read_dictionary(path: str, place: str) -> list[tuple[str, str]]:
-    """The pairs of a text file: two columns, separated by a tab, or by spaces where there is none.
+    """Read pairs of words from a text file with two columns, separated by a tab or else by spaces.
 
     Raises:
-        OmpError: the file cannot be read, has no pairs, or a line without two columns.
+        OmpError: if the file cannot be read, has no pairs, or has a line without two columns.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -298,5 +303,5 @@ def _read_dictionary(path: str, place: str) -> list[tuple[str, str]]:
             )
         pairs.append((columns[0].strip(), columns[1].strip()))
     if not pairs:
-        raise OmpError(f"{place}: {path} is empty; name a file with a word and its translation in each line.")
+        raise OmpError(f"{place}: {path} is empty; name a file with a word and its translation on each line.")
     return pairs

@@ -1,13 +1,12 @@
-"""Zero-shot tokenizer transfer: rows that a published hypernetwork predicts from how a token is written.
+"""ZeTT: zero-shot tokenizer transfer with a published hypernetwork that predicts rows from the pieces of a token.
 
-After Minixhofer, Ponti and Vulić 2024, arXiv 2405.07883. A hypernetwork is trained for one model. It reads a token as
-the pieces that the model's own byte-level vocabulary makes of its bytes (the paper's section 3), looks those up in the
-model's input embedding and LM head, and predicts the row that the token would have in each of them. The authors' code
-and the checkpoints are at https://github.com/bminixhofer/zett; the checkpoints bring their own module, so that this
-runs remote code.
+Source: Minixhofer, Ponti & Vulić (2024), arXiv:2405.07883. A hypernetwork is trained for one model. Its input is the
+segmentation of a token's bytes in the model's own byte-level vocabulary (section 3 of the paper). It looks the pieces
+up in the model's input embedding and LM head, and predicts the token's row in both. The authors' code and checkpoints
+are at https://github.com/bminixhofer/zett; the checkpoints contain their own module, so this runs remote code.
 
-None of the published checkpoints could be downloaded where this was written. It was tried with a small random
-checkpoint around the module that the authors publish, and is tested with one of the same interface.
+This module has not been run with a published checkpoint, since none could be downloaded. It was run with a small
+random checkpoint of the authors' module, and the tests use one with the same interface.
 
 Letters in shapes: B targets, R rows of the model, D its width, L pieces that the hypernetwork reads.
 """
@@ -36,24 +35,28 @@ from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
 
 LOG = logging.getLogger(__name__)
 
-TARGETS_AT_A_TIME = 1024
-"""A batch is a few layers' activations, [targets, L, width of the hypernetwork]; the width is about the model's."""
+TARGETS_PER_BATCH = 1024
+"""Targets per batch, which needs a few layers' activations (targets, L, width); the width is about the model's."""
 
 _KEY = "parameters.hypernetwork"
 _EXAMPLE = "benjamin/zett-hypernetwork-Mistral-7B-v0.1"
 
 
-def check(parameters: OmpParameters, place: str) -> None:
-    """Look whether a hypernetwork is named that may be one; a name on the hub is not looked up.
+def check_zett(parameters: OmpParameters, place: str) -> None:
+    """Check that a hypernetwork is set and, if it is a folder, exists; a hub id is not looked up.
+
+    Args:
+        parameters: parameters of the recipe.
+        place: their path in the recipe, for messages.
 
     Raises:
-        OmpError: none is named, or a folder that is none.
+        OmpError: if no hypernetwork is set, or the folder does not exist or has no configuration.
     """
     named = parameters.hypernetwork
     if named is None:
         raise OmpError(
             f"{place}: approximation: zett needs the hypernetwork of the model; add hypernetwork: and a folder or a "
-            f"name on the hub, such as {_EXAMPLE}."
+            f"hub id, such as {_EXAMPLE}."
         )
     path = Path(named)
     if path.is_dir():
@@ -63,51 +66,53 @@ def check(parameters: OmpParameters, place: str) -> None:
             )
     elif path.exists() or path.is_absolute() or named.startswith(".") or named.count("/") > 1:
         raise OmpError(
-            f"{place}.hypernetwork: {named} is no folder; name the folder of a checkpoint, or one on the hub, such as "
+            f"{place}.hypernetwork: {named} is not a folder; name the folder of a checkpoint, or a hub id such as "
             f"{_EXAMPLE}."
         )
 
 
 def zett(new: NewTokens) -> RowFunction:
-    """The hypernetwork's rows, from the model's input embedding and head as they are.
+    """Predict rows with the hypernetwork from the model's input embedding and LM head.
 
-    A token without bytes has no form to predict from; it gets the mean of the anchors' rows. A special token of the
-    hypernetwork's tokenizer is one piece; any other special token is read as its text. What is longer than the
-    hypernetwork reads is cut off, as in the authors' code. Computed in float32, where the model's matrices are.
+    A token without bytes has no pieces and gets the mean of the anchors' rows. A special token of the hypernetwork's
+    tokenizer is one piece; any other special token is segmented as text. Pieces beyond the hypernetwork's limit are
+    cut off, as in the authors' code. Computed in float32, on the device of the model's matrices.
 
     Raises:
-        OmpError: the checkpoint cannot be loaded, may not run its code, or is not for this model.
+        OmpError: if the checkpoint cannot be loaded, its code is not trusted, or it is not for this model.
     """
     named = new.parameters.hypernetwork
-    assert named is not None, "checked by check()"
+    assert named is not None, "checked by check_zett()"
     config = _read_config(named, new.trust_remote_code)
     tokenizer = _read_tokenizer(named)
     _check_fit(new, config, tokenizer)
-    wanted = [new.output.tokens[id_] for id_ in new.problem.target_ids.tolist()]
-    spelled = _spell(wanted, tokenizer)
-    longest = config.hn_surface_maxlen
-    formless = torch.tensor([not pieces for pieces in spelled], dtype=torch.bool)
+    tokens = [new.output.tokens[id_] for id_ in new.problem.target_ids.tolist()]
+    spelled = _spell(tokens, tokenizer)
+    max_pieces = config.hn_surface_maxlen
+    without_pieces = torch.tensor([not pieces for pieces in spelled], dtype=torch.bool)
     LOG.info(
-        "%s: %d new tokens, of which %d are longer than the %d pieces that it reads, and %d have no bytes and get the "
+        "%s: %d new tokens, of which %d have more than the %d pieces that it reads, and %d have no bytes and get the "
         "mean row",
         named,
-        len(wanted),
-        sum(len(pieces) > longest for pieces in spelled),
-        longest,
-        int(formless.sum()),
+        len(tokens),
+        sum(len(pieces) > max_pieces for pieces in spelled),
+        max_pieces,
+        int(without_pieces.sum()),
     )
-    predicted = _predict(_load(named, config), _surface_forms(spelled, longest, config.pad_token_id), new)
+    predicted = _predict(
+        _load_hypernetwork(named, config), _surface_forms(spelled, max_pieces, config.pad_token_id), new
+    )
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
-        made = predicted[int(is_head)].to(weight.device, copy=True)
-        made[formless.to(made.device)] = new.mean_row(weight)
-        return made
+        new_rows = predicted[int(is_head)].to(weight.device, copy=True)
+        new_rows[without_pieces.to(new_rows.device)] = new.mean_row(weight)
+        return new_rows
 
     return rows
 
 
 def _spell(tokens: Sequence[Token], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids that the hypernetwork's tokenizer writes each token in, without pre-tokenizing its bytes."""
+    """Segment each token with the hypernetwork's tokenizer, without pre-tokenization."""
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     model = tokenizer.backend_tokenizer.model
     return [
@@ -118,26 +123,26 @@ def _spell(tokens: Sequence[Token], tokenizer: PreTrainedTokenizerBase) -> list[
     ]
 
 
-def _surface_forms(spelled: Sequence[Sequence[int]], longest: int, padding: int) -> Tensor:
-    """What the hypernetwork reads, int64 [B, L]: the first L = ``longest`` pieces of each token, then padding."""
-    return torch.tensor([[*pieces[:longest], *[padding] * (longest - len(pieces))] for pieces in spelled])
+def _surface_forms(spelled: Sequence[Sequence[int]], max_pieces: int, padding: int) -> Tensor:
+    """Return the hypernetwork's input int64 (B, L): the first L = ``max_pieces`` pieces of each token, padded."""
+    return torch.tensor([[*pieces[:max_pieces], *[padding] * (max_pieces - len(pieces))] for pieces in spelled])
 
 
 def _predict(hypernetwork: PreTrainedModel, forms: Tensor, new: NewTokens) -> tuple[Tensor, Tensor]:
-    """The rows of the input embedding and of the head, float32 [B, D] each; the same ones for a tied hypernetwork."""
-    assert new.own is not None, "asked for in the registry"
-    embedding, head = new.own
+    """Predict rows of the input embedding and of the LM head, float32 (B, D) each; they are equal for a tied one."""
+    assert new.embedding_and_head is not None, "requested in the registry"
+    embedding, head = new.embedding_and_head
     config = hypernetwork.config
-    hypernetwork.to(embedding.device)  # type: ignore[arg-type]  # of transformers, whose `to` loses self
+    hypernetwork.to(embedding.device)  # type: ignore[arg-type]  # transformers' annotation of `to` lacks self
     parts = [embedding, head] if _has_head(config) else [embedding]
     source = torch.cat([part.float() for part in parts], dim=1)
-    made: tuple[list[Tensor], list[Tensor]] = ([], [])
+    predicted: tuple[list[Tensor], list[Tensor]] = ([], [])
     with torch.no_grad():
-        for part in forms.to(embedding.device).split(TARGETS_AT_A_TIME):
+        for part in forms.to(embedding.device).split(TARGETS_PER_BATCH):
             of_input, of_head, _bias = hypernetwork(part, target_priors=None, source_embeddings=source)
-            made[0].append(of_input.float())
-            made[1].append((of_input if of_head is None else of_head).float())
-    of_input, of_head = (torch.cat(each) for each in made)
+            predicted[0].append(of_input.float())
+            predicted[1].append((of_input if of_head is None else of_head).float())
+    of_input, of_head = (torch.cat(batches) for batches in predicted)
     return of_input, of_head
 
 
@@ -146,97 +151,99 @@ def _has_head(config: PretrainedConfig) -> bool:
 
 
 def _read_config(named: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The configuration, by the checkpoint's own class.
+    """Read the configuration with the checkpoint's own class.
 
     Raises:
-        OmpError: there is none, it is not a hypernetwork's, or its code may not run.
+        OmpError: if there is none, it is not that of a hypernetwork, or its code is not trusted.
     """
     try:
         declared, _ = PretrainedConfig.get_config_dict(named)
-    except Exception as error:  # of the network, the hub or the file
+    except Exception as error:  # errors of the network, the hub or the file
         raise _unreadable(named, error) from error
     if not {"AutoConfig", "AutoModel"} <= declared.get("auto_map", {}).keys():
-        raise _none_of_zett(named)
+        raise _not_zett(named)
     if not trust_remote_code:
         raise OmpError(
-            f"{_KEY}: {named} brings code of its own, which is not run unasked; read it, and pass --trust-remote-code "
-            "to mergekit-yaml if you trust it."
+            f"{_KEY}: {named} contains code, which does not run without permission; read it, and pass "
+            "--trust-remote-code to mergekit-yaml if you trust it."
         )
     try:
         config = AutoConfig.from_pretrained(named, trust_remote_code=True)
-    except Exception as error:  # whatever the checkpoint's code raises
+    except Exception as error:  # arbitrary errors of the checkpoint's code
         raise _unreadable(named, error) from error
     if not hasattr(config, "hn_surface_maxlen"):
-        raise _none_of_zett(named)
+        raise _not_zett(named)
     if getattr(config, "hn_embed_lang_id", False):
         raise OmpError(
-            f"{_KEY}: {named} is multilingual and wants to be told a language, which a recipe cannot; name one that "
-            f"is not, such as {_EXAMPLE}."
+            f"{_KEY}: {named} is multilingual and requires a language id, which recipes cannot set; name a "
+            f"monolingual one, such as {_EXAMPLE}."
         )
     return config
 
 
 def _read_tokenizer(named: str) -> PreTrainedTokenizerBase:
-    """The hypernetwork's tokenizer as its tokenizer.json has it, whatever class its configuration names."""
+    """Load the hypernetwork's tokenizer from tokenizer.json, whatever class its configuration names."""
     try:
         return PreTrainedTokenizerFast.from_pretrained(named)
-    except Exception as error:  # of the network, the hub or the file
+    except Exception as error:  # errors of the network, the hub or the file
         raise _unreadable(named, error) from error
 
 
-def _load(named: str, config: PretrainedConfig) -> PreTrainedModel:
-    """The module and its weights, in float32, on the CPU."""
+def _load_hypernetwork(named: str, config: PretrainedConfig) -> PreTrainedModel:
+    """Load the module and its weights in float32 on the CPU."""
     try:
         module: Any = get_class_from_dynamic_module(config.auto_map["AutoModel"], named)
         if not hasattr(module, "all_tied_weights_keys"):
-            # transformers 5 sets this in post_init(), which the published module, being older, does not call
+            # transformers 5 sets this in post_init(), which the published, older module does not call
             module.all_tied_weights_keys = {}
         return module.from_pretrained(named, config=config, dtype=torch.float32).eval()
-    except Exception as error:  # whatever the checkpoint's code raises
+    except Exception as error:  # arbitrary errors of the checkpoint's code
         raise _unreadable(named, error) from error
 
 
 def _check_fit(new: NewTokens, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The hypernetwork looks its pieces up in the model's matrices, so it must be one for this model.
+    """Check that the hypernetwork is for this model, since it looks pieces up in the model's matrices.
 
     Raises:
-        OmpError: it is for another width or vocabulary, or predicts no rows for a head that the model has.
+        OmpError: if it is for another width or vocabulary, or predicts no rows for the model's LM head.
     """
-    assert new.own is not None, "asked for in the registry"
-    embedding, head = new.own
+    assert new.embedding_and_head is not None, "requested in the registry"
+    embedding, head = new.embedding_and_head
     if config.n_embd != embedding.shape[1]:
         raise OmpError(
-            f"{_KEY}: {new.parameters.hypernetwork} is for rows of {config.n_embd} numbers, and the model's have "
-            f"{embedding.shape[1]}; name the hypernetwork of this model."
+            f"{_KEY}: {new.parameters.hypernetwork} is for rows of width {config.n_embd}, but the model's have "
+            f"width {embedding.shape[1]}; name the hypernetwork of this model."
         )
     same, compared = _count_same_tokens(new.model, tokenizer, config.original_vocab_size)
     if config.original_vocab_size > len(embedding) or 2 * same < compared:
         raise OmpError(
             f"{_KEY}: {new.parameters.hypernetwork} is for another vocabulary, of {config.original_vocab_size} "
-            f"tokens, of which {same} are where the model has them; name the hypernetwork of this model."
+            f"tokens, of which {same} have the same id in the model; name the hypernetwork of this model."
         )
     if not _has_head(config) and not torch.equal(embedding, head):
         raise OmpError(
-            f"{_KEY}: {new.parameters.hypernetwork} predicts no rows for an LM head, and the model has one of "
-            "its own; name the hypernetwork of this model."
+            f"{_KEY}: {new.parameters.hypernetwork} predicts no rows for an LM head, but the model has a separate "
+            "one; name the hypernetwork of this model."
         )
 
 
 def _count_same_tokens(model: Vocabulary, tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[int, int]:
-    """How many of the model's ordinary tokens the hypernetwork has at the same id, and of how many."""
-    theirs = {id_: text for text, id_ in tokenizer.get_vocab().items() if id_ < size}
-    ours = {id_: token for id_, token in model.tokens.items() if token.kind is TokenKind.ORDINARY and not token.added}
-    return sum(theirs.get(id_) == as_text(token.data) for id_, token in ours.items()), len(ours)
+    """Count the model's ordinary tokens with the same id in the hypernetwork's tokenizer, and all of them."""
+    text_of_id = {id_: text for text, id_ in tokenizer.get_vocab().items() if id_ < size}
+    ordinary = {
+        id_: token for id_, token in model.tokens.items() if token.kind is TokenKind.ORDINARY and not token.added
+    }
+    return sum(text_of_id.get(id_) == as_text(token.data) for id_, token in ordinary.items()), len(ordinary)
 
 
-def _none_of_zett(named: str) -> OmpError:
-    return OmpError(f"{_KEY}: {named} is no hypernetwork of ZeTT; name a checkpoint of one, such as {_EXAMPLE}.")
+def _not_zett(named: str) -> OmpError:
+    return OmpError(f"{_KEY}: {named} is not a hypernetwork of ZeTT; name a checkpoint such as {_EXAMPLE}.")
 
 
 def _unreadable(named: str, error: Exception) -> OmpError:
     lines = str(error).strip().splitlines()
     reason = lines[0].rstrip(".") if lines else type(error).__name__
     return OmpError(
-        f"{_KEY}: the hypernetwork {named} cannot be loaded ({reason}); name the folder of a whole checkpoint, or one "
-        "on the hub."
+        f"{_KEY}: the hypernetwork {named} cannot be loaded ({reason}); name the folder of a complete checkpoint, or "
+        "a hub id."
     )

@@ -1,1 +1,1 @@
-"""The output folder: it appears when it is whole, and its files agree with each other."""
+"""Write the output folder: publish it when it is complete, with consistent files."""

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of the output, consistent with the tokenizer that it ships."""
+"""Write config.json and generation_config.json of the output, consistent with its tokenizer."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -27,14 +27,14 @@ GENERATION_CONFIG = "generation_config.json"
 _GENERATION = GenerationConfig()
 
 _SET_ROLES = ("bos", "eos", "pad")
-"""Roles whose ids a configuration always states, if only as None."""
+"""Roles whose ids a configuration always contains, even if they are None."""
 
 
 def without_ids_of_base(settings: PretrainedConfig) -> PretrainedConfig:
-    """A configuration whose bos, eos and pad are None until :func:`finish_output` sets the output's.
+    """Set bos, eos and pad of a configuration to None until :func:`finish_output` sets the output's ids.
 
-    The base's ids mean nothing in the output vocabulary, and transformers warns of those beyond its end when mergekit
-    saves the configuration.
+    The base's ids are meaningless in the output vocabulary, and transformers warns about ids beyond its end when
+    mergekit saves the configuration.
     """
     for role in _SET_ROLES:
         setattr(settings, f"{role}_token_id", None)
@@ -42,14 +42,13 @@ def without_ids_of_base(settings: PretrainedConfig) -> PretrainedConfig:
 
 
 def finish_output(folder: Path, transplant: Transplant) -> None:
-    """Make the files of a merged model agree with each other, and readable by transformers 4 and 5 alike.
+    """Make the files of a merged model consistent, and readable by both transformers 4 and 5.
 
-    mergekit writes the base model's ids, one row for each token where ids may have gaps, and no
-    generation_config.json.
+    mergekit writes the base model's ids, a vocab_size that ignores gaps between ids, and no generation_config.json.
     """
     base, vocabulary = transplant.base, transplant.vocabulary
-    origin = transplant.donors[0]  # the model whose tokenizer the output's is, or begins with
-    # A token that the recipe has approximated is the same token nevertheless.
+    origin = transplant.donors[0]  # the output tokenizer is that of this model, or extends it
+    # Uses own_match, since a token that the recipe approximates is still the same token.
     ids = TokenIds(vocabulary, base.vocabulary, base.alignment.own_match.rows)
     of_origin = TokenIds(vocabulary, origin.vocabulary, origin.match.rows)
     roles = _with_roles_of_config(ids.roles, of_origin, read_settings(origin.reference, CONFIG))
@@ -64,13 +63,13 @@ def finish_output(folder: Path, transplant: Transplant) -> None:
     write_json(folder / CONFIG, settings)
 
     generation = _generation_settings(base.reference)
-    stated = [
-        *of_origin.translated(_stated_stop_ids(_generation_settings(origin.reference))),
-        *ids.translated(_stated_stop_ids(generation)),
+    stop_candidates = [
+        *of_origin.translated(_stop_ids_of(_generation_settings(origin.reference))),
+        *ids.translated(_stop_ids_of(generation)),
     ]
     ids.translate(generation)
     set_roles(generation, roles)
-    generation["eos_token_id"] = stop_ids(stated, generation["eos_token_id"], base.match.rows)
+    generation["eos_token_id"] = stop_ids(stop_candidates, generation["eos_token_id"], base.match.rows)
     write_json(folder / GENERATION_CONFIG, generation)
 
     finish_tokenizer(
@@ -84,12 +83,12 @@ def finish_output(folder: Path, transplant: Transplant) -> None:
 
 
 class TokenIds:
-    """The output's ids of a model's tokens, for what its configuration files name.
+    """Translates token ids in a model's configuration files to output ids.
 
     Args:
         output: the output vocabulary.
-        model: the model's own.
-        rows: int64 [V], the model's row for each output id, -1 where it has none.
+        model: the model's vocabulary.
+        rows: int64 (V,), the model's row for each output id, -1 for none.
     """
 
     def __init__(self, output: Vocabulary, model: Vocabulary, rows: torch.Tensor) -> None:
@@ -98,14 +97,14 @@ class TokenIds:
         self.by_row = by_role | {row: id_ for id_, row in reversed(list(enumerate(rows.tolist()))) if row >= 0}
 
     def translated(self, ids: Iterable[int]) -> list[int]:
-        """The output's ids of some tokens of the model, those left out that the output lacks."""
+        """Return the output ids of tokens of the model, without tokens that the output lacks."""
         return [self.by_row[id_] for id_ in ids if id_ in self.by_row]
 
     def translate(self, settings: dict[str, Any]) -> None:
-        """Replace every token id in a configuration, nested ones included, by the output's id of the same token.
+        """Replace every token id in a configuration, including nested ones, by the output id of the same token.
 
-        A token that the output vocabulary lacks has no id any more: its setting becomes None, with a warning, or -1
-        where it marks the place of an image or a sound, since those settings must be integers.
+        The setting of a token that the output vocabulary lacks becomes None, with a warning. Placeholders of images
+        and audio become -1, since these settings must be integers.
         """
         for key, value in settings.items():
             if isinstance(value, dict):
@@ -123,9 +122,9 @@ class TokenIds:
 def _with_roles_of_config(
     roles: Mapping[str, int], of_origin: TokenIds, config: Mapping[str, Any]
 ) -> dict[str, int | None]:
-    """Roles of the output tokenizer, and those that it leaves open but the config.json it comes with sets.
+    """Return the roles of the output tokenizer, and further roles that the config.json of its origin sets.
 
-    Qwen's tokenizers have no bos, and Qwen's config.json names one all the same.
+    Qwen's tokenizers have no bos, for example, but Qwen's config.json sets one.
     """
     result: dict[str, int | None] = dict(roles)
     for role in _SET_ROLES:
@@ -137,7 +136,7 @@ def _with_roles_of_config(
 
 
 def set_roles(settings: dict[str, Any], roles: Mapping[str, int | None]) -> None:
-    """Set bos, eos and pad, and unk where there is one, to those of the output, in place."""
+    """Set bos, eos and pad, and unk if it exists, to the ids of the output, in place."""
     for role in _SET_ROLES:
         settings[f"{role}_token_id"] = roles.get(role)
     if "unk" in roles:
@@ -149,7 +148,7 @@ def _names_a_token(key: str) -> bool:
 
 
 def _generation_settings(model: ModelReference) -> dict[str, Any]:
-    """What a model's generation_config.json sets; nothing where it has none."""
+    """Read the settings of a model's generation_config.json; return {} if there is none."""
     try:
         loaded = GenerationConfig.from_pretrained(model.model.path, revision=model.model.revision)
     except OSError:
@@ -157,30 +156,30 @@ def _generation_settings(model: ModelReference) -> dict[str, Any]:
     return loaded.to_diff_dict()
 
 
-def _stated_stop_ids(generation: Mapping[str, Any]) -> list[int]:
-    stated = generation.get("eos_token_id")
-    return list(stated) if isinstance(stated, list) else [] if stated is None else [stated]
+def _stop_ids_of(generation: Mapping[str, Any]) -> list[int]:
+    eos = generation.get("eos_token_id")
+    return list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
 
 
-def stop_ids(stated: Iterable[int], eos: int | None, rows: torch.Tensor) -> int | list[int] | None:
-    """Where generation stops: at the tokens that the models' own generation_config.json name, else at eos.
+def stop_ids(candidates: Iterable[int], eos: int | None, rows: torch.Tensor) -> int | list[int] | None:
+    """Return the ids at which generation stops: those of the models' generation_config.json, or else eos.
 
-    And at every token with the row of one of those: equal rows have equal logits, so that the model says either. So a
-    base whose bos and eos are one token says the output's bos where it means its eos.
+    Includes every token with the row of one of these: equal rows have equal logits, so the model generates either. A
+    base whose bos and eos are one token, for example, may generate the output's bos for its eos.
 
     Args:
-        stated: output ids, the donor's first, then the base's, which the body has learnt to say.
-        eos: the tokenizer's.
-        rows: int64 [V], the base's row for each output id, -1 where it has none.
+        candidates: output ids of the donor's stop tokens, then of the base's, which the body has learnt to generate.
+        eos: eos of the tokenizer.
+        rows: int64 (V,), the base's row for each output id, -1 for none.
     """
-    ids = list(dict.fromkeys(stated)) or ([] if eos is None else [eos])
-    same = [int(id_) for stop in ids if rows[stop] >= 0 for id_ in (rows == rows[stop]).nonzero()]
-    ids = list(dict.fromkeys([*ids, *same]))
+    ids = list(dict.fromkeys(candidates)) or ([] if eos is None else [eos])
+    equal_rows = [int(id_) for stop in ids if rows[stop] >= 0 for id_ in (rows == rows[stop]).nonzero()]
+    ids = list(dict.fromkeys([*ids, *equal_rows]))
     return (ids if len(ids) > 1 else ids[0]) if ids else None
 
 
 def _set_vocab_size(settings: dict[str, Any], base: RecipeModel, size: int) -> None:
-    """Set the number of rows where mergekit looks for it, and wherever else a part of the model states the base's."""
+    """Set vocab_size where mergekit reads it, and wherever else the configuration contains the base's."""
     info = arch_info_for_config(base.config)
     *parents, last = ((info and info.vocab_size_config_key) or "vocab_size").split(".")
     part = settings

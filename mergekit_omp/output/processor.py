@@ -1,4 +1,4 @@
-"""Give the output the processor of a base that reads images or sound, so that ``AutoProcessor`` loads it."""
+"""Copy the processor of a base with image or audio input, so that ``AutoProcessor`` loads the output."""
 
 import shutil
 from pathlib import Path
@@ -10,10 +10,10 @@ from mergekit_omp.recipe.transplant import Transplant
 
 
 def copy_processor(folder: Path, transplant: Transplant) -> None:
-    """Copy the processor's files of the base, and name its tokens in the output's tokenizer.
+    """Copy the base's processor files, and register its named tokens in the output tokenizer.
 
-    mergekit copies some of these files for some architectures; and vocab.json for others, which is the vocabulary that
-    the model had.
+    mergekit copies some of these files for some architectures. For others it copies vocab.json, which is the
+    vocabulary of the base and therefore removed here.
     """
     if (folder / "tokenizer.json").exists():
         (folder / "vocab.json").unlink(missing_ok=True)

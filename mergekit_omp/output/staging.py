@@ -1,4 +1,4 @@
-"""Stage an output folder: it appears under its name when it is whole, and never before."""
+"""Stage an output folder: publish it under its name only when it is complete."""
 
 import logging
 import os
@@ -19,19 +19,19 @@ UNFINISHED = ".unfinished"
 
 @contextmanager
 def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A folder to write a model to, which becomes ``out_path`` when the block ends without an exception.
+    """Yield a folder for a model, which becomes ``out_path`` when the block ends without an exception.
 
-    Until then everything is under ``<out_path>.unfinished``. A failed run removes that folder unless the weights in it
-    are whole, and the next run replaces it.
+    Until then all files are in ``<out_path>.unfinished``. A failed run removes that folder unless its weights are
+    complete, and the next run replaces it.
 
     Raises:
-        WeightsAreKeptError: where the block fails after the weights were written.
-        OmpError: where ``out_path`` holds something already, cannot be written, or is being written by another run.
+        WeightsAreKeptError: if the block fails after the weights were written.
+        OmpError: if ``out_path`` is not empty, cannot be written, or is being written by another run.
     """
     final = Path(os.path.realpath(out_path))
     _check_free(final)
     with _locked(final.with_name(final.name + UNFINISHED), final) as staging:
-        folder = staging / final.name  # mergekit takes the model card's title from the folder's name
+        folder = staging / final.name  # the folder's name is the title of the model card
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         with _keeping_weights(folder, final):
@@ -43,30 +43,30 @@ def staged(out_path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 class WeightsAreKeptError(OmpError):
-    """Raised where a run fails after its weights were written; the message names the folder that has them."""
+    """Raised if a run fails after its weights were written; the message names their folder."""
 
 
 @contextmanager
 def _keeping_weights(folder: Path, final: Path) -> Iterator[None]:
-    """Have a failure of the block keep weights that are whole, which may have taken hours."""
+    """Keep complete weights, which may have taken hours, if the block fails."""
     try:
         yield
     except Exception as error:
-        if weight_file(folder) is None:  # mergekit gives them their names when all of them are written
+        if weight_file(folder) is None:  # mergekit names the files when all of them are written
             raise
         reason = explanation(error, final)
         if reason is None:
             LOG.error("The run failed after its weights were written", exc_info=error)
             reason = f"The run failed after its weights were written ({type(error).__name__}: {first_line(error)})."
         raise WeightsAreKeptError(
-            f"{reason} The weights are whole and stay in {folder}; other files may be missing there. "
-            "The next run into the same output folder replaces them."
+            f"{reason} The weights are complete and kept in {folder}; other files may be missing there. "
+            "The next run with the same output folder replaces them."
         ) from error
 
 
 @contextmanager
 def _locked(staging: Path, final: Path) -> Iterator[Path]:
-    """The staging folder, for one run at a time, and gone afterwards unless it keeps whole weights."""
+    """Lock the staging folder for one run, and remove it afterwards unless it contains complete weights."""
     try:
         staging.mkdir(parents=True, exist_ok=True)
         lock = FileLock(staging / "lock")
@@ -74,16 +74,18 @@ def _locked(staging: Path, final: Path) -> Iterator[Path]:
     except Timeout as error:
         raise OmpError(f"{final} is being written by another run; wait for it or name another folder.") from error
     except OSError as error:
-        raise OmpError(f"{final}: the output folder cannot be made ({error.strerror}); name another one.") from error
+        raise OmpError(
+            f"{final}: the output folder cannot be created ({error.strerror}); name another one."
+        ) from error
     try:
-        if not os.path.exists(lock.lock_file):  # the run that held it has just ended, and has removed it
-            raise OmpError(f"{final} was being written by another run until now; look at it or name another folder.")
+        if not os.path.exists(lock.lock_file):  # another run has just finished and removed it
+            raise OmpError(f"{final} was being written by another run until now; check it or name another folder.")
         yield staging
     except WeightsAreKeptError:
         os.unlink(lock.lock_file)
         raise
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)  # while the lock is held, so that no other run is in there
+        shutil.rmtree(staging, ignore_errors=True)  # under the lock, so that no other run uses the folder
         raise
     else:
         shutil.rmtree(staging, ignore_errors=True)
@@ -101,6 +103,6 @@ def _check_free(final: Path) -> None:
     present = sorted(path.name for path in final.iterdir())
     if present:
         raise OmpError(
-            f"{final} is not empty (it has {', '.join(present[:3])}{', …' if len(present) > 3 else ''}), "
-            "and nothing is replaced unasked; name a new folder or empty that one."
+            f"{final} is not empty (it contains {', '.join(present[:3])}{', …' if len(present) > 3 else ''}), "
+            "and existing files are never replaced; name a new folder or empty this one."
         )

@@ -1,4 +1,4 @@
-"""Models that say that their LM head is their input embedding, and store one of its own nevertheless."""
+"""Handle models that declare a tied LM head but store a separate one."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ _TIED = "tie_word_embeddings"
 
 
 def tied_parts(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The configuration, and the nested ones, that say that the head is the embedding."""
+    """Yield the configuration and its nested parts that declare a tied head."""
     if settings.get(_TIED) is True:
         yield settings
     for value in settings.values():
@@ -25,14 +25,14 @@ def tied_parts(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def untie_where_head_differs(folder: Path, weights: Iterable[WeightInfo], settings: dict[str, Any]) -> None:
-    """Have a written model's configuration say that it is untied, in place, where it has a head of its own.
+    """Declare a written model untied, in place, if its head differs from its embedding.
 
-    Engines that believe ``tie_word_embeddings`` ignore that head.
+    Engines that rely on ``tie_word_embeddings`` ignore a separate head.
 
     Args:
         folder: the output folder, with all tensors.
-        weights: the tensors of its architecture.
-        settings: what its config.json says.
+        weights: tensors of its architecture.
+        settings: content of its config.json.
     """
     loader = LazyTensorLoader(ShardedTensorIndex.from_disk(str(folder)), lazy_unpickle=True)
     inputs, heads = _stored_pair(weights, loader)
@@ -44,13 +44,13 @@ def untie_where_head_differs(folder: Path, weights: Iterable[WeightInfo], settin
 def is_redundant_head(
     weight: WeightInfo, weights: Iterable[WeightInfo], models: Iterable[ModelReference], trust_remote_code: bool
 ) -> bool:
-    """Whether a weight is the head of models that all tie it, so that nothing is lost where it is not written.
+    """Tell whether a weight is the head of models that all tie it, so that it need not be written.
 
     Args:
         weight: one of the tensors that a merge would write.
-        weights: all of them.
-        models: the models that are merged; their checkpoints are read where they store a head.
-        trust_remote_code: whether code that comes with a model may be run to read its configuration.
+        weights: all of these tensors.
+        models: the models that are merged; their checkpoints are read if they store a head.
+        trust_remote_code: whether to run code that comes with a model to read its configuration.
     """
     if not weight.optional or not _is_vocabulary_matrix(weight, VocabularyRole.HEAD):
         return False
@@ -66,11 +66,11 @@ def is_redundant_head(
 
 
 def _stored_pair(weights: Iterable[WeightInfo], loader: LazyTensorLoader) -> tuple[list[str], list[str]]:
-    """The names under which a checkpoint stores its input embeddings, and its head."""
+    """Return the names under which a checkpoint stores its input embeddings and its head."""
 
     def stored(role: VocabularyRole) -> list[str]:
         names = [(w.name, *(w.aliases or ())) for w in weights if _is_vocabulary_matrix(w, role)]
-        return [name for known_as in names for name in known_as if name in loader.index.tensor_paths]
+        return [name for aliases in names for name in aliases if name in loader.index.tensor_paths]
 
     weights = list(weights)
     return stored(VocabularyRole.INPUT), stored(VocabularyRole.HEAD)

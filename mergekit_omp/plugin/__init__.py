@@ -1,1 +1,1 @@
-"""How mergekit finds this package and calls it."""
+"""Connect this package to mergekit."""

@@ -1,8 +1,8 @@
-"""How mergekit comes to know this package: import hooks, left when torch is imported.
+"""Register import hooks for mergekit when torch is imported.
 
-mergekit discovers no plugins. PyTorch does: it calls the entry points of the group ``torch.backends`` at the end of
-``import torch``, and every mergekit command imports torch first. What is called there only leaves hooks for modules of
-mergekit that may be imported later; mergekit itself is never imported from here, and nothing heavy is.
+mergekit has no plugin discovery. PyTorch has: it calls the entry points of the group ``torch.backends`` at the end of
+``import torch``, and every mergekit command imports torch first. The entry point only registers hooks for modules of
+mergekit that may be imported later; it imports neither mergekit nor other large packages.
 """
 
 import logging
@@ -14,20 +14,21 @@ _registered = False
 
 
 def on_torch_import() -> None:
-    """Leave the hooks; the ``torch.backends`` entry point. Never raises: that would break ``import torch``."""
+    """Register the hooks; the entry point of ``torch.backends``. Never raises, which would break ``import torch``."""
     try:
         register()
     except Exception as error:
-        logging.getLogger(__name__).warning("mergekit-omp is installed but could not be set up: %r", error)
+        logging.getLogger(__name__).warning("mergekit-omp is installed but failed to register: %r", error)
 
 
 def register() -> None:
-    """Make ``omp`` and ``omp_<method>`` known to mergekit, now or as soon as it is imported.
+    """Register ``omp`` and ``omp_<method>`` with mergekit, now or as soon as it is imported.
 
-    Only needed where the entry point does not run (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, or torch imported before this
-    package was installed). Calling it twice is harmless.
+    Only needed if the entry point does not run (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``, or torch was imported before this
+    package was installed). Repeated calls have no effect.
 
     Example:
+        >>> from mergekit_omp import register
         >>> register()
         >>> from mergekit import merge_methods
         >>> merge_methods.get("omp_slerp").spec.name
@@ -49,12 +50,13 @@ def register() -> None:
 
 def _call_patch(function: str) -> Hook:
     def hook(module: ModuleType) -> None:
-        # A failure here must not break mergekit's own recipes; ours then say what is wrong (compat.require_supported).
+        # A failure must not break mergekit's own recipes; compat.require_supported reports it for recipes of this
+        # package.
         try:
             from mergekit_omp.plugin import patches
 
             getattr(patches, function)(module)
         except Exception as error:
-            logging.getLogger(__name__).warning("mergekit-omp could not connect to %s: %r", module.__name__, error)
+            logging.getLogger(__name__).warning("mergekit-omp failed to connect to %s: %r", module.__name__, error)
 
     return hook

@@ -1,4 +1,4 @@
-"""Call a function once a module is completely imported, however far its import is now."""
+"""Call a function as soon as a module is completely imported, whatever the current state of its import."""
 
 import sys
 from collections.abc import Callable
@@ -9,7 +9,7 @@ Hook = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, hook: Hook) -> None:
-    """Call ``hook`` with the module ``name`` once it is completely imported."""
+    """Call ``hook`` with the module ``name`` as soon as it is completely imported."""
     import wrapt
 
     module = sys.modules.get(name)
@@ -26,11 +26,12 @@ def _is_initializing(spec: ModuleSpec | None) -> bool:
 
 
 def _on_first_use(module: ModuleType, hook: Hook) -> None:
-    """Call ``hook`` at the first attribute that is read from ``module`` after its import has finished.
+    """Call ``hook`` at the first attribute access of ``module`` after its import.
 
-    ``from mergekit.merge import run_merge`` may itself be what imports torch, and so us: the module is then half
-    initialised, too late for an import hook and too early to wrap anything. As in ``importlib.util.LazyLoader``, the
-    module's class is changed until then.
+    ``from mergekit.merge import run_merge`` may import torch, and so this package. The module is then partially
+    initialised: too late for an import hook, and too early to wrap its functions. As in ``importlib.util.LazyLoader``,
+        the
+    module's class is replaced until then.
     """
 
     class AwaitingHook(type(module)):  # type: ignore[misc]  # the base is known at run time only

@@ -1,7 +1,7 @@
-"""The merge methods: ``omp`` and ``omp_<method>``, each a mergekit method whose inputs are realigned first.
+"""Define the merge methods ``omp`` and ``omp_<method>``: methods of mergekit whose inputs are realigned first.
 
-Realigning is done by the tasks that :mod:`mergekit_omp.plugin.patches` puts before the merge, so that a method object
-has only to accept our parameters and to hand the realigned tensors to the inner method.
+The tasks that :mod:`mergekit_omp.plugin.patches` adds before the merge realign the inputs. So a method only has to
+accept the additional parameters and to pass the realigned tensors to the inner method.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ PAPER = "https://arxiv.org/abs/2506.06607"
 
 
 class RealignedMerge(MergeMethod):
-    """An inner merge method, reachable under another name and with our parameters beside its own.
+    """An inner merge method under another name, with the parameters of this package in addition to its own.
 
     The inner method's parameters, input contract and optional-tensor policy are unchanged.
 
     Raises:
-        OmpError: where a parameter of the inner method has the name of one of ours.
+        OmpError: if a parameter of the inner method has the name of one of this package's.
     """
 
     def __init__(self, name: str, inner: MergeMethod) -> None:
@@ -58,24 +58,24 @@ class RealignedMerge(MergeMethod):
         input_dtypes: Sequence[torch.dtype | None],
         out_dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        inner_parameters = [_without_ours(bound) for bound in parameters]
+        inner_parameters = [_inner_parameters(bound) for bound in parameters]
         return self.inner._execute(groups, inner_parameters, options, input_dtypes=input_dtypes, out_dtype=out_dtype)
 
 
 def realigned_methods(registered: Sequence[MergeMethod]) -> list[RealignedMerge]:
-    """The methods that are still to be registered, given those that mergekit knows; ``omp`` is ``omp_passthrough``.
+    """Return the methods that are not yet registered; ``omp`` is ``omp_passthrough``.
 
-    A method whose parameters clash with ours is left out; a recipe that names it is told so.
+    A method with conflicting parameters is omitted; a recipe that names it raises an OmpError.
     """
     known = {method.spec.name for method in registered}
-    missing = []
+    unregistered = []
     for inner in registered:
         if isinstance(inner, RealignedMerge):
             continue
         names = [PREFIX + inner.spec.name, *([TRANSPLANT] if inner.spec.name == "passthrough" else [])]
         with contextlib.suppress(OmpError):
-            missing += [RealignedMerge(name, inner) for name in names if name not in known]
-    return missing
+            unregistered += [RealignedMerge(name, inner) for name in names if name not in known]
+    return unregistered
 
 
 def _parameter_specs() -> list[ParameterSpec]:
@@ -96,5 +96,5 @@ def _pretty_name(name: str, inner: MergeMethod) -> str:
     return transplant if name == TRANSPLANT else f"{transplant} + {inner.spec.pretty_name or inner.spec.name}"
 
 
-def _without_ours(bound: Mapping[str, Any]) -> dict[str, Any]:
+def _inner_parameters(bound: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in bound.items() if name not in OmpParameters.model_fields}

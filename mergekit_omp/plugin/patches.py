@@ -1,7 +1,7 @@
-"""The functions of mergekit that are wrapped, and what is put around them.
+"""Wrap functions of mergekit.
 
-Four things of mergekit 0.1.5 are connected to: the recipe's data model, the registry of merge methods, the planner,
-and ``run_merge``. Recipes whose ``merge_method`` is not ours go through the wrapped functions unchanged.
+Four parts of mergekit 0.1.5 are wrapped: the data model of recipes, the registry of merge methods, the planner and
+``run_merge``. For recipes with a ``merge_method`` of mergekit the wrapped functions behave as before.
 """
 
 import inspect
@@ -32,15 +32,15 @@ _current_record: ContextVar["Record | None"] = ContextVar("_current_record", def
 
 
 def connect_config(config: ModuleType) -> None:
-    """Have the mistakes in the text of a recipe of ours told in sentences."""
+    """Report recipe errors as OmpError."""
     _wrap_once(config, {"MergeConfiguration.model_validate": _validate_recipe})
 
 
 def connect_methods(merge_methods: ModuleType) -> None:
-    """Register ``omp`` and an ``omp_<method>`` for every method that is registered."""
+    """Register ``omp``, and ``omp_<method>`` for every registered method."""
     if not hasattr(merge_methods, "registered_methods"):
-        return  # before 0.1.5; a recipe of ours is refused when it runs
-    import mergekit_omp.plugin.merge_methods  # noqa: F401, it may be what imports mergekit, and so be half imported itself
+        return  # before 0.1.5; running a recipe then raises an OmpError
+    import mergekit_omp.plugin.merge_methods  # noqa: F401  # may be partially imported now
 
     def register(methods: ModuleType) -> None:
         for method in methods.realigned_methods(merge_methods.registered_methods()):
@@ -50,13 +50,13 @@ def connect_methods(merge_methods: ModuleType) -> None:
 
 
 def connect_planner(plan: ModuleType) -> None:
-    """Have the planner put our tasks in front of our methods."""
+    """Wrap the planner to add realignment tasks before merges."""
     wrappers = {"__init__": _init_planner, "_plan": _plan, "plan_to_disk": _plan_to_disk}
     _wrap_once(plan, {f"MergePlanner.{name}": wrapper for name, wrapper in wrappers.items()})
 
 
 def connect_run(merge: ModuleType) -> None:
-    """Have ``run_merge`` check a recipe of ours first, and publish its output only when it is whole."""
+    """Wrap ``run_merge`` to check recipes first, and to publish only complete output."""
     wrappers = {
         "run_merge": _run_merge,
         "get_architecture_info": _get_architecture,
@@ -67,14 +67,14 @@ def connect_run(merge: ModuleType) -> None:
 
 
 def is_connected() -> bool:
-    """Return whether mergekit's ``run_merge`` is wrapped."""
+    """Tell whether mergekit's ``run_merge`` is wrapped."""
     from mergekit.merge import run_merge
 
     return hasattr(run_merge, "__wrapped__")
 
 
 def connect_card(card: ModuleType) -> None:
-    """Have the model card of a recipe of ours take a folder for a folder, without asking the hub for its name."""
+    """Wrap the model card so that it treats existing folders as local models, without requests to the hub."""
     _wrap_once(card, {"is_hf": _is_on_the_hub})
 
 
@@ -87,7 +87,7 @@ def _wrap_once(module: ModuleType, wrappers: dict[str, Wrapped]) -> None:
 
 
 def _is_for_us(config: Any) -> bool:
-    """Whether a configuration, of whatever version of mergekit, asks for a method of ours."""
+    """Tell whether a configuration, of any version of mergekit, uses a method of this package."""
     return is_ours(getattr(config, "merge_method", None))
 
 
@@ -105,7 +105,7 @@ def _validate_recipe(wrapped: Wrapped, _class: Any, args: tuple, kwargs: dict) -
 
 
 def _init_planner(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
-    with suppress(Exception):  # recipes of ours then find no method; others are none of our business
+    with suppress(Exception):  # recipes of this package then report an unknown method; others are unaffected
         connect_later_methods()
     return wrapped(*args, **kwargs)
 
@@ -133,7 +133,7 @@ def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _record_of(planner: Any) -> "Record":
-    """The record of the run that the planner plans for; a new one where it was made outside of ``run_merge``."""
+    """Return the record of the run; a new one if the planner was created outside ``run_merge``."""
     record = _current_record.get()
     if record is None:
         from mergekit_omp.recipe.resolve import resolve
@@ -155,7 +155,7 @@ def _plan_to_disk(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> 
 
 
 def connect_later_methods() -> None:
-    """Register an ``omp_<method>`` for methods that were registered since."""
+    """Register ``omp_<method>`` for methods that were registered in the meantime."""
     from mergekit import merge_methods
 
     connect_methods(merge_methods)
@@ -191,7 +191,7 @@ def _model_out_config(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dic
 
 
 def _generate_card(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
-    """Let a card that cannot be made cost a warning, not the weights that were written before it."""
+    """Reduce a failure of the model card to a warning, so that it does not cost the written weights."""
     try:
         return wrapped(*args, **kwargs)
     except Exception as error:
@@ -199,7 +199,9 @@ def _generate_card(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) 
         if not _is_for_us(call.arguments.get("config")):
             raise
         LOG.warning(
-            "mergekit cannot make the model card (%s: %s); README.md has the recipe alone", type(error).__name__, error
+            "mergekit cannot create the model card (%s: %s); README.md contains only the recipe",
+            type(error).__name__,
+            error,
         )
         call.apply_defaults()
         return f"# {call.arguments['name']}\n\n```yaml\n{call.arguments['config_yaml']}\n```\n"
@@ -226,41 +228,32 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     from mergekit_omp.recipe.model_checks import check_checkpoints
     from mergekit_omp.recipe.resolve import resolve
     from mergekit_omp.report.record import Record
-    from mergekit_omp.report.run_log import log_summary
+    from mergekit_omp.report.run_log import log_start, log_summary, run_lines
 
     started = time.perf_counter()
     connect_later_methods()
-    with _log_level(logging.ERROR if options.quiet else logging.INFO):
+    with run_lines(quiet=options.quiet):
         transplant = resolve(config, options)
         check_checkpoints(transplant)
         record = Record(transplant)
         out_path = call.arguments["out_path"]
         with explained(out_path), staged(out_path) as folder:
             call.arguments["out_path"] = str(folder)
+            log_start(transplant)
             with _recording(record):
                 result = wrapped(*call.args, **call.kwargs)
             finish_output(folder, transplant)
-            record.write(folder, time.perf_counter() - started)
-        log_summary(record)
+            seconds = time.perf_counter() - started
+            record.write(folder, seconds)
+        log_summary(record, out_path, seconds)
     return result
 
 
 @contextmanager
 def _recording(record: "Record") -> Iterator[None]:
-    """Have the planner of this run take its resolved recipe and its record from here."""
+    """Make the resolved recipe and record available to the planner of this run."""
     token = _current_record.set(record)
     try:
         yield
     finally:
         _current_record.reset(token)
-
-
-@contextmanager
-def _log_level(level: int) -> Iterator[None]:
-    """Our lines are shown unless the run is quiet, whatever the level that mergekit's ``-v`` sets for its own."""
-    before = LOG.level
-    LOG.setLevel(level)
-    try:
-        yield
-    finally:
-        LOG.setLevel(before)

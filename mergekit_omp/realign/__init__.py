@@ -1,1 +1,1 @@
-"""Give a matrix of a model the rows of the output vocabulary."""
+"""Build the vocabulary matrices of a model for the output vocabulary."""

@@ -1,4 +1,4 @@
-"""Which output tokens a model has no row for, and the anchors that can express them."""
+"""Find the new tokens of a model and the anchors that approximate them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,19 +11,24 @@ from mergekit_omp.vocabulary.matching import VocabularyMatch
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """New tokens of a model that one donor has rows for, and the anchors of both.
+    """New tokens of a model with rows in one donor, and the anchors of both.
 
-    Shapes: B targets, N atoms, U under-trained; all int64.
+    Attributes:
+        target_ids: int64 (B,), output ids of the targets.
+        target_rows: int64 (B,), their rows in the donor.
+        atom_ids: int64 (N,), output ids of the atoms.
+        atom_rows: int64 (N,), their rows in the donor.
+        untrained_ids: int64 (U,), output ids of new tokens that are under-trained in the donor.
     """
 
-    target_ids: torch.Tensor  # (B,) output ids
-    target_rows: torch.Tensor  # (B,) rows of the donor
-    atom_ids: torch.Tensor  # (N,) output ids
-    atom_rows: torch.Tensor  # (N,) rows of the donor
-    untrained_ids: torch.Tensor  # (U,) output ids of new tokens that the donor has not learnt
+    target_ids: torch.Tensor
+    target_rows: torch.Tensor
+    atom_ids: torch.Tensor
+    atom_rows: torch.Tensor
+    untrained_ids: torch.Tensor
 
     def without(self, ids: torch.Tensor) -> "Problem":
-        """The problem without these targets, output ids int64 (I,)."""
+        """Return the problem without the targets with the output ids int64 (I,)."""
         kept = ~torch.isin(self.target_ids, ids)
         return replace(
             self,
@@ -35,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class TrainedRows:
-    """Which rows belong to well-trained tokens: bool (R,) of the base, and of the donor."""
+    """Rows of well-trained tokens: bool (R,) for the base, and for the donor."""
 
     base: torch.Tensor
     donor: torch.Tensor
@@ -43,7 +48,7 @@ class TrainedRows:
 
 @dataclass(frozen=True)
 class Solution:
-    """The sparse codes of one :class:`Problem`, with the seconds that they took."""
+    """The sparse codes of one :class:`Problem`, and the seconds that the solve took."""
 
     problem: Problem
     codes: SparseCodes
@@ -56,14 +61,14 @@ def pose_problem(
     earlier: Sequence[VocabularyMatch] = (),
     trained: TrainedRows | None = None,
 ) -> Problem:
-    """Find the new tokens of ``base`` that ``donor`` has and no ``earlier`` donor has, and the anchors of both.
+    """Find the new tokens of the base that the donor has and no earlier donor has, and the anchors.
 
     Args:
-        base: match of the model that is realigned with the output vocabulary.
+        base: match of the base with the output vocabulary.
         donor: match of the donor with the same vocabulary.
-        earlier: matches of the donors that take precedence.
-        trained: which rows are well trained; None takes all for it. Text that the base has not learnt but the donor
-            has is a target; what the donor has not learnt is neither an atom nor a target.
+        earlier: matches of donors that take precedence.
+        trained: rows of well-trained tokens; None means all rows. Text that is under-trained in the base but not in
+            the donor is a target; tokens that are under-trained in the donor are neither atoms nor targets.
     """
     new = base.is_new()
     untrained = torch.zeros(len(donor.rows), dtype=torch.bool)
@@ -88,7 +93,7 @@ def pose_problem(
 
 
 def _untrained(match: VocabularyMatch, trained: torch.Tensor) -> torch.Tensor:
-    """Boolean (V,): the output tokens whose row of a model is under-trained."""
+    """Return bool (V,): whether the model's row of an output token is under-trained."""
     result = match.rows >= 0
     result[result.clone()] = ~trained[match.rows[result]]
     return result

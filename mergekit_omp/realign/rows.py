@@ -1,4 +1,4 @@
-"""Build a model's rows for the output vocabulary: kept anchors, applied codes, overrides, fallback and padding."""
+"""Build a model's rows for the output vocabulary: anchors, new tokens, copies, overrides, fallback and padding."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,33 +25,33 @@ def realign(
     copied: tuple[torch.Tensor, torch.Tensor] | None = None,
     overrides: Mapping[int, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Give one tensor of a model the rows of the output vocabulary.
+    """Build one tensor of a model for the output vocabulary.
 
     Args:
-        weight: [R, ...] floating point, vocabulary axis first; borrowed. Rows of anchors are copied bit for bit, the
-            rest is computed in float32.
-        match: which of the R rows each of the V output tokens has.
-        problems: what the model lacks and the donors have.
-        new_rows: for each problem the rows [B, ...] of its targets.
+        weight: (R, …) of a floating dtype, vocabulary axis first; not modified. Rows of anchors are copied bit for
+            bit, other rows are computed in float32.
+        match: row of each of the V output tokens.
+        problems: new tokens of the model, one problem per donor.
+        new_rows: rows (B, …) of the targets of each problem.
         parameters: noise and scale of approximated rows.
-        size: rows of the result, at least V; rows beyond V, and ids without a token, get the mean of the anchors'
-            rows, as do tokens that no donor has.
-        free_rows: the model's rows that no text ever used. Tokens that are kept free for later use, and tokens that
-            the donor has not learnt either, get their mean; the mean of the anchors' rows where there are none.
-        copied: output ids [C] and their rows [C, ...], which win over the model's own.
-        overrides: output id to row [...], which win over everything else.
+        size: number of rows of the result, at least V. Rows beyond V, ids without a token and tokens that no donor has
+            get the mean of the anchors' rows.
+        free_rows: rows of the model that no text ever uses. Unused tokens, and tokens that are under-trained in the
+            donor too, get their mean, or the mean of the anchors' rows if there are none.
+        copied: output ids (C,) and their rows (C, …), which replace the model's own.
+        overrides: row (…) of each overridden output id, which replaces all other rows.
 
     Returns:
-        [size, ...] of the weight's dtype, on its device.
+        (size, …) of the weight's dtype, on its device.
     """
     kept = (match.rows >= 0).nonzero().squeeze(1)
     kept_rows = weight[match.rows[kept].to(weight.device)]
-    # Padding as in mergekit, after https://nlp.stanford.edu/~johnhew/vocab-expansion.html
+    # Padding rows as in mergekit, following https://nlp.stanford.edu/~johnhew/vocab-expansion.html
     result = kept_rows.float().mean(dim=0).to(weight.dtype).expand(size, *weight.shape[1:]).clone()
     result[kept.to(weight.device)] = kept_rows
     if len(free_rows):
-        unlearnt = torch.cat([_free_ids(match), *(problem.untrained_ids for problem in problems)])
-        result[unlearnt.to(weight.device)] = weight[list(free_rows)].float().mean(dim=0).to(weight.dtype)
+        untrained = torch.cat([_free_ids(match), *(problem.untrained_ids for problem in problems)])
+        result[untrained.to(weight.device)] = weight[list(free_rows)].float().mean(dim=0).to(weight.dtype)
     for problem, rows in zip(problems, new_rows, strict=True):
         rows = _with_noise(rows, parameters.new_vocab_noise) * parameters.new_vocab_scale
         result[problem.target_ids.to(weight.device)] = rows.reshape(-1, *weight.shape[1:]).to(weight.dtype)
@@ -64,13 +64,13 @@ def realign(
 
 
 def _free_ids(match: VocabularyMatch) -> torch.Tensor:
-    """The output tokens that no text has, kept free for later use or never written, without a row of the model."""
-    never = (match.reasons == MatchReason.UNUSED) | (match.reasons == MatchReason.DUPLICATE)
-    return (never & (match.rows < 0)).nonzero().squeeze(1)
+    """Return the output ids int64 (U,) of unused and duplicate tokens without a row of the model."""
+    unwritten = (match.reasons == MatchReason.UNUSED) | (match.reasons == MatchReason.DUPLICATE)
+    return (unwritten & (match.rows < 0)).nonzero().squeeze(1)
 
 
 def check_rows(weight: torch.Tensor, rows: torch.Tensor, name: str) -> None:
-    """Raise an OmpError unless ``weight`` [R, ...] is finite, floating point and has all of ``rows``."""
+    """Raise an OmpError unless ``weight`` (R, …) is finite, of a floating dtype and has all of ``rows``."""
     if not weight.is_floating_point():
         raise OmpError(
             f"{name} is {weight.dtype}: only floating point embeddings can be realigned; dequantize it first."

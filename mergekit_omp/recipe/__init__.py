@@ -1,1 +1,1 @@
-"""From what the user wrote to a resolved recipe: every mistake gets a sentence."""
+"""Check a recipe and resolve it to a Transplant; every mistake raises an OmpError."""

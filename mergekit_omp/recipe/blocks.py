@@ -1,4 +1,4 @@
-"""The parts of a recipe that list models and set parameters, each with the key that it stands under."""
+"""Iterate over the parts of a recipe that list models and set parameters, with their keys."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -14,12 +14,12 @@ Settings = Mapping[str, ParameterSetting]
 
 
 def blocks_of(config: MergeConfiguration) -> list[tuple[str, Any]]:
-    """What lists models or slices, with the path to it: the recipe itself, and each of its modules."""
+    """Return the blocks that list models or slices with their path: the recipe, and each of its modules."""
     return [("", config), *((f"modules.{name}.", module) for name, module in (config.modules or {}).items())]
 
 
 def models_in_order(config: MergeConfiguration) -> tuple[ModelReference, ...]:
-    """Every model that a recipe merges, the base model first, then as listed; mergekit's own list is in no order."""
+    """Return the models that a recipe merges: the base model, then in order of appearance (mergekit has no order)."""
     blocks = [block for _, block in blocks_of(config)]
     listed = [m.model for block in blocks for m in block.models or ()]
     sliced = [s.model for block in blocks for part in block.slices or () for s in part.sources]
@@ -28,7 +28,7 @@ def models_in_order(config: MergeConfiguration) -> tuple[ModelReference, ...]:
 
 
 def keys_of_models(config: MergeConfiguration) -> dict[ModelReference, str]:
-    """The recipe key that first names each of the inputs."""
+    """Return the recipe key that first names each input."""
     keys: dict[ModelReference, str] = {}
     for path, block in blocks_of(config):
         for i, listed in enumerate(block.models or ()):
@@ -42,7 +42,7 @@ def keys_of_models(config: MergeConfiguration) -> dict[ModelReference, str]:
 
 
 def parameter_scopes(config: MergeConfiguration) -> Iterator[tuple[str, Settings]]:
-    """Every ``parameters:`` of a recipe, with the path to it."""
+    """Yield every ``parameters:`` of a recipe with its path."""
     for path, block in blocks_of(config):
         yield f"{path}parameters", block.parameters or {}
         for i, model in enumerate(block.models or ()):
@@ -54,10 +54,10 @@ def parameter_scopes(config: MergeConfiguration) -> Iterator[tuple[str, Settings
 
 
 def leaves(key: str, setting: ParameterSetting) -> Iterator[Any]:
-    """The values that a setting can take: its own, or one for each of its filters.
+    """Yield the values of a setting: a single one, or one per filter.
 
     Raises:
-        OmpError: for a gradient over layers, and for an empty list.
+        OmpError: for a gradient over layers, or an empty list.
     """
     if isinstance(setting, ConditionalParameter):
         yield from leaves(key, setting.value)
@@ -76,7 +76,7 @@ def leaves(key: str, setting: ParameterSetting) -> Iterator[Any]:
 
 
 def settings_of(config: MergeConfiguration, name: str) -> list[Any]:
-    """Every value that a recipe gives to a parameter of ours, and the default where something is without one."""
+    """Return every value of one of this package's parameters, including the default if a model is without a value."""
     scopes = list(parameter_scopes(config))
     values = [value for key, scope in scopes if name in scope for value in leaves(f"{key}.{name}", scope[name])]
     if name in (config.parameters or {}):

@@ -1,4 +1,4 @@
-"""Check the text of a recipe: every mistake gets a sentence before any model is opened."""
+"""Check the text of a recipe before any model is opened."""
 
 import re
 from typing import Any
@@ -16,20 +16,20 @@ from mergekit_omp.recipe.blocks import blocks_of, leaves, parameter_scopes
 from mergekit_omp.recipe.keys import did_you_mean, former_parameter
 
 LARGEST_PADDING = 2**16
-"""Hardware asks for multiples of some hundreds at most; larger values are almost certainly a typo."""
+"""Hardware needs multiples of a few hundred at most; larger values are almost certainly a typo."""
 
 REMOVED_PARAMETERS = {
     "scan_every": "every solve is exact now, and about as fast; leave it out",
 }
-"""Parameters of earlier versions, and why a recipe does not need them any more."""
+"""Parameters of earlier versions, and the reason for their removal."""
 
-_GENERATION_TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # transformers' own, unknown to Jinja
+_GENERATION_TAG = re.compile(r"{%-?\s*(end)?generation\s*-?%}")  # an extension of transformers, unknown to Jinja
 
 
 def check_text(config: MergeConfiguration) -> None:
-    """Raise an OmpError for the first mistake in a recipe of ours that can be seen without its models.
+    """Raise an OmpError for the first mistake in a recipe that can be found without its models.
 
-    What mergekit itself checks clearly (the number of inputs of a method, equal architectures) is left to it.
+    Checks that mergekit itself reports clearly (number of inputs of a method, equal architectures) are not repeated.
     """
     _check_method(config)
     _check_tokenizer_section(config)
@@ -45,7 +45,7 @@ def _check_method(config: MergeConfiguration) -> None:
     if config.merge_method not in known:
         inner = methods.get(config.merge_method.removeprefix(PREFIX))
         if inner is not None:
-            check_names_are_free(config.merge_method, inner.spec)  # says why it was not registered
+            check_names_are_free(config.merge_method, inner.spec)  # explains why it was not registered
         raise OmpError(
             f"merge_method: {config.merge_method} is unknown{did_you_mean(config.merge_method, known)}; "
             f"mergekit-omp has {', '.join(sorted(known))}."
@@ -56,10 +56,10 @@ def _check_tokenizer_section(config: MergeConfiguration) -> None:
     if config.tokenizer is None and config.tokenizer_source is None:
         raise OmpError(
             f"tokenizer: is missing; merge_method: {config.merge_method} needs to know the output's tokenizer, "
-            "so add for example `tokenizer: {source: <the donor model>}`."
+            "so add, for example, `tokenizer: {source: <the donor model>}`."
         )
     if config.tokenizer and "" in (config.tokenizer.tokens or {}):
-        raise OmpError("tokenizer.tokens: '' is no token; name one that has characters.")
+        raise OmpError("tokenizer.tokens: '' is not a token; write at least one character.")
     multiple = config.tokenizer and config.tokenizer.pad_to_multiple_of
     if multiple is not None and multiple < 1:
         raise OmpError(f"tokenizer.pad_to_multiple_of: {multiple} is not a positive integer; write one such as 64.")
@@ -94,7 +94,7 @@ def _check_value(place: str, name: str, value: Any) -> None:
     except ValidationError as error:
         problem = error.errors()[0]["msg"].removeprefix("Input ")
         raise OmpError(
-            f"{place}: {value!r} is not possible, it {problem}; the default is {field.default}. ({field.description})"
+            f"{place}: {value!r} is invalid: it {problem}; the default is {field.default}. ({field.description})"
         ) from error
 
 
@@ -105,14 +105,14 @@ def _check_dtypes(config: MergeConfiguration) -> None:
             dtype = dtype_from_name(name)
         except RuntimeError as error:
             raise OmpError(
-                f"{key}: {name} is no type that mergekit knows; write bfloat16, float16 or float32."
+                f"{key}: {name} is not a type that mergekit supports; write bfloat16, float16 or float32."
             ) from error
         if dtype is not None and not dtype.is_floating_point:
-            raise OmpError(f"{key}: {name} has no fractions; write bfloat16, float16 or float32.")
+            raise OmpError(f"{key}: {name} is not a floating point type; write bfloat16, float16 or float32.")
 
 
 def _check_chat_template(config: MergeConfiguration) -> None:
-    """mergekit looks at the template when everything else is done."""
+    """Check the template now: mergekit does so only after the merge."""
     template = config.chat_template
     if not template or template == "auto":
         return
@@ -120,7 +120,7 @@ def _check_chat_template(config: MergeConfiguration) -> None:
         known = chat_template_names()
         if template not in known:
             raise OmpError(
-                f"chat_template: {template!r} is no template{did_you_mean(template, known)}; "
+                f"chat_template: unknown template {template!r}{did_you_mean(template, known)}; "
                 f"write auto, {', '.join(known)}, or a Jinja template."
             )
         return
@@ -128,9 +128,9 @@ def _check_chat_template(config: MergeConfiguration) -> None:
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION_TAG.sub("", template))
     except jinja2.TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
-        raise OmpError(f"chat_template: line {error.lineno} of the template is no Jinja: {reason}.") from error
+        raise OmpError(f"chat_template: invalid Jinja in line {error.lineno} of the template: {reason}.") from error
     if len(template) < 20:
-        raise OmpError(f"chat_template: {template!r} is too short for mergekit, which wants 20 characters or more.")
+        raise OmpError(f"chat_template: {template!r} is too short; mergekit requires at least 20 characters.")
 
 
 def _check_duplicates(config: MergeConfiguration) -> None:
@@ -141,10 +141,10 @@ def _check_duplicates(config: MergeConfiguration) -> None:
                 raise OmpError(f"{path}slices[{i}].sources: the list is empty; name the models of this slice.")
             lists.append((f"{path}slices[{i}].sources", part.sources))
         for place, listed in lists:
-            seen: dict[ModelReference, int] = {}
-            for i, each in enumerate(listed):
-                first = seen.setdefault(each.model, i)
+            first_index: dict[ModelReference, int] = {}
+            for i, entry in enumerate(listed):
+                first = first_index.setdefault(entry.model, i)
                 if first != i:
                     raise OmpError(
-                        f"{place}[{i}].model: {each.model} is listed already, as {place}[{first}]; remove one of them."
+                        f"{place}[{i}].model: {entry.model} is already listed as {place}[{first}]; remove one of them."
                     )

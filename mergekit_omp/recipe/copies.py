@@ -1,4 +1,4 @@
-"""Rows that an input takes unchanged from models in its own matrix space, as mergekit does."""
+"""Find rows that an input copies from other models in its embedding space, as mergekit does."""
 
 import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -26,12 +26,13 @@ _STAND_INS = torch.tensor([MatchReason.SPECIAL_ROLE, MatchReason.SPECIAL_EQUIVAL
 
 @dataclass(frozen=True)
 class Copies:
-    """Where an input takes rows from for tokens that it lacks and models in its space have.
+    """The models from which an input copies rows of new tokens.
 
-    Equal for inputs that take the same tokens from the same models, so that they share their solves.
+    Equal for inputs that copy the same tokens from the same models, so that they share their solves.
 
     Attributes:
-        ranks: models in order of precedence; several of one rank that have a token give the mean of their rows.
+        ranks: models in order of precedence; if several models of one rank have a token, its row is the mean of
+            theirs.
         approximated: output ids that the recipe approximates in any case.
     """
 
@@ -40,56 +41,57 @@ class Copies:
 
     @property
     def models(self) -> tuple[RecipeModel, ...]:
-        """All models that give rows."""
+        """All models that rows are copied from."""
         return tuple(model for rank in self.ranks for model in rank)
 
     def among(self, models: Container[RecipeModel]) -> "Copies":
-        """The same, from these models alone."""
+        """Return the copies from these models only."""
         ranks = (tuple(model for model in rank if model in models) for rank in self.ranks)
         return Copies(tuple(filter(None, ranks)), self.approximated)
 
     def ids(self, match: VocabularyMatch) -> torch.Tensor:
-        """Find the output ids, int64 (C,) ascending, whose rows a model with that match takes over."""
+        """Return the output ids int64 (C,), ascending, whose rows a model with this match copies."""
         found = [ids for _, ids in self.shares(match)]
         return torch.cat([torch.zeros(0, dtype=torch.int64), *found]).sort().values
 
     def rows(
         self, match: VocabularyMatch, weights: Mapping[RecipeModel, torch.Tensor], like: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather the rows that a model with that match takes over.
+        """Gather the rows that a model with this match copies.
 
         Args:
-            match: of the model that is realigned.
-            weights: the matrix (R, ...) of each model that gives rows, vocabulary axis first; borrowed.
-            like: the matrix of the model that is realigned, whose dtype and device the rows get.
+            match: match of the model that is realigned.
+            weights: matrix (R, …) of each model that rows are copied from, vocabulary axis first; not modified.
+            like: matrix of the model that is realigned, which determines the dtype and device of the rows.
 
         Returns:
-            Output ids, int64 (C,), and their rows (C, ...): a single model's bit for bit, a mean in float32.
+            Output ids int64 (C,) and their rows (C, …): bit for bit from a single model, a mean is computed in
+            float32.
         """
         gathered = [(ids, _mean_rows(rank, ids, weights, like)) for rank, ids in self.shares(match)]
         ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(ids for ids, _ in gathered)])
         return ids, torch.cat([like[:0], *(rows for _, rows in gathered)])
 
     def shares(self, match: VocabularyMatch) -> Iterator[tuple[tuple[RecipeModel, ...], torch.Tensor]]:
-        """Yield each rank that gives rows, with their output ids."""
-        lacking = ~_has(match)
-        lacking[list(self.approximated)] = False
+        """Yield each rank that rows are copied from, with their output ids int64 (C,)."""
+        missing = ~_has(match)
+        missing[list(self.approximated)] = False
         for rank in self.ranks:
-            given = lacking & reduce(torch.logical_or, (_has(model.match) for model in rank))
-            if given.any():
-                yield rank, given.nonzero().flatten()
-            lacking &= ~given
+            shared = missing & reduce(torch.logical_or, (_has(model.match) for model in rank))
+            if shared.any():
+                yield rank, shared.nonzero().flatten()
+            missing &= ~shared
 
 
 @dataclass(frozen=True)
 class Offer:
-    """Tokens that a model has and an input lacks.
+    """New tokens of an input that another model has rows for.
 
     Attributes:
-        source: the model.
-        tokens: how many there are.
-        similarity: of the rows of shared tokens, in the median; None where it was not measured.
-        copied: whether the input takes the rows as they are; None where that is decided when the recipe runs.
+        source: the other model.
+        tokens: number of tokens.
+        similarity: median similarity of the rows of shared tokens; None if it was not measured.
+        copied: whether the input copies the rows; None if this is decided when the recipe runs.
     """
 
     source: RecipeModel
@@ -105,19 +107,22 @@ def find_copies(
     merged: Sequence[ModelReference],
     transplant: Transplant,
 ) -> Copies:
-    """Find the models in the space of ``model`` that have tokens which it lacks, and say so in the log.
+    """Find the models in the embedding space of an input that have rows for its new tokens, and log them.
 
     Args:
         model: an input.
-        role: of the matrix.
-        parameters: the model's.
+        role: role of the matrix.
+        parameters: parameters of the input.
         merged: the models that are merged in this tensor.
         transplant: the resolved recipe.
+
+    Returns:
+        The models to copy from.
     """
     ranks = find_offers(model, role, parameters, merged, transplant)
     for offer in (offer for rank in ranks for offer in rank if offer.similarity is not None):
         LOG.info(
-            "%s matrix: the rows of shared tokens of %s and %s have a median similarity of %.3f (%.1f is one space), "
+            "%s: the rows of shared tokens of %s and %s have a median similarity of %.3f (threshold %.1f), "
             "so the rows of %d tokens of %s are %s",
             role.value,
             model,
@@ -132,7 +137,7 @@ def find_copies(
 
 
 def copies_of(ranks: Sequence[Sequence[Offer]], transplant: Transplant) -> Copies:
-    """Take what is offered by models in the same space."""
+    """Select the offers of models in the same embedding space."""
     copied = (tuple(offer.source for offer in rank if offer.copied) for rank in ranks)
     return Copies(tuple(filter(None, copied)), _approximated(transplant))
 
@@ -146,18 +151,20 @@ def find_offers(
     *,
     local_only: bool = False,
 ) -> list[list[Offer]]:
-    """Find what other models have that ``model`` lacks, in mergekit's order of precedence.
+    """Find models with rows for the new tokens of an input, in mergekit's order of precedence.
 
-    That is the base model's row, else the mean of those of the merged models that have the token; after these come
-    donors that are not merged.
+    That is the base model, then the other merged models (the mean of their rows), then donors that are not merged.
 
     Args:
         model: an input.
-        role: of the matrix.
-        parameters: the model's.
+        role: role of the matrix.
+        parameters: parameters of the input.
         merged: the models that are merged in this tensor.
         transplant: the resolved recipe.
-        local_only: leave open what needs weights that are not on this machine.
+        local_only: do not decide offers that need weights which are not on this machine.
+
+    Returns:
+        The offers of each rank.
     """
     if parameters.copy_rows is CopyRows.NEVER:
         return []
@@ -165,7 +172,7 @@ def find_offers(
     inputs = [other for other in transplant.inputs if other.reference in merged]
     donors = [other for other in transplant.donors if other.reference not in merged]
     if not needs_donor(parameters) and parameters.copy_rows is CopyRows.AUTO:
-        donors = []  # its weights are not fetched for this alone
+        donors = []  # avoids downloading weights only to compare them
     ranks = [
         [other for other in inputs if other in base],
         [other for other in inputs if other not in base],
@@ -187,35 +194,35 @@ def find_offers(
             return Offer(source, tokens, None, copied=True)
         if local_only and not (_is_local(model) and _is_local(source)):
             return Offer(source, tokens, None, copied=None)
-        found = measure_similarity(model, source, role, transplant)
-        return Offer(source, tokens, found, copied=found is not None and found >= THRESHOLD)
+        median = measure_similarity(model, source, role, transplant)
+        return Offer(source, tokens, median, copied=median is not None and median >= THRESHOLD)
 
-    return [[found for source in rank if (found := offer(source))] for rank in ranks]
+    return [[candidate for source in rank if (candidate := offer(source))] for rank in ranks]
 
 
 def measure_similarity(
     model: RecipeModel, other: RecipeModel, role: VocabularyRole, transplant: Transplant
 ) -> float | None:
-    """Measure how similar the rows of two models are; None where their shapes differ or few tokens are shared."""
+    """Return the median similarity of two models' rows; None if their shapes differ or they share too few tokens."""
     ids = sample_anchors(model.match, other.match)
-    weights = [_load(each, role, transplant) for each in (model, other)]
-    rows = [each.match.rows[ids] for each in (model, other)]
-    there = torch.stack([own < len(weight) for own, weight in zip(rows, weights, strict=True)]).all(dim=0)
-    first, second = (weight[own[there]] for own, weight in zip(rows, weights, strict=True))
+    weights = [_open_matrix(m, role, transplant) for m in (model, other)]
+    rows = [m.match.rows[ids] for m in (model, other)]
+    stored = torch.stack([indices < len(weight) for indices, weight in zip(rows, weights, strict=True)]).all(dim=0)
+    first, second = (weight[indices[stored]] for indices, weight in zip(rows, weights, strict=True))
     if first.shape != second.shape or len(first) < FEWEST:
         return None
     return similarity(first, second)
 
 
 def _has(match: VocabularyMatch) -> torch.Tensor:
-    """Boolean (V,): the output tokens that a model has itself, and not just another of the same role or meaning."""
+    """Return bool (V,): whether a model has an output token itself, not just one of the same role or meaning."""
     return (match.rows >= 0) & ~torch.isin(match.reasons, _STAND_INS)
 
 
 def _approximated(transplant: Transplant) -> tuple[int, ...]:
-    """List the output ids that the recipe approximates in any case."""
-    asked = (token for token, override in transplant.overrides.items() if asks_to_approximate(override))
-    return tuple(map(transplant.id_of, asked))
+    """Return the output ids that the recipe approximates in any case."""
+    tokens = (token for token, override in transplant.overrides.items() if asks_to_approximate(override))
+    return tuple(map(transplant.id_of, tokens))
 
 
 def _is_local(model: RecipeModel) -> bool:
@@ -223,8 +230,8 @@ def _is_local(model: RecipeModel) -> bool:
     return model.reference.lora is None and folder.is_dir() and weight_file(folder) is not None
 
 
-def _load(model: RecipeModel, role: VocabularyRole, transplant: Transplant) -> torch.Tensor:
-    """Open a model's matrix (R, d) on the CPU; safetensors reads the rows that are used, and no others."""
+def _open_matrix(model: RecipeModel, role: VocabularyRole, transplant: Transplant) -> torch.Tensor:
+    """Open a model's matrix (R, d) on the CPU; safetensors reads only the rows that are used."""
     task, axis = vocabulary_matrix(model.reference, role, transplant.options, model.key)
     weight = task.model_copy(update={"device": None}).execute()
     return weight.movedim(axis, 0)
@@ -233,14 +240,14 @@ def _load(model: RecipeModel, role: VocabularyRole, transplant: Transplant) -> t
 def _mean_rows(
     rank: Sequence[RecipeModel], ids: torch.Tensor, weights: Mapping[RecipeModel, torch.Tensor], like: torch.Tensor
 ) -> torch.Tensor:
-    """Average the rows (C, ...) of the models of a rank that have the tokens."""
+    """Average the rows (C, …) of the models of a rank that have the tokens."""
     total = torch.zeros(len(ids), *like.shape[1:], dtype=torch.promote_types(like.dtype, torch.float32))
     count = torch.zeros(len(ids))
     for model in rank:
-        own = _has(model.match)[ids]
+        present = _has(model.match)[ids]
         weight = weights[model]
-        rows = weight[model.match.rows[ids[own]].to(weight.device)].to(total)
-        first = (count[own] == 0).view(-1, *[1] * (like.ndim - 1))
-        total[own] = torch.where(first, rows, total[own] + rows)  # 0 + -0 is not -0
-        count[own] += 1
+        rows = weight[model.match.rows[ids[present]].to(weight.device)].to(total)
+        first = (count[present] == 0).view(-1, *[1] * (like.ndim - 1))
+        total[present] = torch.where(first, rows, total[present] + rows)  # 0 + -0 is not -0
+        count[present] += 1
     return (total / count.view(-1, *[1] * (like.ndim - 1))).to(like)

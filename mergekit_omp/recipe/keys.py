@@ -1,7 +1,7 @@
-"""The keys of a recipe and the types of their values, before mergekit makes a configuration of them.
+"""Check the keys of a recipe and the types of their values before mergekit parses them.
 
-mergekit ignores unknown keys, so that a misspelt one has no effect, and answers a wrong type with a traceback.
-Recipes with a method of this package get a sentence for both.
+mergekit ignores unknown keys, so a misspelt one has no effect, and raises a traceback for a wrong type. For recipes
+with a method of this package both raise an OmpError.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from mergekit_omp.errors import OmpError
 
 _IGNORED_KEYS = {"name"}
-"""Keys at the top of a recipe that are for its readers, or for mergekit-multi."""
+"""Top-level keys for the reader of a recipe, or for mergekit-multi."""
 
 _MODEL = "the name or the folder of a model"
 _EXPECTED = {
@@ -72,11 +72,11 @@ _FORMER_PARAMETERS = {
     "int8_mask": "leave it out: it saves memory in methods that have masks, and changes no result",
 }
 _FORMER_SOURCE = "model:"
-"""Before ``tokenizer_source: <model>`` one wrote ``tokenizer_source: model:<model>``."""
+"""Prefix of a model in ``tokenizer_source`` in earlier versions of mergekit."""
 
 
 def check_keys(recipe: Mapping[Any, Any]) -> None:
-    """Raise an OmpError for the first unknown key, at any depth, or key of a former mergekit."""
+    """Raise an OmpError for the first key that is unknown, at any depth, or of an earlier mergekit."""
     section = recipe.get("tokenizer")
     sources = {"tokenizer_source": recipe.get("tokenizer_source")}
     sources["tokenizer.source"] = section.get("source") if isinstance(section, dict) else None
@@ -94,12 +94,12 @@ def check_keys(recipe: Mapping[Any, Any]) -> None:
 
 
 def former_parameter(name: str) -> str | None:
-    """What to write instead of a parameter that mergekit had, or has for other methods; None for any other."""
+    """Return the advice for a parameter of earlier versions of mergekit or of other methods; None for others."""
     return _FORMER_PARAMETERS.get(name)
 
 
 def _instead(key: Any, known: list[str]) -> str | None:
-    """Where an unknown key belongs; None where nothing is known of it."""
+    """Return the advice for an unknown key that belongs elsewhere; None for others."""
     if key in _FORMER_KEYS:
         return _FORMER_KEYS[key]
     if key in MergeOptions.model_fields:
@@ -112,45 +112,54 @@ def _instead(key: Any, known: list[str]) -> str | None:
 
 
 def explain(recipe: Mapping[Any, Any], error: Exception) -> OmpError:
-    """Turn the exception that mergekit raises for a recipe's values into an OmpError.
+    """Convert an exception that mergekit raises for a recipe's values to an OmpError.
 
     Args:
-        recipe: as in its file.
-        error: a ``ValidationError`` for values of wrong types, or another one with a sentence of mergekit's.
+        recipe: the parsed YAML.
+        error: a ``ValidationError`` for values of wrong types, or another exception with a message of mergekit.
+
+    Returns:
+        The error to raise.
     """
     if not isinstance(error, ValidationError):
         advice = next((text for start, text in _ADVICE.items() if str(error).startswith(start)), None)
-        return OmpError(f"The recipe is not possible: {error}{f'; {advice}' if advice else ''}.")
+        return OmpError(f"Invalid recipe: {error}{f'; {advice}' if advice else ''}.")
     first = error.errors()[0]
     path, value = _follow(recipe, first["loc"])
     if first["type"] == "missing" and first["loc"][-1] in _EXPECTED:
         path, problem = [*path, first["loc"][-1]], "is missing"
     else:
-        problem = f"{_shortened(value)} is not possible here"
+        problem = f"{_shortened(value)} is invalid"
     return OmpError(f"{_place(path)}: {problem}; write {_expected(path)}.")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean …?)`` where a known word is close, else nothing."""
+    """Return `` (did you mean …?)`` if a known word is similar, else an empty string.
+
+    Example:
+        >>> from mergekit_omp.recipe.keys import did_you_mean
+        >>> did_you_mean("slurp", ["linear", "slerp"])
+        ' (did you mean slerp?)'
+    """
     by_lower_case = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), by_lower_case, n=1)
     return f" (did you mean {by_lower_case[close[0]]}?)" if close else ""
 
 
 def _unknown_keys(value: Any, annotation: Any, place: str) -> Iterator[tuple[str, Any, list[str]]]:
-    """Yield each unknown key with the path to it and the keys that are known there.
+    """Yield each unknown key with its path and the keys that are known there.
 
-    ``model_validate(..., extra="forbid")``, which pydantic has since 2.12, would find the keys. It does not say which
-    are known, and in a union reports one error for every member, so that this walk would be needed nevertheless.
+    ``model_validate(..., extra="forbid")`` of pydantic 2.12 would find the keys. It does not report the known ones,
+    and reports one error for every member of a union, so this walk would still be needed.
 
     Args:
-        value: of a recipe.
+        value: value in a recipe.
         annotation: its type in mergekit's models.
-        place: the path to it, with a dot at its end unless it is empty.
+        place: its path, with a trailing dot unless it is empty.
     """
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        # Which of several models a mapping stands for is left to pydantic: the kind of an override.
+        # pydantic decides which of several models a mapping is, such as the kind of an override.
         for argument in arguments if len([a for a in arguments if _is_schema(a)]) < 2 else ():
             yield from _unknown_keys(value, argument, place)
     elif origin is list and isinstance(value, list):
@@ -169,14 +178,14 @@ def _unknown_keys(value: Any, annotation: Any, place: str) -> Iterator[tuple[str
 
 
 def _is_schema(annotation: Any) -> bool:
-    """Whether a mapping with fixed keys is expected. A reference to a model checks its own."""
+    """Tell whether a mapping with fixed keys is expected. ModelReference validates itself."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation is not ModelReference
 
 
 def _follow(recipe: Any, location: Iterable[int | str]) -> tuple[list[int | str], Any]:
     """Return the part of an error's location that is in the recipe, and the value there.
 
-    The rest of a location names types that pydantic tried.
+    The remainder of a location names types that pydantic tried.
     """
     path: list[int | str] = []
     value = recipe
@@ -190,7 +199,7 @@ def _follow(recipe: Any, location: Iterable[int | str]) -> tuple[list[int | str]
 
 
 def _expected(path: list[int | str]) -> str:
-    """Say what to write at a path."""
+    """Describe the value that is expected at a path."""
     keys = [step for step in path if isinstance(step, str)]
     if "parameters" in keys[:-1]:
         return _EXPECTED_SETTING

@@ -20,16 +20,16 @@ from mergekit_omp.recipe.overrides import asks_to_approximate, source_rows
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
 
 Configs = Mapping[ModelReference, PretrainedConfig]
-"""Of the inputs, the base model first."""
+"""Configurations of the inputs, the base model first."""
 
 
 def check_configs(config: MergeConfiguration, configs: Configs, keys: Mapping[ModelReference, str]) -> None:
-    """Raise an OmpError for the first mistake that the inputs' configurations tell of.
+    """Raise an OmpError for the first mistake in the inputs' configurations.
 
     Args:
         config: the recipe.
-        configs: of its inputs.
-        keys: the recipe key of each input.
+        configs: configurations of its inputs.
+        keys: recipe key of each input.
     """
     _check_embeddings(configs, keys)
     _check_transplant_inputs(config, configs)
@@ -38,7 +38,7 @@ def check_configs(config: MergeConfiguration, configs: Configs, keys: Mapping[Mo
 
 
 def check_vocabularies(transplant: Transplant) -> None:
-    """Raise an OmpError for the first override or input that the vocabularies have no rows for."""
+    """Raise an OmpError for the first override or input that the vocabularies cannot provide rows for."""
     _check_overrides(transplant)
     need = _setting_that_needs_a_donor(transplant.config)
     for model in transplant.inputs:
@@ -56,7 +56,7 @@ def check_checkpoints(transplant: Transplant) -> None:
     if not any(bool(model.match.is_new().any()) for model in transplant.inputs):
         return
     for donor in transplant.donors:
-        # Of a donor on the hub only some shards are downloaded; planning tells of one that has no weights at all.
+        # Only some shards of a donor on the hub are downloaded; planning reports a donor without weights.
         if donor not in transplant.inputs and weight_file(Path(donor.reference.model.path)) is not None:
             check_weights(donor.reference, transplant.options, donor.key)
             _check_rows(donor, transplant)
@@ -67,8 +67,8 @@ def _check_embeddings(configs: Configs, keys: Mapping[ModelReference, str]) -> N
         if has_second_embedding(config):
             [architecture, *_] = config.architectures or [config.model_type]
             raise OmpError(
-                f"{keys[model]}: {model} is a {architecture}, which looks up tokens in every "
-                "layer too, and mergekit does not say where those rows are; name a model with one embedding."
+                f"{keys[model]}: {model} is a {architecture}, which also has an "
+                "embedding in every layer that mergekit does not handle; name a model with a single embedding."
             )
 
 
@@ -77,7 +77,7 @@ def _check_transplant_inputs(config: MergeConfiguration, configs: Configs) -> No
         names = ", ".join(map(str, configs))
         raise OmpError(
             f"merge_method: omp transplants one model, but the recipe names {len(configs)} "
-            f"({names}); keep the one whose body is wanted (the donor is named by tokenizer.source alone), "
+            f"({names}); keep the base (only tokenizer.source names the donor), "
             "or merge with omp_<method>."
         )
 
@@ -95,7 +95,7 @@ def _check_slice(place: str, part: OutputSliceDefinition, configs: Configs, *, h
         if not 0 <= start < end or (layers is not None and end > layers):
             has = "" if layers is None else f" ({source.model} has {layers} layers)"
             raise OmpError(
-                f"{place}.sources[{j}].layer_range: [{start}, {end}] is no range of layers{has}; "
+                f"{place}.sources[{j}].layer_range: [{start}, {end}] is not a range of layers{has}; "
                 f"write the first layer and the one after the last, such as [0, {layers or 12}]."
             )
 
@@ -114,27 +114,28 @@ def _check_hidden_sizes(configs: Configs) -> None:
     for model, size in others:
         if None not in (size, expected) and size != expected:
             raise OmpError(
-                f"models: {model} has hidden size {size} and {first} has {expected}, and no merge can mend that; "
-                f"to give one of them the other's tokenizer, use merge_method: omp with that one as tokenizer.source."
+                f"models: {model} has hidden size {size} and {first} has {expected}, but models must have the same "
+                "hidden size to be merged; to give one of them the other's tokenizer, use merge_method: omp with the "
+                "other as tokenizer.source."
             )
 
 
 def _check_depth(model: RecipeModel, transplant: Transplant) -> None:
-    """A promise of a billion layers is refused here, since planning one would use up the memory."""
+    """Check the number of layers, since planning a merge of a billion layers would exhaust the memory."""
     layers = _layers(model.config) if model.config else None
     index = None if model.reference.lora else model.reference.tensor_index(transplant.options.transformers_cache)
     tensors = len(index.tensor_paths) if index else 0
     if tensors and layers and layers > tensors:
         raise OmpError(
-            f"{model.key}: config.json of {model} promises {layers} layers, but its checkpoint has {tensors} tensors "
+            f"{model.key}: config.json of {model} declares {layers} layers, but its checkpoint has {tensors} tensors "
             "in all; download the model again."
         )
 
 
 def _check_rows(model: RecipeModel, transplant: Transplant) -> None:
-    """Tokens that have a row must not be taken for new ones because config.json states too few rows.
+    """Check that config.json declares enough rows, so that tokens with a row do not count as new tokens.
 
-    Rows beyond its vocab_size that no token has are padding, and harmless.
+    Further rows without tokens are padding.
     """
     tokens = max(model.tokenizer.get_vocab().values(), default=-1) + 1
     if model.rows is None or tokens <= model.rows:
@@ -176,7 +177,7 @@ def _check_approximated(token: str, transplant: Transplant) -> None:
 
 
 def _setting_that_needs_a_donor(config: MergeConfiguration) -> str | None:
-    """The first setting of a recipe that needs rows of the tokenizer's model; None where its tokenizer is enough."""
+    """Return the first setting that needs rows of a donor; None if a tokenizer without a model is enough."""
     for value in settings_of(config, "approximation"):
         approximation = Approximation(value)
         if needs_donor(OmpParameters(approximation=approximation)):
@@ -185,7 +186,7 @@ def _setting_that_needs_a_donor(config: MergeConfiguration) -> str | None:
 
 
 def _check_donors(model: RecipeModel, transplant: Transplant, need: str | None) -> None:
-    """What the model has no row for must be solvable where a donor has it; what none has gets the mean row."""
+    """Check that new tokens of a model that a donor has can be approximated; others get the mean row."""
     new = model.match.is_new()
     new[[transplant.id_of(token) for token in transplant.overrides]] = False
     if not bool(new.any()):
@@ -199,11 +200,11 @@ def _check_donor(model: RecipeModel, posed: DonorProblem, need: str | None) -> N
     if need is not None and posed.donor.config is None:
         raise OmpError(
             f"tokenizer.source: {posed.donor} is a tokenizer without a model, and {need} needs "
-            "the embeddings of the tokens that are new; name a model that has both, or write approximation: "
+            "embeddings of new tokens; name a model that has both, or write approximation: "
             f"{' or '.join(without_donor())}, without magikarp."
         )
     if not len(posed.problem.atom_ids):
         raise OmpError(
-            f"tokenizer.source: {posed.donor} and {model} share no token, so there are no anchors to express new "
+            f"tokenizer.source: {posed.donor} and {model} share no token, so there are no anchors to approximate new "
             "tokens with; name a donor whose vocabulary overlaps with the model's."
         )

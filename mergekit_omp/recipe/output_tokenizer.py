@@ -1,4 +1,4 @@
-"""Build the output tokenizer that a recipe's ``tokenizer:`` section asks for, and read its vocabulary."""
+"""Build the output tokenizer of a recipe's ``tokenizer:`` section, and read its vocabulary."""
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 
 def with_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer, with the tokens that it lacks."""
+    """Return a copy of a tokenizer to which missing tokens are added."""
     result = copy.deepcopy(tokenizer)
     present = result.get_vocab()
     result.add_tokens([token for token in tokens if token not in present])
@@ -21,16 +21,19 @@ def with_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[str]) -> Pr
 def union_of(
     tokenizers: Mapping[ModelReference, PreTrainedTokenizerBase], rows: Mapping[ModelReference, int | None]
 ) -> PreTrainedTokenizerBase:
-    """The first tokenizer with the tokens of all others, as mergekit's ``source: union`` builds it.
+    """Add the tokens of all other tokenizers to the first, as mergekit's ``source: union`` does.
 
-    mergekit adds one token at a time, which takes hours for two families. The tokens and their settings are the same,
-    and so are their ids where ``get_vocab()`` lists tokens by id; it lists them in no order, so that mergekit's ids
-    change from run to run, which these do not.
+    mergekit adds one token at a time, which takes hours for two model families. Tokens and their settings are the same
+    here. Ids are the same if ``get_vocab()`` lists tokens by id. It has no defined order, so mergekit's ids change
+    from run to run; these do not.
 
     Args:
-        tokenizers: by model, the base's first.
-        rows: of each model's embedding; tokens beyond them are left out. None stands for the tokenizer's own size,
+        tokenizers: tokenizers by model, the base's first.
+        rows: number of rows of each model's embedding; tokens beyond are omitted. None means the tokenizer's size
             without added tokens.
+
+    Returns:
+        The union, a new tokenizer.
     """
     result = copy.deepcopy(next(iter(tokenizers.values())))
     present = result.get_vocab()
@@ -50,9 +53,9 @@ def union_of(
 
 
 def union_vocabulary(tokenizer: PreTrainedTokenizerBase, origins: Sequence[Vocabulary]) -> Vocabulary:
-    """The vocabulary of a union, in which a token stands for the bytes that it stands for where it came from.
+    """Read the vocabulary of a union with the bytes that tokens have in the vocabulary they come from.
 
-    ``Ġthe`` that another model brings is " the", though the union's tokenizer holds it as an added token.
+    ``Ġthe`` from another model means " the", although it is an added token of the union.
     """
     vocabulary = read_vocabulary(tokenizer)
     origin_of = {token.text: token for origin in reversed(origins) for token in origin.tokens.values()}

@@ -1,7 +1,7 @@
-"""Overrides: what ``tokenizer.tokens`` in a recipe says about the rows of single tokens of the output.
+"""Apply overrides: the rows of single output tokens that ``tokenizer.tokens`` of a recipe sets.
 
-The grammar is mergekit's. It gains two meanings that mergekit has no use for: a ``model_token`` may name a text of
-several tokens, and ``force: true`` without a source asks to approximate a token that the model has.
+The syntax is mergekit's, with two extensions: a ``model_token`` may name a text of several tokens, and ``force: true``
+without a source approximates a token that the model has.
 """
 
 import logging
@@ -19,21 +19,21 @@ LOG = logging.getLogger(__name__)
 
 
 def asks_to_approximate(override: TokenEmbeddingConfig) -> bool:
-    """Whether an override says that a token is approximated even by models that have it."""
+    """Tell whether an override approximates a token even in models that have it."""
     return override.force and override.source is None
 
 
 def source_rows(id_: int, override: TokenEmbeddingConfig, transplant: Transplant) -> tuple[RecipeModel, list[int]]:
-    """The model that an override takes a token's row from, and the rows there: several for a text of several tokens.
+    """Return the model that an override takes a row from, and the rows there: several for a text of several tokens.
 
     Args:
         id_: the output id of the token.
-        override: one whose source is an input or a token of one.
+        override: an override whose source is an input or a token of an input.
         transplant: the resolved recipe.
 
     Returns:
-        The model, and its rows in the order of the text; none where the model has no such token and cannot spell it.
-        Rows named by ``token_id`` are not checked to be there.
+        The model and its rows in the order of the text; no rows if the model has neither the token nor pieces for it.
+        A ``token_id`` is not checked.
     """
     source = override.source
     if not isinstance(source, ModelTokenEmbedding):
@@ -43,9 +43,9 @@ def source_rows(id_: int, override: TokenEmbeddingConfig, transplant: Transplant
     model = transplant.model(source.model)
     if source.token_id is not None:
         return model, [source.token_id]
-    same = next((token.id for token in model.vocabulary.tokens.values() if token.text == source.token), None)
-    if same is not None:
-        return model, [same]
+    same_text = next((token.id for token in model.vocabulary.tokens.values() if token.text == source.token), None)
+    if same_text is not None:
+        return model, [same_text]
     [rows] = text_encoder(model.tokenizer, model.vocabulary, special=True)([source.token])
     unknown = model.vocabulary.roles.get("unk")
     return model, rows if all(row in model.vocabulary.tokens and row != unknown for row in rows) else []
@@ -58,18 +58,18 @@ def override_row(
     views: Mapping[ModelReference, torch.Tensor],
     role: VocabularyRole,
 ) -> torch.Tensor:
-    """The row (...) that an override with a source gives a token, in one tensor.
+    """Return the row (…) of an override with a source, for one tensor.
 
-    A text of several tokens gives the mean of their rows to the input embedding, which is to say what all of them
-    mean, and the row of the first to the LM head, which is to predict when the text begins. A tied matrix is an input
-    embedding.
+    For a text of several tokens, the row of the input embedding is the mean of their rows, since it represents all of
+    them. The row of the LM head is the row of the first token, since it predicts the start of the text. A tied matrix
+    is an input embedding.
 
     Args:
         id_: the output id of the token.
-        override: what to do.
+        override: the override.
         transplant: the resolved recipe.
-        views: the tensor (R, ...) of each input, vocabulary axis first; borrowed.
-        role: the side of the model that the tensor belongs to.
+        views: tensor (R, …) of each input, vocabulary axis first; not modified.
+        role: role of the tensor.
     """
     if isinstance(override.source, ZeroEmbedding):
         weight = next(iter(views.values()))
@@ -79,5 +79,5 @@ def override_row(
     if role is VocabularyRole.HEAD or len(rows) == 1:
         return weight[rows[0]]
     token = getattr(override.source, "token", None)
-    LOG.info("tokenizer.tokens: %r is no token of %s, so its %d pieces are used", token, model, len(rows))
+    LOG.info("tokenizer.tokens: %r is not a token of %s; its %d pieces are used", token, model, len(rows))
     return weight[rows].float().mean(dim=0).to(weight.dtype)

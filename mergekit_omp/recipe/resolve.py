@@ -1,4 +1,4 @@
-"""From what the user wrote to a :class:`Transplant`: read each model's configuration and tokenizer once."""
+"""Resolve a recipe to a :class:`Transplant`, reading each model's configuration and tokenizer once."""
 
 import gc
 from collections.abc import Iterator, Mapping
@@ -33,9 +33,9 @@ SOURCE_KEY = "tokenizer.source"
 
 @contextmanager
 def _collection_paused() -> Iterator[None]:
-    """Keep Python's collector from walking all tokens again and again while hundreds of thousands are made.
+    """Pause garbage collection while hundreds of thousands of tokens are created.
 
-    None of them is garbage, and the walks are a third of the time.
+    None of them is garbage, and collection takes a third of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -48,11 +48,14 @@ def _collection_paused() -> Iterator[None]:
 
 @_collection_paused()
 def resolve(config: MergeConfiguration, options: MergeOptions) -> Transplant:
-    """Check a recipe of ours and resolve it; no weights are read.
+    """Check a recipe and resolve it, without reading weights.
 
     Args:
-        config: the recipe, as it was before mergekit's planner rewrites it.
-        options: mergekit's.
+        config: the recipe, before mergekit's planner rewrites it.
+        options: mergekit's options.
+
+    Returns:
+        The resolved recipe.
 
     Raises:
         OmpError: for the first mistake.
@@ -95,16 +98,16 @@ def resolve(config: MergeConfiguration, options: MergeOptions) -> Transplant:
 
 
 def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None, donor_rows: int | None) -> int:
-    """Rows that the output's embedding has: one for every id up to the highest, and padding.
+    """Return the number of rows of the output's embedding: the highest id plus one, and padding.
 
-    A draft model must have its target's number of rows: vLLM refuses any other, llama.cpp one that differs by more
-    than 128.
+    A draft model must have the number of rows of its target model: vLLM accepts no other, and llama.cpp none that
+    differs by more than 128.
 
     Args:
         vocabulary: the output vocabulary.
-        pad_to_multiple_of: the recipe's, which wins; None where it has none.
-        donor_rows: the rows of the model that ``tokenizer.source`` names; None where it names none, or a tokenizer
-            alone.
+        pad_to_multiple_of: setting of the recipe, which takes precedence; None if it is not set.
+        donor_rows: rows of the model that ``tokenizer.source`` names; None for ``base``, ``union`` and a tokenizer
+            without a model.
     """
     if pad_to_multiple_of:
         return -(-vocabulary.size // pad_to_multiple_of) * pad_to_multiple_of
@@ -112,7 +115,7 @@ def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None, donor_ro
 
 
 def _donors(config: MergeConfiguration) -> tuple[ModelReference, ...]:
-    """The models that give the rows which an input lacks, in order of precedence."""
+    """Return the models with rows for new tokens, in order of precedence."""
     source = tokenizer_source(config)
     return (source,) if isinstance(source, ModelReference) else models_in_order(config)
 
@@ -120,7 +123,7 @@ def _donors(config: MergeConfiguration) -> tuple[ModelReference, ...]:
 def _read_configs(
     keys: Mapping[ModelReference, str], donors: set[ModelReference], trust_remote_code: bool
 ) -> dict[ModelReference, PretrainedConfig]:
-    """The configuration of each model; a donor that is not merged may be a tokenizer alone and have none."""
+    """Read the configuration of each model except for donors that are a tokenizer without a model."""
     return {
         name: read_config(name, trust_remote_code, key, is_donor=name in donors)
         for name, key in keys.items()
@@ -142,7 +145,7 @@ def _rows(name: ModelReference, config: PretrainedConfig | None, key: str) -> in
 
 
 class _OutputVocabulary:
-    """The output tokenizer of a recipe and its vocabulary, on which the models' vocabularies are laid."""
+    """The output tokenizer of a recipe and its vocabulary, with which the models' vocabularies are aligned."""
 
     def __init__(
         self,
@@ -169,9 +172,9 @@ class _OutputVocabulary:
         self._approximated = torch.tensor(ids, dtype=torch.int64)
 
     def align_all(self, models: Mapping[ModelReference, str]) -> dict[ModelReference, Alignment]:
-        """An alignment for each model; models with equal vocabularies share one.
+        """Return an alignment for each model; models with equal vocabularies share one.
 
-        The first donor has one of its own where it keeps tokens that the recipe approximates for all others.
+        The first donor has its own if the recipe approximates tokens that it has, since it keeps their rows.
         """
         shared: dict[tuple[str, bool], Alignment] = {}
         alignments = {}

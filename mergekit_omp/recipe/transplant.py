@@ -1,4 +1,4 @@
-"""The resolved recipe: everything that is known before a weight is read, found out once a run."""
+"""Define the resolved recipe: everything that is known before weights are read, computed once per run."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,12 +20,12 @@ class RecipeModel:
     """A model that a recipe names: an input of the merge, a donor, or both.
 
     Attributes:
-        reference: how mergekit knows it.
-        key: the recipe key that it stands under, for messages.
+        reference: mergekit's reference to it.
+        key: its recipe key, for messages.
         config: its configuration; None for a tokenizer without a model.
-        rows: of its embedding, as its configuration says; None for a tokenizer without a model.
-        tokenizer: its own; shared, not to be changed.
-        alignment: of its vocabulary with the output's; the same object for models with equal vocabularies.
+        rows: rows of its embedding according to its configuration; None for a tokenizer without a model.
+        tokenizer: its tokenizer; shared, so it must not be modified.
+        alignment: match of its vocabulary with the output vocabulary; the same object for equal vocabularies.
     """
 
     reference: ModelReference
@@ -37,28 +37,28 @@ class RecipeModel:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The tokens that it has rows for; all of its tokenizer's where there is no model."""
+        """The tokens that it has rows for; all tokens of a tokenizer without a model."""
         return self.alignment.vocabulary
 
     @property
     def match(self) -> VocabularyMatch:
-        """Which of its rows each output token has."""
+        """Its row for each output token."""
         return self.alignment.match
 
     def __str__(self) -> str:
-        """As the recipe names it."""
+        """Return the name in the recipe."""
         return str(self.reference)
 
 
 @dataclass(frozen=True, eq=False)
 class DonorProblem:
-    """What one donor gives to the models of one vocabulary.
+    """The new tokens of one vocabulary that one donor has.
 
     Attributes:
         base: the vocabulary that is realigned.
-        donor: whose rows are approximated.
-        earlier: the donors that take precedence.
-        problem: the new tokens that the donor has rows for and the earlier ones have not, and the anchors.
+        donor: the donor.
+        earlier: donors that take precedence.
+        problem: new tokens with rows in the donor and not in earlier donors, and the anchors.
     """
 
     base: Alignment
@@ -69,20 +69,20 @@ class DonorProblem:
 
 @dataclass(frozen=True, eq=False)
 class Transplant:
-    """A recipe of ours, checked and resolved.
+    """A checked and resolved recipe.
 
     Attributes:
-        config: the recipe; mergekit's planner rewrites its ``models:`` and ``slices:``, nothing here depends on them.
-        options: of the run.
+        config: the recipe. mergekit's planner rewrites its ``models:`` and ``slices:``; nothing here depends on them.
+        options: mergekit's options.
         inputs: the models that are merged, the base model first.
-        donors: the models that give the rows which an input lacks, in order of precedence.
-        tokenizer: the output's; mergekit sets its chat template and saves it.
-        vocabulary: the output's; every id gets a row.
-        tokenizer_is_unchanged: whether it is the first donor's, without additions.
+        donors: the models with rows for new tokens, in order of precedence.
+        tokenizer: the output tokenizer; mergekit sets its chat template and saves it.
+        vocabulary: the output vocabulary; every id gets a row.
+        tokenizer_is_unchanged: whether the output tokenizer is that of the first donor.
         overrides: ``tokenizer.tokens`` of the recipe.
-        chat_template: the recipe's; None where the tokenizer keeps its own.
-        rows: of the output's embedding.
-        problems: what each donor gives to the models of each vocabulary; those without targets are among them.
+        chat_template: chat template of the recipe; None if the tokenizer keeps its own.
+        rows: rows of the output's embedding.
+        problems: one problem per donor for each vocabulary of an input, including problems without targets.
     """
 
     config: MergeConfiguration
@@ -109,7 +109,7 @@ class Transplant:
 
     @property
     def models(self) -> tuple[RecipeModel, ...]:
-        """Inputs and donors, each once."""
+        """Inputs and donors, without repetition."""
         return tuple({model.reference: model for model in (*self.inputs, *self.donors)}.values())
 
     @property
@@ -119,20 +119,20 @@ class Transplant:
 
     @property
     def overridden(self) -> set[str]:
-        """The tokens that the recipe names a source of rows for."""
+        """The tokens whose row has a source in the recipe."""
         return {token for token, override in self.overrides.items() if override.source is not None}
 
     def model(self, reference: ModelReference) -> RecipeModel:
-        """The input or donor of that name."""
+        """Return the input or donor with this reference."""
         return next(model for model in self.models if model.reference == reference)
 
     def id_of(self, token: str) -> int:
-        """The output id of a token, by the string that the tokenizer has for it."""
+        """Return the output id of a token, given its string in the tokenizer."""
         return next(id_ for id_, known in self.vocabulary.tokens.items() if known.text == token)
 
 
 def tokenizer_source(config: MergeConfiguration) -> ModelReference | str:
-    """The source of the output tokenizer, wherever a recipe says it."""
+    """Return the source of the output tokenizer, which a recipe can set in two places."""
     source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
     assert source is not None, "checked by recipe.checks"
     return source

@@ -1,1 +1,1 @@
-"""What a run will do and what it did: forecast, record, summary, page."""
+"""Describe what a run will do and what it did: forecast, record, summary and page."""

@@ -1,4 +1,4 @@
-"""One recipe with several approximations: bits per byte, seconds and memory, side by side."""
+"""Compare approximations on one recipe: bits per byte, seconds and memory."""
 
 import os
 import subprocess
@@ -6,13 +6,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from rich.text import Text
 from tqdm import tqdm
 
+from mergekit_omp.checkpoints.tokenizers import tokenizer_of
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import ModelScore, evaluate
 from mergekit_omp.parameters import Approximation
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ORIGINAL = "original"
-_LONGEST_BAR = 3  # times the original's bits per byte
+_MAX_BAR = 3  # times the original's bits per byte
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class Row:
     """The result of one approximation.
 
     Attributes:
-        approximation: its name; ``original`` is the model before the transplant, with its own tokenizer.
-        score: bits and tokens per byte, by text; None where the run failed.
-        seconds: of the whole merge.
-        peak_memory_bytes: of the merge's process; None where the system does not say.
-        problem: the sentence that the run failed with.
+        approximation: its name, or ``original`` for the model before the transplant with its own tokenizer.
+        score: bits and tokens per byte, by text; None if the run failed.
+        seconds: duration of the complete merge.
+        peak_memory_bytes: peak memory of the merge process; None if the system does not report it.
+        problem: error message of a failed run.
     """
 
     approximation: str
@@ -46,7 +49,7 @@ class Row:
     problem: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what ``--json`` prints."""
+        """Return the row as ``--json`` prints it."""
         return asdict(self) | {"score": self.score.as_dict() if self.score else None}
 
 
@@ -54,7 +57,7 @@ def parse_approximations(names: str) -> list[Approximation]:
     """Read a list of approximations, separated by commas.
 
     Raises:
-        OmpError: the list is empty, or has an unknown name.
+        OmpError: if the list is empty, or has an unknown name.
     """
     known = [approximation.value for approximation in Approximation]
     chosen = [name.strip() for name in names.split(",") if name.strip()]
@@ -79,41 +82,53 @@ def compare_approximations(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> list[Row]:
-    """Run a recipe once for each approximation, in a process of its own, and score each output on the texts.
+    """Run a recipe once per approximation, each in its own process, and score the outputs on texts.
 
-    The cache of sparse codes is off, so that seconds are those of a first run. Models are written to a temporary
+    The cache of sparse codes is disabled, so seconds are those of a first run. Models are written to a temporary
     folder, one at a time.
 
     Args:
-        recipe: as in its file; every ``approximation:`` in it is replaced.
+        recipe: the parsed YAML; every ``approximation:`` in it is replaced.
         original: the model before the transplant, scored with its own tokenizer.
-        approximations: what to run.
-        texts: name -> text.
-        options: of ``mergekit-yaml``.
-        device: where the models are scored.
-        trust_remote_code: whether models may run code of their own.
+        approximations: the approximations to compare.
+        texts: texts by name.
+        options: options of ``mergekit-yaml``.
+        device: device for scoring.
+        trust_remote_code: whether to run code that comes with a model.
 
     Returns:
-        The original's row, then one for each approximation in their order.
+        The row of the original, then one row per approximation, in the given order.
 
     Raises:
-        OmpError: the original cannot be scored. A run that fails is a row with its ``problem``.
+        OmpError: if the original cannot be scored. A failed run is a row with its ``problem``.
     """
 
     def score(model: str | Path) -> ModelScore:
-        return evaluate([model], texts, device=device, progress=False, trust_remote_code=trust_remote_code)[0]
+        return evaluate(
+            [model],
+            texts,
+            device=device,
+            progress=False,
+            trust_remote_code=trust_remote_code,
+            read_tokenizer=partial(tokenizer_of, trust_remote_code=trust_remote_code),
+        )[0]
 
-    rows = [Row(ORIGINAL, score(original))]
-    for approximation in tqdm(approximations, desc="Approximations", unit="run", leave=False):
+    def run(approximation: Approximation) -> Row:
         with tempfile.TemporaryDirectory(prefix="mergekit-omp-") as folder:
             out = Path(folder) / approximation.value
             problem = _merge(with_approximation(recipe, approximation), out, options)
             if problem:
-                row = Row(approximation.value, problem=problem)
-            else:
-                record = read_record(out)
-                row = Row(approximation.value, score(out), record["seconds"], record["peak_memory_bytes"])
-        rows.append(row)
+                return Row(approximation.value, problem=problem)
+            record = read_record(out)
+            return Row(approximation.value, score(out), record["seconds"], record["peak_memory_bytes"])
+
+    with tqdm(total=1 + len(approximations), unit="model", leave=False, disable=None) as bar:
+        bar.set_description(ORIGINAL)
+        rows = [Row(ORIGINAL, score(original))]
+        for approximation in approximations:
+            bar.update()
+            bar.set_description(approximation.value)
+            rows.append(run(approximation))
     return rows
 
 
@@ -131,7 +146,7 @@ def _without_key(value: Any, key: str) -> Any:
 
 
 def _merge(recipe: Mapping[str, Any], out: Path, options: Sequence[str]) -> str | None:
-    """Run ``mergekit-yaml``; return the sentence that it failed with."""
+    """Run ``mergekit-yaml``; return the error message if it fails."""
     path = out.with_suffix(".yml")
     path.write_text(yaml.safe_dump(dict(recipe), sort_keys=False), encoding="utf-8")
     run = subprocess.run(
@@ -144,17 +159,22 @@ def _merge(recipe: Mapping[str, Any], out: Path, options: Sequence[str]) -> str 
     if run.returncode == 0:
         return None
     message = run.stderr.strip().split("Error: ")[-1]
-    return " ".join(message.split()) or f"mergekit-yaml stopped with status {run.returncode}"
+    return " ".join(message.split()) or f"mergekit-yaml exited with status {run.returncode}"
 
 
 def describe_comparison(rows: Sequence[Row]) -> Iterator[Part]:
-    """Yield the Markdown table of bits per byte by text and overall, and a sentence for each run that failed."""
+    """Yield the Markdown table of bits per byte by text and overall, and a line for each failed run."""
     original = rows[0].score
     assert original is not None, "only runs of mergekit can fail"
     names = [score.text for score in original.texts]
     table = new_table("approximation", *names, "overall", "tokens/byte", "seconds", "peak MiB", markdown=True)
+    best = min((row.score.overall.bits_per_byte for row in rows[1:] if row.score), default=None)
     for row in rows:
-        table.add_row(row.approximation, *(_cells(row, row.score) if row.score else ["failed"]))
+        if row.score is None:
+            table.add_row(row.approximation, Text("failed", style="red"))
+        else:
+            is_best = row is not rows[0] and row.score.overall.bits_per_byte == best
+            table.add_row(row.approximation, *_cells(row, row.score), style="green" if is_best else None)
     yield table
     failed = [row for row in rows if row.problem]
     if failed:
@@ -163,14 +183,14 @@ def describe_comparison(rows: Sequence[Row]) -> Iterator[Part]:
 
 
 def _cells(row: Row, score: ModelScore) -> list[str]:
-    bits = [f"{each.bits_per_byte:.3f}" for each in (*score.texts, score.overall)]
+    bits = [f"{text.bits_per_byte:.3f}" for text in (*score.texts, score.overall)]
     seconds = "" if row.seconds is None else f"{row.seconds:.1f}"
     memory = "" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 2**20:,.0f}"
     return [*bits, f"{score.overall.tokens_per_byte:.3f}", seconds, memory]
 
 
 def require_plot(path: Path) -> None:
-    """Raise an OmpError where matplotlib is not installed, or the file cannot be written."""
+    """Raise an OmpError if matplotlib is not installed or the file cannot be written."""
     if find_spec("matplotlib") is None:
         raise OmpError("--plot: drawing needs matplotlib; run `pip install 'mergekit-omp[report]'`.")
     if path.suffix not in (".png", ".svg", ".pdf") or not path.absolute().parent.is_dir():
@@ -178,9 +198,10 @@ def require_plot(path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw overall bits per byte beside seconds, one bar an approximation, best first, and the original as a line.
+    """Draw bars of overall bits per byte and seconds per approximation, best first, and the original as a line.
 
-    Bars of bits per byte end at three times the original's, so that a very bad one does not hide the others.
+    Bars of bits per byte are clipped at three times the original's value, so that a very bad result does not hide the
+    others.
 
     Raises:
         OmpError: as :func:`require_plot`.
@@ -194,15 +215,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     bits = [scored[name] for name in names]
     duration = {row.approximation: row.seconds for row in rows}
     seconds = [duration[name] or 0.0 for name in names]
-    longest = _LONGEST_BAR * original
+    limit = _MAX_BAR * original
     figure = Figure(figsize=(9, 1.2 + 0.36 * len(names)), layout="constrained")
     quality, cost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    labels = [f"{value:.3f}" + (" (bar is cut)" if value > longest else "") for value in bits]
-    _bars(quality, names, [min(value, longest) for value in bits], labels)
+    labels = [f"{value:.3f}" + (" (clipped)" if value > limit else "") for value in bits]
+    _bars(quality, names, [min(value, limit) for value in bits], labels)
     _bars(cost, names, seconds, [f"{value:.1f}" for value in seconds])
     quality.axvline(original, color="#c8553d", linewidth=1.5)
     quality.set_title(f"bits per byte (line: original, {original:.3f})", loc="left", fontsize=10)
-    cost.set_title("seconds, whole merge", loc="left", fontsize=10)
+    cost.set_title("seconds, complete merge", loc="left", fontsize=10)
     quality.invert_yaxis()
     figure.savefig(path, dpi=150)
 

@@ -1,7 +1,7 @@
-"""Whether llama.cpp's converter knows what to do with a body and a tokenizer that never met before.
+"""Check whether llama.cpp's converter supports the output tokenizer for an architecture.
 
-The converter chooses by the body's architecture how it looks for a tokenizer; some architectures were released with
-one kind only. As of llama.cpp in llama-cpp-python 0.3.36, ``conversion/*.py``, ``set_vocab`` of each class.
+The converter chooses by architecture how it reads a tokenizer, and some architectures were released with one kind
+only. Source: ``set_vocab`` of the classes in ``conversion/*.py`` of llama.cpp, as in llama-cpp-python 0.3.36.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from typing import Any
 
 
 class TokenizerKind(str, Enum):
-    """What a converter finds in a folder."""
+    """The kind of a tokenizer for a converter."""
 
     BYTE_LEVEL = "byte-level BPE"
     SENTENCEPIECE = "a SentencePiece model"  # with tokenizer.model
-    SENTENCEPIECE_BPE = "SentencePiece BPE without its tokenizer.model"  # in tokenizer.json alone
+    SENTENCEPIECE_BPE = "SentencePiece BPE without its tokenizer.model"  # in tokenizer.json only
     OTHER = "neither byte-level nor SentencePiece BPE"
 
 
@@ -23,7 +23,7 @@ _PIECE = frozenset({TokenizerKind.SENTENCEPIECE})
 _EITHER = _BYTE | _PIECE
 _ANY_BPE = _EITHER | {TokenizerKind.SENTENCEPIECE_BPE}
 
-_READ_FOR: Mapping[str, frozenset[TokenizerKind]] = {
+_SUPPORTED: Mapping[str, frozenset[TokenizerKind]] = {
     **dict.fromkeys(
         (
             "afmoe",
@@ -103,38 +103,38 @@ _READ_FOR: Mapping[str, frozenset[TokenizerKind]] = {
 }
 
 
-def tokenizer_kind(described: Mapping[str, Any], has_sentencepiece_file: bool) -> TokenizerKind:
-    """The kind of a tokenizer, as a converter sees it.
+def tokenizer_kind(tokenizer_json: Mapping[str, Any], has_sentencepiece_file: bool) -> TokenizerKind:
+    """Classify a tokenizer as a converter does.
 
     Args:
-        described: its tokenizer.json.
-        has_sentencepiece_file: whether a tokenizer.model lies beside it.
+        tokenizer_json: content of its tokenizer.json.
+        has_sentencepiece_file: whether the folder contains a tokenizer.model.
     """
     if has_sentencepiece_file:
         return TokenizerKind.SENTENCEPIECE
-    model, decoder = described["model"], described.get("decoder") or {}
-    if model["type"] == "BPE" and (decoder.get("type") == "ByteLevel" or _holds_byte_level(decoder)):
+    model, decoder = tokenizer_json["model"], tokenizer_json.get("decoder") or {}
+    if model["type"] == "BPE" and (decoder.get("type") == "ByteLevel" or _has_byte_level(decoder)):
         return TokenizerKind.BYTE_LEVEL
     if model["type"] == "BPE" and model.get("byte_fallback") and decoder.get("type") == "Sequence":
         return TokenizerKind.SENTENCEPIECE_BPE
     return TokenizerKind.OTHER
 
 
-def _holds_byte_level(decoder: Mapping[str, Any]) -> bool:
+def _has_byte_level(decoder: Mapping[str, Any]) -> bool:
     return any(part.get("type") == "ByteLevel" for part in decoder.get("decoders", ()))
 
 
 def converter_note(model_type: str, kind: TokenizerKind) -> str | None:
-    """One sentence where llama.cpp's converter cannot read such a tokenizer for such a body.
+    """Return a warning if llama.cpp's converter cannot read the kind of tokenizer for an architecture.
 
     Args:
-        model_type: the body's, as in config.json.
-        kind: the output tokenizer's.
+        model_type: model type in config.json.
+        kind: kind of the output tokenizer.
 
     Returns:
-        None where it can, and for bodies that are not listed here.
+        The warning; None if it can, and for unlisted model types.
     """
-    known = _READ_FOR.get(model_type)
+    known = _SUPPORTED.get(model_type)
     if known is None or kind in known:
         return None
     return (

@@ -1,4 +1,4 @@
-"""What a run of a recipe will do and take, from tokenizers and configurations alone."""
+"""Forecast the work and the resources of a run from tokenizers and configurations."""
 
 import time
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ from mergekit_omp.vocabulary.tokens import TokenKind
 EXAMPLES = 24
 _PROBE_TARGETS = 128
 _PROBE_NUMBERS = 2**25  # 128 MB of float32
+_WORTH_MEASURING = 10**9  # products of a step for all targets: a solve of about a second
 _AT_REST = 900 * 10**6  # bytes that Python, torch, transformers and two tokenizers hold
 
 
@@ -40,13 +41,13 @@ class Solve:
     Attributes:
         donor: the model whose rows are approximated.
         base: the first model of the recipe with the vocabulary that is realigned.
-        matrices: how many matrices of the donor are solved for: two where input embedding and LM head differ.
-        targets: tokens to approximate.
-        atoms: anchors to approximate them with.
-        dim: width of the donor.
+        matrices: number of matrices of the donor: two if input embedding and LM head differ.
+        targets: number of tokens to approximate.
+        atoms: number of anchors.
+        dim: hidden size of the donor.
         k: sparsity.
-        memory_budget: bytes that the solver may take, the least that a tensor asks for; None for its default.
-        seconds: an estimate for all of its matrices on this machine; None where it was not asked for.
+        memory_budget: memory limit of the solver in bytes, the lowest of all tensors; None for the default.
+        seconds: estimated time for all matrices on this machine; None if not measured.
     """
 
     donor: str
@@ -61,33 +62,57 @@ class Solve:
 
 
 def forecast(transplant: Transplant, *, measure: bool = True) -> dict[str, Any]:
-    """Describe what a run of a recipe will do.
+    """Forecast a run of a recipe.
 
     Args:
         transplant: the resolved recipe.
-        measure: estimate seconds, by solving a small random problem of the same shape.
+        measure: whether to estimate seconds by solving a small random problem of the same shape.
 
     Returns:
-        What ``mergekit-omp inspect --json`` prints.
+        The forecast as ``mergekit-omp inspect --json`` prints it.
     """
     config, options = transplant.config, transplant.options
-    approximations = list(dict.fromkeys(Approximation(each).value for each in settings_of(config, "approximation")))
     offers = {model: _offers(model, transplant) for model in transplant.inputs}
-    solves = list(_solves(transplant, offers)) if Approximation.OMP.value in approximations else []
-    if measure:
-        solves = [_timed(solve, options.device) for solve in solves]
     return {
         "merge_method": config.merge_method,
         "tokenizer_source": str(transplant.source),
         "tokens": len(transplant.vocabulary.tokens),
         "rows": transplant.rows,
         "device": str(options.device),
-        "approximations": approximations,
         "vocabularies": [_describe_vocabulary(model) for model in transplant.models],
         "inputs": [_describe_input(model, transplant, offers[model]) for model in transplant.inputs],
+        **_costs(transplant, offers, 0 if measure else None),
+    }
+
+
+def expected_costs(transplant: Transplant) -> dict[str, Any]:
+    """Return the keys ``approximations``, ``solves`` and ``estimate`` of :func:`forecast`.
+
+    Solves that take about a second are not measured; their seconds are None, and count as none in the estimate.
+    """
+    offers = {model: _offers(model, transplant) for model in transplant.inputs}
+    return _costs(transplant, offers, _WORTH_MEASURING)
+
+
+def _costs(
+    transplant: Transplant, offers: dict[RecipeModel, list[list[Offer]]], measured_from: int | None
+) -> dict[str, Any]:
+    """Describe the solves; those of at least so many products are measured, none where that is None."""
+    found = settings_of(transplant.config, "approximation")
+    approximations = list(dict.fromkeys(Approximation(name).value for name in found))
+    solves = list(_solves(transplant, offers)) if Approximation.OMP.value in approximations else []
+    if measured_from is not None:
+        solves = [
+            _timed(solve, transplant.options.device)
+            if solve.targets * solve.atoms * solve.dim >= measured_from
+            else solve
+            for solve in solves
+        ]
+    return {
+        "approximations": approximations,
         "solves": [asdict(solve) for solve in solves],
         "estimate": {
-            "solve_seconds": sum(solve.seconds or 0 for solve in solves) if measure else None,
+            "solve_seconds": None if measured_from is None else sum(solve.seconds or 0 for solve in solves),
             "peak_memory_bytes": _peak_memory(transplant, solves),
             "output_bytes": _output_bytes(transplant),
         },
@@ -105,7 +130,7 @@ def _describe_vocabulary(model: RecipeModel) -> dict[str, Any]:
 
 
 def _offers(model: RecipeModel, transplant: Transplant) -> list[list[Offer]]:
-    """What other models have that an input lacks, by the rows of the input embedding where they are at hand."""
+    """Find rows that other models have for an input's new tokens; only local weights are compared."""
     LoaderCache().setup(transplant.options)
     settings = [
         OmpParameters(copy_rows=copy_rows, approximation=approximation)
@@ -118,7 +143,7 @@ def _offers(model: RecipeModel, transplant: Transplant) -> list[list[Offer]]:
 
 def _describe_input(model: RecipeModel, transplant: Transplant, offers: list[list[Offer]]) -> dict[str, Any]:
     match = model.match
-    ours, its = transplant.vocabulary, model.vocabulary
+    output, vocabulary = transplant.vocabulary, model.vocabulary
     missing = (match.reasons == MatchReason.MISSING).nonzero().squeeze(1).tolist()
     reasons = [MatchReason(reason) for reason in match.reasons.tolist()]
     return {
@@ -129,17 +154,17 @@ def _describe_input(model: RecipeModel, transplant: Transplant, offers: list[lis
         "match": match_counts(match),
         "special_pairs": [
             {
-                "output": ours.tokens[id_].text,
-                "model": its.tokens[int(match.rows[id_])].text,
+                "output": output.tokens[id_].text,
+                "model": vocabulary.tokens[int(match.rows[id_])].text,
                 "reason": reason.name.lower().replace("_", " "),
             }
             for id_, reason in enumerate(reasons)
             if reason in (MatchReason.SPECIAL_RENAMED, MatchReason.SPECIAL_ROLE, MatchReason.SPECIAL_EQUIVALENT)
         ],
         "special_without_partner": [
-            ours.tokens[id_].text for id_, reason in enumerate(reasons) if reason is MatchReason.MISSING_SPECIAL
+            output.tokens[id_].text for id_, reason in enumerate(reasons) if reason is MatchReason.MISSING_SPECIAL
         ],
-        "examples": [readable(ours.tokens[id_]) for id_ in missing[:: max(1, len(missing) // EXAMPLES)][:EXAMPLES]],
+        "examples": [readable(output.tokens[id_]) for id_ in missing[:: max(1, len(missing) // EXAMPLES)][:EXAMPLES]],
         "copied": [
             {
                 "model": str(offer.source),
@@ -155,7 +180,7 @@ def _describe_input(model: RecipeModel, transplant: Transplant, offers: list[lis
 
 
 def _solves(transplant: Transplant, offers: dict[RecipeModel, list[list[Offer]]]) -> Iterator[Solve]:
-    """One for every vocabulary that is realigned and every donor that has new tokens of it that are not copied."""
+    """Yield a solve for every realigned vocabulary and every donor of its new tokens that are not copied."""
     config = transplant.config
     planned = {
         (posed, copies): posed.problem.without(copies.ids(model.match))
@@ -188,7 +213,7 @@ def _tied(config: PretrainedConfig) -> bool:
 
 
 def _timed(solve: Solve, device: str | None) -> Solve:
-    """Measure a few random targets against as many random atoms as is quick, and scale up."""
+    """Time a few random targets against as many random atoms as is fast, and extrapolate."""
     if not solve.dim:
         return solve
     atoms = max(solve.k, min(solve.atoms, _PROBE_NUMBERS // solve.dim))
@@ -196,16 +221,16 @@ def _timed(solve: Solve, device: str | None) -> Solve:
     rows = torch.randn(atoms + _PROBE_TARGETS, solve.dim, generator=generator).to(device)
 
     def seconds(targets: int) -> float:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k)
-        return time.perf_counter() - begun
+        return time.perf_counter() - started
 
-    seconds(1)  # to warm up
-    alone, together = seconds(1), seconds(_PROBE_TARGETS)  # to set up takes as long for one as for many
-    each = max(0.0, together - alone) / (_PROBE_TARGETS - 1)
+    seconds(1)  # warm-up
+    one, many = seconds(1), seconds(_PROBE_TARGETS)  # both include the same setup time
+    per_target = max(0.0, many - one) / (_PROBE_TARGETS - 1)
     # The probe is too small for a Gram matrix.
     scale = solve.matrices * solve.atoms / atoms / _plan(solve, rows.device).speedup
-    return Solve(**asdict(solve) | {"seconds": (alone + each * solve.targets) * scale})
+    return Solve(**asdict(solve) | {"seconds": (one + per_target * solve.targets) * scale})
 
 
 def _plan(solve: Solve, device: torch.device) -> SolvePlan:
@@ -214,7 +239,7 @@ def _plan(solve: Solve, device: torch.device) -> SolvePlan:
 
 
 def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
-    """Bytes: the donor's rows once as stored, and its anchors and targets as the solver holds them; or the output."""
+    """Estimate peak memory in bytes: the donor's matrix, its anchors and targets in the solver, and the output."""
     needs = [0]
     for solve in solves:
         donor = next(model for model in transplant.donors if str(model) == solve.donor)
@@ -233,13 +258,13 @@ def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
 
 
 def _output_bytes(transplant: Transplant) -> int | None:
-    """Bytes of the output's weights, from the base's config alone; None where transformers cannot build it."""
+    """Estimate the size of the output's weights from the base's config; None if transformers cannot build it."""
     base, config = _config(transplant.base), transplant.config
     dtype = dtype_from_name(config.out_dtype or config.dtype)
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(base, trust_remote_code=transplant.trust_remote_code)
-    except Exception:  # whatever a model's constructor raises
+    except Exception:  # arbitrary errors of a model's constructor
         return None
     old, width = model.get_input_embeddings().weight.shape
     matrices = 1 if _tied(base) else 2

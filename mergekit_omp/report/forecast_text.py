@@ -1,4 +1,4 @@
-"""What ``mergekit-omp inspect`` prints."""
+"""Format a forecast as the text that ``mergekit-omp inspect`` prints."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ def describe_forecast(found: Mapping[str, Any]) -> Iterator[Part]:
     """Yield the parts of the text.
 
     Args:
-        found: as :func:`mergekit_omp.report.forecast.forecast` returns it.
+        found: result of :func:`mergekit_omp.report.forecast.forecast`.
     """
     yield (
         f"{found['merge_method']}, with the tokenizer of {found['tokenizer_source']}: {found['tokens']:,} tokens, "
@@ -20,7 +20,7 @@ def describe_forecast(found: Mapping[str, Any]) -> Iterator[Part]:
     )
     yield ""
     yield heading("Vocabularies")
-    vocabularies = new_table("model", "numbers as", "tokens", align="llr")
+    vocabularies = new_table("model", "numbers", "tokens", align="llr")
     for vocabulary in found["vocabularies"]:
         vocabularies.add_row(vocabulary["name"], vocabulary["numerals"], f"{vocabulary['tokens']:,}")
     yield indented(vocabularies)
@@ -35,9 +35,9 @@ def describe_forecast(found: Mapping[str, Any]) -> Iterator[Part]:
     estimate = found["estimate"]
     estimates = new_table("", "", header=False)
     if estimate["solve_seconds"] is not None:
-        estimates.add_row("time to solve", _duration(estimate["solve_seconds"]))
-    estimates.add_row("peak memory", _size(estimate["peak_memory_bytes"]))
-    estimates.add_row("disk", _size(estimate["output_bytes"]))
+        estimates.add_row("time to solve", duration(estimate["solve_seconds"]))
+    estimates.add_row("peak memory", size(estimate["peak_memory_bytes"]))
+    estimates.add_row("disk", size(estimate["output_bytes"]))
     yield indented(estimates)
 
 
@@ -49,28 +49,29 @@ def _describe_input(model: Mapping[str, Any], tokens: int) -> Iterator[Part]:
         reasons.add_row(f"{count:,}", label(reason))
     yield indented(reasons, 4)
     if model["special_pairs"]:
-        pairs = new_table("special token of the output", "of the model", "because of", align="lll")
+        pairs = new_table("special token of the output", "of the model", "reason", align="lll")
         for pair in model["special_pairs"]:
             pairs.add_row(pair["output"], pair["model"], pair["reason"])
         yield indented(pairs, 4)
     if model["special_without_partner"]:
-        yield f"  special tokens without a partner: {' '.join(model['special_without_partner'])}"
+        yield f"  special tokens without a match: {' '.join(model['special_without_partner'])}"
     if model["examples"]:
         yield f"  new tokens, for example: {'  '.join(model['examples'])}"
     for copied in model["copied"]:
-        yield f"  {_describe_copies(copied)}"
+        yield f"  {describe_copies(copied)}"
     for sentence in model["advice"]:
         yield note(sentence)
 
 
-def _describe_copies(copied: Mapping[str, Any]) -> str:
+def describe_copies(copied: Mapping[str, Any]) -> str:
+    """Say what becomes of the tokens that an input lacks and another model of the recipe has."""
     tokens = f"{copied['tokens']:,} tokens that only {copied['model']} has"
     if copied["copied"] is None:
-        return f"{tokens}: copied if the rows of shared tokens are alike, which is seen when the recipe runs"
-    said = f"{tokens}: {'copied' if copied['copied'] else 'approximated, since it has another space'}"
+        return f"{tokens}: copied if the rows of shared tokens are similar, which is tested when the recipe runs"
+    decision = f"{tokens}: {'copied' if copied['copied'] else 'approximated, since its embedding space differs'}"
     if copied["similarity"] is None:
-        return said
-    return f"{said} (median similarity of the rows of shared tokens: {copied['similarity']:.2f})"
+        return decision
+    return f"{decision} (median similarity of the rows of shared tokens: {copied['similarity']:.2f})"
 
 
 def _describe_solves(found: Mapping[str, Any]) -> Iterator[Part]:
@@ -83,23 +84,35 @@ def _describe_solves(found: Mapping[str, Any]) -> Iterator[Part]:
                 f"{solve['atoms']:,}",
                 str(solve["k"]),
                 str(solve["matrices"]),
-                "" if solve["seconds"] is None else _duration(solve["seconds"]),
+                "" if solve["seconds"] is None else duration(solve["seconds"]),
             )
         yield indented(solves)
     others = [name for name in found["approximations"] if name != Approximation.OMP.value]
     if others:
-        yield f"  none where the rows of new tokens are made by {' or '.join(others)}"
+        yield f"  none for tensors whose new rows are made by {' or '.join(others)}"
     elif not found["solves"]:
         yield "  none: there are no new tokens"
 
 
-def _size(count: int | None) -> str:
+def size(count: int | None) -> str:
+    """Format a number of bytes; None is unknown.
+
+    Example:
+        >>> size(2_300_000_000)
+        '2.3 GB'
+    """
     if count is None:
         return "unknown"
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Format a number of seconds, rounded.
+
+    Example:
+        >>> duration(200)
+        '3 min'
+    """
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

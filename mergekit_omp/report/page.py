@@ -1,35 +1,44 @@
-"""The record of a transplant as one self-contained HTML page: ``page.html.j2``, filled in."""
+"""Render the record of a transplant as a self-contained HTML page from ``page.html.j2``."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jinja2
 
+from mergekit_omp.evaluation.spans import SpanClass
 from mergekit_omp.report import summary
 from mergekit_omp.report.pictures import (
     as_svg,
     draw_matches,
     draw_residuals,
+    draw_spans,
     draw_texts,
     draw_usage,
     require_matplotlib,
     sides,
     solves_with_targets,
 )
+from mergekit_omp.report.scores import Spans, gap
 from mergekit_omp.report.summary import Record
 
 
 def page(record: Record, title: str) -> str:
-    """Make the page.
+    """Render the page.
 
     Args:
-        record: a complete one, as ``mergekit_omp.report.record`` writes it.
-        title: the model's name.
+        record: a complete record, as :mod:`mergekit_omp.report.record` writes it.
+        title: name of the model.
+
+    Returns:
+        The HTML.
 
     Raises:
-        OmpError: matplotlib is not installed.
+        OmpError: if matplotlib is not installed.
     """
     require_matplotlib()
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("mergekit_omp", "report"),
-        autoescape=True,  # names and tokens are text, whatever markup is in them
+        autoescape=True,  # names and tokens may contain markup
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -46,6 +55,8 @@ def page(record: Record, title: str) -> str:
         advice=summary.advice(record),
         pictures={name: as_svg(draw, record) for name, draw in drawings.items()},
         most_used=[(sides(record, solve), solve["usage"]["most_used"]) for solve in approximated],
+        classes=[kind.value for kind in SpanClass],
+        spans=[_span_section(title, measured) for title, measured in summary.measured_spans(record)],
         samples=record["samples"],
         details=_details(record),
     )
@@ -53,7 +64,7 @@ def page(record: Record, title: str) -> str:
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:
-    """List the numbers at the top of the page, each with what it counts."""
+    """Return the numbers at the top of the page with their labels."""
     first = summary.inputs(record)[0]
     targets = [problem["targets"] for problem in (*record["solves"], *record.get("other_rows", ()))]
     residuals = [solve["residuals"]["mean"] for solve in solves_with_targets(record)]
@@ -62,12 +73,33 @@ def _facts(record: Record) -> list[tuple[str, str]]:
         (f"{first['kept']:,}", "keep a row of the model"),
         (f"{max(targets, default=0):,}", "are approximated"),
         (f"{sum(residuals) / len(residuals):.3f}" if residuals else "–", "mean relative residual"),
-        (_duration(record["seconds"]), "from start to end"),
+        (_duration(record["seconds"]), "total time"),
     ]
 
 
+def _span_section(title: str, measured: Mapping[str, Spans | None]) -> dict[str, Any]:
+    """Prepare a section on where bits are lost; its picture leaves out the single texts of an evaluation."""
+    known = {name: spans for name, spans in measured.items() if spans is not None}
+    drawn = {"now": known["overall"]} if "overall" in known else known
+    return {
+        "title": title,
+        "picture": as_svg(draw_spans, drawn) if drawn else None,
+        "rows": [
+            (
+                name,
+                gap(spans),
+                [
+                    span["bits_per_byte"] - span["ideal_bits_per_byte"]
+                    for span in (spans[kind.value] for kind in SpanClass)
+                ],
+            )
+            for name, spans in known.items()
+        ],
+    }
+
+
 def _details(record: Record) -> list[tuple[str, str]]:
-    """List everything else that is known about the run, each with its name."""
+    """Return all other properties of the run with their names."""
     rows = [("merge method", record["merge_method"]), ("tokenizer", record["tokenizer_source"])]
     for model in record["models"]:
         about = f"{model['tokens']:,} tokens; numbers as {model['numerals']}"

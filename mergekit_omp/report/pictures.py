@@ -1,11 +1,13 @@
-"""The pictures of the report page as SVG, drawn by matplotlib, which is optional and imported where it is used."""
+"""Draw the figures of the report page as SVG with matplotlib, an optional dependency imported on use."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.evaluation.spans import SpanClass
+from mergekit_omp.report.scores import Spans
 from mergekit_omp.report.summary import Record, inputs, label, matches
 
 if TYPE_CHECKING:
@@ -18,13 +20,13 @@ GREY = "#8a8f98"
 
 
 def require_matplotlib() -> None:
-    """Raise an OmpError where matplotlib is not installed."""
+    """Raise an OmpError if matplotlib is not installed."""
     if find_spec("matplotlib") is None:
         raise OmpError("The page's pictures need matplotlib; run `pip install 'mergekit-omp[report]'`.")
 
 
 def draw_matches(record: Record) -> "Figure":
-    """Draw for each input how many output tokens it has a row for or not, by reason."""
+    """Draw the number of output tokens with and without a row in each input, by reason."""
     models = inputs(record)
     most = max(len(model["match"]) for model in models)
     figure, axes = _new_figure(len(models), 0.9 + 0.34 * most)
@@ -66,7 +68,7 @@ def draw_residuals(record: Record) -> "Figure":
 
 
 def draw_usage(record: Record) -> "Figure":
-    """Draw for each solve how many anchors are used how often."""
+    """Draw a histogram of the number of uses of anchors for each solve."""
     solves = solves_with_targets(record)
     figure, axes = _new_figure(len(solves), 2.6)
     for axis, solve in zip(axes, solves, strict=True):
@@ -99,20 +101,38 @@ def draw_texts(record: Record) -> "Figure":
     return figure
 
 
+def draw_spans(measured: Mapping[str, Spans]) -> "Figure":
+    """Draw bits per byte beside the ideal: a group of bars for each class of tokens, a bar for each name."""
+    figure, [axis] = _new_figure(1, 3.2)
+    colours = [KEPT] if len(measured) == 1 else [NEW, KEPT]
+    series = [("ideal", "ideal_bits_per_byte", next(iter(measured.values())), GREY)]
+    series += [(name, "bits_per_byte", spans, colours[n]) for n, (name, spans) in enumerate(measured.items())]
+    width = 0.8 / len(series)
+    for n, (name, key, spans, colour) in enumerate(series):
+        places = [group + (n - (len(series) - 1) / 2) * width for group in range(len(SpanClass))]
+        bars = axis.bar(places, [spans[kind.value][key] for kind in SpanClass], 0.95 * width, color=colour, label=name)
+        axis.bar_label(bars, fmt="{:.3f}", padding=2, fontsize=9)
+    axis.set_xticks(range(len(SpanClass)), [kind.value for kind in SpanClass])
+    axis.margins(y=0.15)
+    axis.set_ylabel("bits per byte of text")
+    axis.legend(frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, 1.15))
+    return figure
+
+
 def solves_with_targets(record: Record) -> list[Record]:
-    """List the solves that there are pictures of."""
+    """Return the solves that have targets."""
     return [solve for solve in record["solves"] if solve["targets"]]
 
 
 def sides(record: Record, solve: Record) -> str:
-    """Say which tensors of the output a solve served."""
+    """Describe the matrix of a solve and the sides of the output that use it."""
     index = record["solves"].index(solve)
-    served = sorted({tensor["side"] for tensor in record["tensors"] if index in tensor["solves"]})
-    return f"{solve['tensor']} of {solve['donor']}, for the {' and the '.join(served)}"
+    used_by = sorted({tensor["side"] for tensor in record["tensors"] if index in tensor["solves"]})
+    return f"{solve['tensor']} of {solve['donor']}, for the {' and the '.join(used_by)}"
 
 
 def as_svg(draw: Callable[[Record], "Figure"], record: Record) -> str:
-    """Draw a picture as an ``<svg>`` element; the same record gives the same bytes."""
+    """Draw a figure as an ``<svg>`` element; equal records give equal bytes."""
     from matplotlib import rc_context
 
     image = io.StringIO()

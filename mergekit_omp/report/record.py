@@ -1,29 +1,34 @@
-"""An account of a transplant beside the model that it made: ``omp_record.json``, and a section of the model card.
+"""Record a transplant in ``omp_record.json`` and in a section of the model card.
 
-The record is for machines; ``mergekit-omp report`` makes a page of it. What the solves found is added while their
-codes are at hand; everything is written once, when the model is.
+The record is machine-readable; ``mergekit-omp report`` renders it as a page. Results of solves are added while their
+codes are in memory. Everything is written once, after the model.
 """
 
+import base64
 import datetime
 import functools
 import json
 import logging
 import platform
 import sys
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from mergekit_omp.checkpoints.architecture import vocabulary_role
+from mergekit_omp.checkpoints.files import find_file
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
+from mergekit_omp.report.fingerprints import file_sha256, fingerprints
 from mergekit_omp.report.samples import choose_samples, readable, with_neighbours
 from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.vocabulary.matching import VocabularyMatch
@@ -34,35 +39,36 @@ LOG = logging.getLogger(__name__)
 
 RECORD_FILE = "omp_record.json"
 FORMAT = 1
+TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model")
 RESIDUAL_BINS = 40
 MOST_USED = 30
 PACKAGES = ("mergekit-omp", "mergekit", "torch", "transformers", "tokenizers", "safetensors")
 
 
 def never_fatal(step: Callable[..., None]) -> Callable[..., None]:
-    """Log what goes wrong in a step, and no more: an account of a model must not cost the model."""
+    """Log exceptions of a step instead of raising them: a failure of the record must not cost the model."""
 
     @functools.wraps(step)
     def attempt(*args: Any, **kwargs: Any) -> None:
         try:
             step(*args, **kwargs)
         except Exception:
-            LOG.warning("The model is not affected, but the record of how it was made is incomplete", exc_info=True)
+            LOG.warning("The model is complete, but the record of the run is not", exc_info=True)
 
     return attempt
 
 
 class Record:
-    """What a run has to tell, collected on the way.
+    """Results of a run, collected while it runs.
 
     Attributes:
         transplant: the resolved recipe.
-        solves: a description of every solve, in the order in which they were planned.
-        other_rows: of every problem whose rows another initializer made.
-        tensors: of every realigned tensor of every input, with the places of its solves.
-        uncovered: for each input the ids of new tokens that neither a donor nor an override gives a row.
-        copied: for each input the ids of tokens whose rows other models of its space give, in every tensor.
-        is_complete: whether everything that was to be added has been.
+        solves: descriptions of the solves, in the order in which they were planned.
+        other_rows: descriptions of the problems of other initializers.
+        tensors: descriptions of the realigned tensors of every input, with the indices of their solves.
+        uncovered: ids of new tokens of each input that neither a donor nor an override has a row for.
+        copied: ids of tokens of each input whose rows are copied from other models, in every tensor.
+        is_complete: whether all results have been added.
     """
 
     def __init__(self, transplant: Transplant) -> None:
@@ -73,22 +79,23 @@ class Record:
         self.uncovered: dict[RecipeModel, list[int]] = {}
         self.copied: dict[RecipeModel, set[int]] = {}
         self.is_complete = False
+        self._replaced: dict[RecipeModel, set[int]] = {}
         self._warnings: dict[RecipeModel, list[str]] = {}
 
     def warnings(self, model: RecipeModel) -> list[str]:
-        """What the user should know of an input; found once, for the log and for the file."""
+        """Return the warnings about an input, which are computed once."""
         if model not in self._warnings:
             self._warnings[model] = warnings_for(model, self.transplant, self.copied.get(model, ()))
         return self._warnings[model]
 
     def add_solve(self, posed: DonorProblem, solution: Solution, **settings: Any) -> int:
-        """Describe a solve, with the settings that it had; returns its place among all."""
+        """Add a solve with its settings, and return its index."""
         described = _describe_solution(solution, self.transplant.vocabulary)
         self.solves.append(_describe_problem(posed, solution.problem) | settings | described)
         return len(self.solves) - 1
 
     def add_other_rows(self, posed: DonorProblem, problem: Problem) -> None:
-        """Describe a problem whose rows were not made from codes."""
+        """Add a problem whose rows were not made from sparse codes."""
         self.other_rows.append(_describe_problem(posed, problem))
 
     def add_tensor(
@@ -100,7 +107,7 @@ class Record:
         problems: Sequence[Problem],
         copied: Sequence[tuple[Sequence[RecipeModel], torch.Tensor]],
     ) -> None:
-        """Describe a realigned tensor of an input, and note which new tokens no problem and no copy covers."""
+        """Add a realigned tensor of an input, and update the new tokens that no problem and no copy covers."""
         self.tensors.append(
             {
                 "name": name,
@@ -113,8 +120,11 @@ class Record:
         )
         copied_ids = {id_ for _, ids in copied for id_ in ids.tolist()}
         self.copied[model] = copied_ids & self.copied.get(model, copied_ids)
+        replaced = self._replaced.setdefault(model, set())
+        replaced |= copied_ids
         uncovered = model.match.is_new()
         for problem in problems:
+            replaced |= set(problem.target_ids.tolist())
             uncovered[problem.target_ids] = False
             uncovered[problem.untrained_ids] = False
         uncovered[list(copied_ids)] = False
@@ -122,16 +132,24 @@ class Record:
         ids = uncovered.nonzero().squeeze(1).tolist()
         self.uncovered[model] = [id_ for id_ in ids if tokens[id_].text not in overridden]
 
+    def origins(self, model: RecipeModel) -> torch.Tensor:
+        """The row of an input that each output row is, int64 (V,); -1 where it is made, copied or overridden."""
+        overridden = {token for token, given in self.transplant.overrides.items() if given.force}
+        forced = {id_ for id_, token in self.transplant.vocabulary.tokens.items() if token.text in overridden}
+        rows = model.match.rows.clone()
+        rows[sorted(self._replaced.get(model, set()) | forced)] = -1
+        return rows
+
     @never_fatal
     def write(self, folder: Path, seconds: float) -> None:
-        """Write the record, if it is complete, and, where mergekit has written a model card, a section of that.
+        """Write a complete record, and a section of the model card if mergekit has written one.
 
         Args:
-            folder: of the finished model.
-            seconds: what the run took.
+            folder: folder of the finished model.
+            seconds: duration of the run.
         """
         if not self.is_complete:
-            return  # what went wrong has been logged
+            return  # the failure has been logged
         record = self._complete(folder, seconds)
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -151,7 +169,7 @@ class Record:
             "tokenizer_source": str(transplant.source),
             "tokens": len(transplant.vocabulary.tokens),
             "rows": transplant.rows,
-            "models": [_describe_model(model, transplant, self.warnings) for model in transplant.models],
+            "models": [_describe_model(model, self) for model in transplant.models],
             "texts": _measure_texts(folder, transplant),
             "versions": versions(),
             "machine": {
@@ -161,39 +179,45 @@ class Record:
             },
             "seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory(),
+            "sha256": fingerprints(folder, [tensor["name"] for tensor in self.tensors]),
             "samples": with_neighbours(self.tensors, self.solves, folder, transplant),
         }
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """The record beside a model.
+    """Read the record of a model.
 
     Raises:
-        OmpError: where there is none, an incomplete one, or one that this version cannot read.
+        OmpError: if there is no record, or it is incomplete or of another version.
     """
     path = Path(folder) / RECORD_FILE
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OmpError(
-            f"{folder}: there is no {RECORD_FILE} in it; name the output folder of a merge with merge_method: omp."
+            f"{folder} has no {RECORD_FILE}; name the output folder of a merge with merge_method: omp."
         ) from error
     except ValueError as error:
-        raise OmpError(f"{path} is no JSON ({error}); make the model again.") from error
+        raise OmpError(f"{path} is not valid JSON ({error}); make the model again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise OmpError(f"{path} is of another version of mergekit-omp; make the model again or use that version.")
     if "samples" not in record:
-        raise OmpError(f"{path} is incomplete, as the log of that run tells; make the model again.")
+        raise OmpError(f"{path} is incomplete (the log of that run has the reason); make the model again.")
     return record
 
 
+def base_of(record: Mapping[str, Any]) -> str:
+    """The name of the first model that was merged, whose body and configuration the output has."""
+    return next(model["name"] for model in record["models"] if "input" in model["roles"])
+
+
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that have a part in the result."""
+    """Return the versions of Python and of the packages that affect the result."""
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
 def peak_memory() -> int | None:
-    """The most bytes of memory that this process held; None where the system does not tell."""
+    """Return the peak memory of this process in bytes; None if the system does not report it."""
     if sys.platform == "win32":
         return None
     import resource
@@ -202,24 +226,35 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def pack_rows(rows: torch.Tensor) -> str:
+    """Row numbers as a short string: 32-bit little-endian integers, compressed by zlib, in base 64."""
+    return base64.b64encode(zlib.compress(rows.numpy().astype("<i4").tobytes(), 9)).decode()
+
+
+def unpack_rows(packed: str) -> torch.Tensor:
+    """The rows, int64 (V,), of :func:`pack_rows`."""
+    data = np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype="<i4")
+    return torch.from_numpy(data.astype(np.int64))
+
+
 def match_counts(match: VocabularyMatch) -> dict[str, int]:
-    """How many output tokens there are of each reason, in words."""
+    """Return the number of output tokens by reason, in words."""
     return {reason.name.lower().replace("_", " "): count for reason, count in match.counts().items()}
 
 
 def card_section(record: Mapping[str, Any]) -> str:
-    """Markdown on what was kept, what was approximated and how well, for the end of a model card."""
+    """Return Markdown on kept and approximated rows for the end of a model card."""
     lines = ["### Tokenizer transplantation", ""]
     for model in record["models"]:
         if "input" in model["roles"]:
             lines.append(
-                f"* {model['name']}: of {record['tokens']:,} tokens {model['kept']:,} kept their rows and "
-                f"{model['lacking']:,} were lacking."
+                f"* {model['name']}: of {record['tokens']:,} tokens {model['kept']:,} keep their rows and "
+                f"{model['lacking']:,} are new."
             )
     for solve in record["solves"]:
         lines.append(
-            f"* {solve['targets']:,} tokens were approximated with at most {solve['k']} of {solve['atoms']:,} shared "
-            f"ones each, in {solve['tensor']} of {solve['donor']}; "
+            f"* {solve['targets']:,} tokens were approximated with at most {solve['k']} of {solve['atoms']:,} "
+            f"anchors each, in {solve['tensor']} of {solve['donor']}; "
             f"the mean relative residual is {solve['residuals']['mean']:.3f}."
         )
     for tensor in record["tensors"]:
@@ -235,13 +270,13 @@ def card_section(record: Mapping[str, Any]) -> str:
     lines += [
         "",
         f"Made with mergekit-omp {record['versions']['mergekit-omp']}; `{RECORD_FILE}` has the details, and "
-        "`mergekit-omp report <this folder>` makes a page of them.",
+        "`mergekit-omp report <this folder>` renders them as a page.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def copied_rows(tensor: Mapping[str, Any]) -> list[str]:
-    """Say which tokens of a tensor of :class:`Record` have the rows of other models."""
+    """Describe the copied rows of a tensor of a record."""
     return [
         f"{tensor['name']} of {tensor['model']}: {copied['tokens']:,} rows copied from {' and '.join(copied['from'])}"
         for copied in tensor.get("copied", ())
@@ -281,7 +316,7 @@ def _describe_solution(solution: Solution, vocabulary: Vocabulary) -> dict[str, 
 
 
 def _describe_residuals(residuals: torch.Tensor) -> dict[str, Any]:
-    """A histogram over [0, 1] of relative residuals, with a few numbers."""
+    """Summarise relative residuals, with a histogram over [0, 1]."""
     if not len(residuals):
         return {"mean": 0.0, "median": 0.0, "p95": 0.0, "edges": [0.0, 1.0], "counts": [0]}
     values = residuals.double()
@@ -296,7 +331,7 @@ def _describe_residuals(residuals: torch.Tensor) -> dict[str, Any]:
 
 
 def _histogram(sorted_counts: list[int]) -> list[dict[str, int]]:
-    """How many anchors are used 1, 2–3, 4–7, … times."""
+    """Count the anchors that are used 1, 2–3, 4–7, … times."""
     bins: dict[int, int] = {}
     for count in sorted_counts:
         if count:
@@ -304,9 +339,8 @@ def _histogram(sorted_counts: list[int]) -> list[dict[str, int]]:
     return [{"from": 2**power, "to": 2 ** (power + 1) - 1, "anchors": bins[power]} for power in sorted(bins)]
 
 
-def _describe_model(
-    model: RecipeModel, transplant: Transplant, warnings_of: Callable[[RecipeModel], list[str]]
-) -> dict[str, Any]:
+def _describe_model(model: RecipeModel, record: Record) -> dict[str, Any]:
+    transplant = record.transplant
     is_input, is_donor = model in transplant.inputs, model in transplant.donors
     described: dict[str, Any] = {
         "name": str(model),
@@ -314,6 +348,7 @@ def _describe_model(
         "roles": [*(["input"] if is_input else []), *(["donor"] if is_donor else [])],
         "tokens": len(model.vocabulary.tokens),
         "vocabulary_sha256": model.vocabulary.fingerprint,
+        "tokenizer_sha256": _tokenizer_sha256(model),
         "numerals": numeral_scheme(model.tokenizer, model.vocabulary).value,
     }
     if is_input:
@@ -322,13 +357,21 @@ def _describe_model(
             "lacking": int(model.match.is_new().sum()),
             "anchors": len(model.match.atoms()),
             "match": match_counts(model.match),
-            "advice": warnings_of(model),
+            "advice": record.warnings(model),
+            "origins": pack_rows(record.origins(model)),
         }
     return described
 
 
+def _tokenizer_sha256(model: RecipeModel) -> str | None:
+    """The SHA-256 of the file that a model's tokenizer is read from; None where no single file describes it."""
+    found = (find_file(model.reference, name) for name in TOKENIZER_FILES)
+    path = next((path for path in found if path is not None), None)
+    return None if path is None else file_sha256(path)
+
+
 def _measure_texts(folder: Path, transplant: Transplant) -> list[dict[str, Any]]:
-    """Tokens per byte of the built-in texts, before and after."""
+    """Measure tokens per byte of the built-in texts, before and after."""
     before, after = transplant.base.tokenizer, AutoTokenizer.from_pretrained(folder)
     measured = []
     for name, text in builtin_texts().items():

@@ -1,4 +1,4 @@
-"""A few new tokens to look at: the anchors that they were made of, and their nearest neighbours before and after."""
+"""Select sample tokens with their anchors and their nearest neighbours before and after the transplant."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,13 +16,13 @@ from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
 SAMPLES = 12
 NEIGHBOURS = 5
 ANCHORS_SHOWN = 6
-_ROWS_AT_A_TIME = 2**14
-_LONGEST = 24
+_ROWS_PER_BATCH = 2**14
+_MAX_LENGTH = 24
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
 def choose_samples(solution: Solution, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    """Tokens from the best approximated to the worst, words where there are some, with their largest coefficients."""
+    """Choose tokens from the best approximated to the worst, preferably words, with their largest coefficients."""
     codes, target_ids = solution.codes, solution.problem.target_ids.tolist()
     words = [index for index, id_ in enumerate(target_ids) if _is_word(vocabulary, id_)]
     pool = words if len(words) >= SAMPLES else list(range(len(target_ids)))
@@ -53,15 +53,18 @@ def choose_samples(solution: Solution, vocabulary: Vocabulary) -> list[dict[str,
 def with_neighbours(
     tensors: Sequence[Mapping[str, Any]], solves: Sequence[Mapping[str, Any]], folder: Path, transplant: Transplant
 ) -> list[dict[str, Any]]:
-    """The samples of the first solve for an input embedding, with their neighbours in the donor and in the output.
+    """Add nearest neighbours in the donor and in the output to the samples of the first solve of an input embedding.
 
-    Nearest by cosine similarity; in the donor among the tokens that it has, in the output among all of its own.
+    Neighbours are by cosine similarity, among the output tokens that the donor has, and among all output tokens.
 
     Args:
-        tensors: of the record.
-        solves: of the record.
-        folder: of the finished model.
+        tensors: tensors of the record.
+        solves: solves of the record.
+        folder: folder of the finished model.
         transplant: the resolved recipe.
+
+    Returns:
+        The samples; [] without such a solve.
     """
     tensor = next((t for t in tensors if t["side"] == VocabularyRole.INPUT and t["solves"]), None)
     if tensor is None:
@@ -90,13 +93,13 @@ def with_neighbours(
 
 
 def readable(token: Token) -> str:
-    """A token as a reader sees it: its text with visible spaces and line ends; its bytes where they are no text."""
+    """Return a token's text with visible spaces and line ends, or its bytes if they are not valid UTF-8."""
     try:
         text = token.data.decode()
     except UnicodeDecodeError:
         return f"<{token.data.hex(' ').upper()}>"
     shown = "".join(_VISIBLE.get(character, character) for character in text)
-    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
+    return shown if len(shown) <= _MAX_LENGTH else f"{shown[: _MAX_LENGTH - 1]}…"
 
 
 def _is_word(vocabulary: Vocabulary, id_: int) -> bool:
@@ -108,11 +111,11 @@ def _is_word(vocabulary: Vocabulary, id_: int) -> bool:
 def _nearest(
     matrix: torch.Tensor, query_rows: torch.Tensor, candidate_rows: torch.Tensor, candidate_ids: torch.Tensor
 ) -> list[list[tuple[int, float]]]:
-    """For each query the output ids with the most similar rows, itself among them, and the cosines."""
+    """Return the output ids with the most similar rows for each query, including itself, and their cosines."""
     queries = torch.nn.functional.normalize(matrix[query_rows].float())
     parts = [
-        queries @ torch.nn.functional.normalize(matrix[candidate_rows[start : start + _ROWS_AT_A_TIME]].float()).T
-        for start in range(0, len(candidate_rows), _ROWS_AT_A_TIME)
+        queries @ torch.nn.functional.normalize(matrix[candidate_rows[start : start + _ROWS_PER_BATCH]].float()).T
+        for start in range(0, len(candidate_rows), _ROWS_PER_BATCH)
     ]
     similarity = torch.cat(parts, dim=1)
     best = similarity.topk(min(NEIGHBOURS + 1, len(candidate_rows)), dim=1)
@@ -122,6 +125,6 @@ def _nearest(
     ]
 
 
-def _named(found: list[tuple[int, float]], own_id: int, vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    others = [(id_, cosine) for id_, cosine in found if id_ != own_id][:NEIGHBOURS]
+def _named(nearest: list[tuple[int, float]], query_id: int, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    others = [(id_, cosine) for id_, cosine in nearest if id_ != query_id][:NEIGHBOURS]
     return [{"token": readable(vocabulary.tokens[id_]), "cosine": round(cosine, 3)} for id_, cosine in others]

@@ -1,9 +1,10 @@
-"""The record of a transplant as text for a terminal, and what the page says in the same words."""
+"""Format the record of a transplant as text, partly shared with the page."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mergekit_omp.report.record import copied_rows
+from mergekit_omp.report.scores import Spans, table_of_spans
 from mergekit_omp.report.tables import Part, heading, indented, new_table, note
 
 Record = Mapping[str, Any]
@@ -27,7 +28,7 @@ def summary(record: Record) -> Iterator[Part]:
     """Yield the parts of the text.
 
     Args:
-        record: a complete one, as ``mergekit_omp.report.record`` writes it.
+        record: a complete record, as :mod:`mergekit_omp.report.record` writes it.
     """
     yield subtitle(record)
     for model in inputs(record):
@@ -52,6 +53,10 @@ def summary(record: Record) -> Iterator[Part]:
     for text in record["texts"]:
         texts.add_row(text["name"], f"{text['before']:.3f}", f"{text['after']:.3f}")
     yield indented(texts)
+    for title, measured in measured_spans(record):
+        yield ""
+        yield heading(title)
+        yield indented(table_of_spans(measured))
     if advice(record):
         yield ""
     yield from map(note, advice(record))
@@ -75,7 +80,7 @@ def _describe_solves(solves: Sequence[Record]) -> Iterator[Part]:
 
 
 def subtitle(record: Record) -> str:
-    """Say what was merged, and when."""
+    """Describe what was merged, and when."""
     models = ", ".join(model["name"] for model in inputs(record))
     return (
         f"{record['merge_method']}: {models} with the tokenizer of {record['tokenizer_source']}, {record['created']}"
@@ -83,26 +88,45 @@ def subtitle(record: Record) -> str:
 
 
 def inputs(record: Record) -> list[Record]:
-    """List the models that were merged."""
+    """Return the models that were merged."""
     return [model for model in record["models"] if "input" in model["roles"]]
 
 
 def advice(record: Record) -> list[str]:
-    """List the warnings about all inputs."""
+    """Return the warnings about all inputs."""
     return [sentence for model in inputs(record) for sentence in model["advice"]]
 
 
 def matches(model: Record) -> list[tuple[str, int]]:
-    """List why an input has rows for output tokens or not, with the number of tokens, most first."""
+    """Return the reasons of an input's match with the number of tokens, most frequent first."""
     return sorted(model["match"].items(), key=lambda item: -item[1])
 
 
+def measured_spans(record: Record) -> list[tuple[str, Mapping[str, Spans | None]]]:
+    """List what was measured of where bits are lost, each with a title and the names of its rows.
+
+    ``record["evaluation"]`` is what ``report --evaluate`` adds; ``record["heal"]`` is written by ``heal``.
+    """
+    found: list[tuple[str, Mapping[str, Spans | None]]] = []
+    if evaluation := record.get("evaluation"):
+        base, output = evaluation["base"], evaluation["output"]
+        bits = ", ".join(
+            f"{score['overall']['bits_per_byte']:.3f} {whose}"
+            for score, whose in ((base, f"for {base['model']}"), (output, "now"))
+        )
+        scores = [*output["texts"], output["overall"]]
+        found.append((f"Bits per byte: {bits}", {score["text"]: score["spans"] for score in scores}))
+    if heal := record.get("heal"):
+        found.append(("Bits per byte before and after healing", {key: heal.get(key) for key in ("before", "after")}))
+    return found
+
+
 def label(reason: str) -> str:
-    """Word a reason of :func:`matches` for a reader."""
+    """Return the label of a reason of :func:`matches`."""
     return _LABELS.get(reason, reason)
 
 
 def other_rows(record: Record) -> list[str]:
-    """Say for each tensor whose new rows are not OMP's what made them."""
+    """Describe the tensors whose new rows were made by other initializers than OMP."""
     made_by = [(tensor, tensor["parameters"].get("approximation", "omp")) for tensor in record["tensors"]]
     return [f"{tensor['name']} of {tensor['model']}: new rows by {name}" for tensor, name in made_by if name != "omp"]

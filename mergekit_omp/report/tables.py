@@ -1,6 +1,8 @@
 """Tables and text for standard output: coloured in a terminal, plain in a pipe, never wrapped or cut."""
 
+import shlex
 import sys
+from collections.abc import Iterator, Sequence
 
 import click
 from rich import box
@@ -41,6 +43,19 @@ def heading(text: str) -> Text:
 def note(sentence: str) -> Text:
     """Make a line with a warning."""
     return Text.assemble(("Note: ", "bold yellow"), sentence)
+
+
+def next_steps(commands: Sequence[tuple[Sequence[str], str]]) -> Iterator[Part]:
+    """Yield a heading, and commands to run next, as for a shell.
+
+    Args:
+        commands: the words of each, and what it is for.
+    """
+    yield heading("Next")
+    table = new_table("", "", align="ll", header=False)
+    for words, purpose in commands:
+        table.add_row(Text(shlex.join(words), style="cyan"), Text(f"# {purpose}", style="dim"))
+    yield indented(table)
 
 
 def render(*parts: Part, colours: bool = False) -> str:

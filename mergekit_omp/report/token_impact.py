@@ -1,4 +1,4 @@
-"""Which new tokens matter most for a text: how often it uses them, times their relative residual."""
+"""Rank new tokens by their impact on texts: number of uses times relative residual."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,9 +16,9 @@ class Impact:
 
     Attributes:
         id: its id in the output vocabulary.
-        text: what it stands for, as the tokenizer decodes it.
-        uses: how often it occurs in the texts.
-        relative_residual: ‖x - x̂‖ / ‖x‖ of its row in the donor's space, in [0, 1]; the largest of several solves.
+        text: its text, as the tokenizer decodes it.
+        uses: number of occurrences in the texts.
+        relative_residual: ‖x - x̂‖ / ‖x‖ of its row in the donor's space, in [0, 1]; the maximum over several solves.
     """
 
     id: int
@@ -28,7 +28,7 @@ class Impact:
 
     @property
     def impact(self) -> float:
-        """Multiply uses by residual."""
+        """The number of uses times the residual."""
         return self.uses * self.relative_residual
 
 
@@ -38,20 +38,20 @@ def rank_tokens(
     """Rank the approximated tokens of a model by their impact on texts.
 
     Args:
-        record: as ``mergekit_omp.report.record`` writes it.
-        tokenizer: the model's tokenizer.
-        texts: what the model is meant to read.
+        record: a record, as :mod:`mergekit_omp.report.record` writes it.
+        tokenizer: tokenizer of the model.
+        texts: texts of the intended use.
 
     Returns:
-        The tokens that the texts use, greatest impact first, and how many tokens the texts have in all.
+        The tokens that occur in the texts, in descending order of impact, and the number of tokens of the texts.
 
     Raises:
-        OmpError: there is no text, or the record has no residual for each token.
+        OmpError: if the texts are empty, or the record has no residuals of tokens.
     """
     residuals = _residuals(record)
     ids = [id_ for text in texts for id_ in tokenizer(text, add_special_tokens=False)["input_ids"]]
     if not ids:
-        raise OmpError("--text: there is nothing to read; name a file with text.")
+        raise OmpError("--text: the file is empty; name a file with text.")
     uses = Counter(id_ for id_ in ids if id_ in residuals)
     ranked = [Impact(id_, str(tokenizer.decode([id_])), count, residuals[id_]) for id_, count in uses.items()]
     return sorted(ranked, key=lambda token: (-token.impact, token.id)), len(ids)
@@ -59,11 +59,13 @@ def rank_tokens(
 
 def _residuals(record: Mapping[str, Any]) -> dict[int, float]:
     if record.get("other_rows") and not record["solves"]:
-        raise OmpError("The new rows of this model have no residuals: only those of approximation: omp have.")
+        raise OmpError(
+            "The new rows of this model have no residuals; only rows made with approximation: omp have them."
+        )
     residuals: dict[int, float] = {}
     for solve in record["solves"]:
         if "tokens" not in solve:
-            raise OmpError("The record of this model has no residual for each token; make the model again.")
+            raise OmpError("The record of this model has no residuals of tokens; make the model again.")
         for id_, residual in solve["tokens"]:
             residuals[id_] = max(residual, residuals.get(id_, 0.0))
     return residuals

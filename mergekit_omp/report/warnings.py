@@ -1,4 +1,4 @@
-"""What a user should know about a pair of tokenizers."""
+"""Warn about properties of the output tokenizer that affect an input."""
 
 import json
 from collections.abc import Collection
@@ -15,12 +15,15 @@ from mergekit_omp.vocabulary.numerals import numeral_scheme, numeral_warning
 
 
 def warnings_for(model: RecipeModel, transplant: Transplant, copied: Collection[int] = ()) -> list[str]:
-    """Sentences on what the output tokenizer will ask of an input that its own tokenizer did not.
+    """Return warnings about an input in combination with the output tokenizer.
 
     Args:
         model: the input.
         transplant: the resolved recipe.
-        copied: output ids whose rows other models of its space give.
+        copied: output ids whose rows are copied from other models.
+
+    Returns:
+        The warnings, which begin with the name of the input.
     """
     warnings = [
         numeral_warning(
@@ -38,13 +41,13 @@ def warnings_for(model: RecipeModel, transplant: Transplant, copied: Collection[
 
 
 def _chat_template_warning(model: RecipeModel, transplant: Transplant, copied: Collection[int]) -> str | None:
-    """Name the special tokens of the chat template that the model never saw and that no override helps."""
+    """Warn about special tokens of the chat template that the model has no row, copy or override for."""
     tokenizer, vocabulary = transplant.tokenizer, transplant.vocabulary
     template = transplant.chat_template or getattr(tokenizer, "chat_template", None)
     rows = model.match.rows
     used = chat_template_tokens(tokenizer, vocabulary, template)
-    unseen = [id_ for id_ in sorted(used) if rows[id_] < 0 and id_ not in copied]
-    names = [vocabulary.tokens[id_].text for id_ in unseen]
+    without_row = [id_ for id_ in sorted(used) if rows[id_] < 0 and id_ not in copied]
+    names = [vocabulary.tokens[id_].text for id_ in without_row]
     names = [name for name in names if name not in transplant.overridden]
     if not names:
         return None
@@ -55,18 +58,18 @@ def _chat_template_warning(model: RecipeModel, transplant: Transplant, copied: C
 
 
 def _absent_chat_tokens_warning(transplant: Transplant) -> str | None:
-    """Name what the recipe's chat template writes as a control token and the output tokenizer reads as text."""
+    """Warn about control tokens of the recipe's chat template that the output tokenizer reads as text."""
     names = absent_chat_tokens(transplant.tokenizer, transplant.vocabulary, transplant.chat_template)
     if not names:
         return None
     return (
         f"chat_template: writes {', '.join(map(repr, names))}, which the output tokenizer has no token for and reads "
-        "as text; name a template of its own tokens, or add these in tokenizer.tokens."
+        "as text; name a template with its tokens, or add these in tokenizer.tokens."
     )
 
 
 def _converter_warning(transplant: Transplant) -> str | None:
-    """Say where llama.cpp's converter cannot read the output tokenizer for such a body."""
+    """Warn if llama.cpp's converter cannot read the output tokenizer for the base's architecture."""
     config, backend = transplant.base.config, getattr(transplant.tokenizer, "backend_tokenizer", None)
     if config is None or backend is None:
         return None
@@ -75,41 +78,41 @@ def _converter_warning(transplant: Transplant) -> str | None:
 
 
 def _position_warning(model: RecipeModel, base: RecipeModel) -> str | None:
-    """Name the settings of positions in which an input differs from the base, whose settings the output gets."""
+    """Warn about position settings in which an input differs from the base, since the output has the base's."""
     if model.config is None or base.config is None:
         return None
-    ours, theirs = position_settings(model.config), position_settings(base.config)
-    differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    others = [f"{key} {ours.get(key)} instead of {theirs.get(key)}" for key in differ]
-    if not others:
+    settings, base_settings = position_settings(model.config), position_settings(base.config)
+    differ = [key for key in {**settings, **base_settings} if settings.get(key) != base_settings.get(key)]
+    differences = [f"{key} {settings.get(key)} instead of {base_settings.get(key)}" for key in differ]
+    if not differences:
         return None
     return (
-        f"it was trained with other positions than {base}: {', '.join(others)}. The output has those of {base}, so "
-        "expect what this model adds to suffer, above all in long texts."
+        f"its position settings differ from those of {base}: {', '.join(differences)}. The output has those of "
+        f"{base}, so the contribution of this model may lose quality, above all in long texts."
     )
 
 
 def _processor_warning(model: RecipeModel, transplant: Transplant) -> str | None:
-    """Name the tokens that stand for images and sounds where the output vocabulary has none of that name."""
+    """Warn about placeholder tokens for images and audio that the output vocabulary lacks."""
     names = named_tokens(model.tokenizer) if processor_files(model.reference) else {}
     texts = {token.text for token in transplant.vocabulary.tokens.values()}
-    lost = sorted(set(names.values()) - texts)
-    if not lost:
+    missing = sorted(set(names.values()) - texts)
+    if not missing:
         return None
     return (
-        f"it reads more than text, and its processor needs {', '.join(map(repr, lost))}, which the output vocabulary "
-        f"lacks; add them to tokenizer.tokens, such as `{lost[0]}: {{source: {model}}}`."
+        f"it has image or audio input, and its processor needs {', '.join(map(repr, missing))}, which the output "
+        f"vocabulary lacks; add them to tokenizer.tokens, such as `{missing[0]}: {{source: {model}}}`."
     )
 
 
 def _bos_warning(output: PreTrainedTokenizerBase, model: PreTrainedTokenizerBase) -> str | None:
-    """Models that always saw a bos token first read much worse without one (Gemma is one of them)."""
+    """Warn if the output tokenizer omits bos: models trained with it, such as Gemma, are much worse without it."""
     if not _begins_with_bos(model) or _begins_with_bos(output):
         return None
     bos = repr(output.bos_token) if output.bos_token else "a token of that role"
     return (
         f"it was trained with {model.bos_token!r} at the start of every text, and its own tokenizer adds it; "
-        f"the output tokenizer does not, so begin prompts with {bos} yourself."
+        f"the output tokenizer does not, so start prompts with {bos}."
     )
 
 

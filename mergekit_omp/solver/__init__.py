@@ -1,7 +1,7 @@
-"""Write rows as sparse combinations of other rows by Orthogonal Matching Pursuit; knows nothing of tokens or mergekit.
+"""Approximate rows by sparse combinations of other rows with Orthogonal Matching Pursuit (OMP), on plain tensors.
 
-Read from ``api`` (checks, devices) over ``device`` and ``dispatch`` (which method) to ``scan.search`` and
-``gram.search``; ``reference`` is the definition that both have to match.
+Reading order: ``api`` (checks, devices), ``device`` and ``dispatch`` (choice of the method), then ``scan.search`` and
+``gram.search``. ``reference`` is the definition that both have to match. Nothing here knows of tokens or mergekit.
 """
 
 from mergekit_omp.solver.api import not_finite, solve_omp

@@ -32,26 +32,27 @@ def solve_omp(
     progress: Callable[[int], None] | None = None,
     name: str = "the donor's embedding",
 ) -> SparseCodes:
-    """Write each target as a combination of at most k atoms.
+    """Approximate each target by a linear combination of at most k atoms.
 
     Args:
         targets: (B, d) of any floating dtype.
         atoms: (N, d) of any floating dtype.
-        k: the sparsity, at least 1; more than N means N, with a warning.
-        normalize_atoms: select by the angle |⟨r, a⟩| / ‖a‖ instead of |⟨r, a⟩|.
-        memory_budget: bytes that the solve may hold on a device at a time, beside its input; by default 60 % of what
-            is free there.
-        devices: where to work; the targets are split over them. Default: the device of ``targets``.
-        progress: called with the number of targets finished since the last call.
-        name: what the rows are, for error messages.
+        k: sparsity, at least 1; values above N are reduced to N with a warning.
+        normalize_atoms: select atoms by |⟨r, a⟩| / ‖a‖ instead of |⟨r, a⟩|.
+        memory_budget: memory limit in bytes for each device, excluding the inputs; by default 60 % of its free memory.
+        devices: devices to use; the targets are split over them. Default: the device of ``targets``.
+        progress: callback that receives the number of targets solved since its last call.
+        name: name of the matrix in messages.
 
     Returns:
-        The codes, with min(k, N) slots.
+        Codes with min(k, N) slots.
 
     Raises:
-        OmpError: k < 1, no atoms, or a NaN or infinity in the input.
+        OmpError: if k < 1, there are no atoms, or the input holds NaN or infinity.
 
     Example:
+        >>> import torch
+        >>> from mergekit_omp import solve_omp
         >>> atoms = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
         >>> codes = solve_omp(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), atoms, k=1)
         >>> codes.indices.tolist()
@@ -60,21 +61,21 @@ def solve_omp(
         ['5.000', '2.000']
     """
     if k < 1:
-        raise OmpError(f"k is {k}, but OMP needs at least one atom a token: write k: 1 or more.")
+        raise OmpError(f"k is {k}, but OMP needs at least one atom per token: write k: 1 or more.")
     if len(atoms) == 0:
         raise OmpError(f"There are no atoms to approximate {name} with: the two vocabularies share no token.")
     targets, atoms = targets.detach(), atoms.detach()
     _check_finite(targets, f"targets of {name}")
     _check_finite(atoms, f"atoms of {name}")
     if k > len(atoms):
-        LOG.warning("k is %d, but %s has only %d atoms: all of them are used.", k, name, len(atoms))
+        LOG.warning("k is %d, but %s has only %d atoms: k is reduced to that.", k, name, len(atoms))
         k = len(atoms)
     devices = list(devices) if devices else [targets.device]
     parts = [part for part in targets.tensor_split(len(devices)) if len(part)]
     if not parts:
         return SparseCodes(torch.empty(0, k, dtype=torch.int64), torch.empty(0, k), torch.empty(0))
 
-    def solve(device: torch.device, part: Tensor) -> SparseCodes:
+    def solve_part(device: torch.device, part: Tensor) -> SparseCodes:
         return solve_on(
             device,
             part,
@@ -87,16 +88,16 @@ def solve_omp(
         )
 
     for gpu in [device for device in devices if device.type == "cuda"][:1]:
-        torch.linalg.cholesky(torch.eye(1, device=gpu))  # loads torch's library for it: threads must not race to do so
+        torch.linalg.cholesky(torch.eye(1, device=gpu))  # load the library once: threads would race
     with full_precision(), ThreadPoolExecutor(len(parts)) as pool:
-        solved = list(pool.map(solve, devices, parts))
+        solved = list(pool.map(solve_part, devices, parts))
     return concatenate(solved)
 
 
 def not_finite(rows: Tensor) -> Tensor:
-    """Return the indices int64 of the rows (B, …) that hold NaN or infinity."""
+    """Return the int64 indices of the rows (B, …) that hold NaN or infinity."""
     rows = rows[:, None].flatten(1)
-    suspects = (~torch.isfinite(rows.sum(1, dtype=torch.float32))).nonzero().flatten()  # finite rows too, by overflow
+    suspects = (~torch.isfinite(rows.sum(1, dtype=torch.float32))).nonzero().flatten()  # and overflows
     return suspects[~torch.isfinite(rows[suspects]).all(dim=1)]
 
 

@@ -1,11 +1,11 @@
-"""Cache the sparse codes of large solves on disk, so that a second run or a second model needs no second solve.
+"""Cache the sparse codes of large solves on disk, for later runs and for other models with the same vocabulary.
 
-The key of an entry is a hash of the targets, the atoms and the parameters of the solve, so that entries never become
-wrong. Where the cache cannot be read or written, the solve runs without it.
+The key of an entry is a hash of the targets, the atoms and the parameters of the solve, so entries never become stale.
+Where the cache cannot be read or written, the solve runs without it.
 
 Two environment variables configure it. ``MERGEKIT_OMP_CACHE`` is its folder, or ``off``; the default is the folder
 ``codes`` in the platform's cache folder of mergekit-omp: under ``XDG_CACHE_HOME``, else ``~/.cache``, on Linux.
-``MERGEKIT_OMP_CACHE_SIZE`` is its maximum size, such as ``500M`` or ``4G`` (the default); the least recently used
+``MERGEKIT_OMP_CACHE_SIZE`` is its maximum size, such as ``500M`` or ``4G`` (the default). The least recently used
 entries are removed first.
 """
 
@@ -33,49 +33,52 @@ LOG = logging.getLogger(__name__)
 FOLDER_VARIABLE = "MERGEKIT_OMP_CACHE"
 SIZE_VARIABLE = "MERGEKIT_OMP_CACHE_SIZE"
 
-WORTH_KEEPING = 2**35
-"""Multiplications from which on a solve is cached: about a second on a laptop."""
+MIN_CACHED_WORK = 2**35
+"""Number of multiplications above which a solve is cached: about a second on a laptop."""
 
-_FORMAT = 2  # counts changes of what is stored, and of what the solver selects
+_FORMAT = 2  # increase whenever the stored format or the solver's selection changes
 _OFF = {"", "0", "off", "no", "false", "none"}
 _SUFFIX = ".safetensors"
-_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.")  # of drafts too
+_ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.")  # matches temporary files too
 
 
 def solve_with_cache(
-    targets: Tensor, atoms: Tensor, k: int, *, normalize_atoms: bool = False, **how: Any
+    targets: Tensor, atoms: Tensor, k: int, *, normalize_atoms: bool = False, **options: Any
 ) -> SparseCodes:
-    """Return what :func:`mergekit_omp.solver.solve_omp` returns, from the cache where it is there.
+    """Run :func:`mergekit_omp.solver.solve_omp`, or read its result from the cache.
 
     Args:
-        targets: float [B, d], as for ``solve_omp``.
-        atoms: float [N, d].
+        targets: (B, d) of any floating dtype, as for ``solve_omp``.
+        atoms: (N, d) of any floating dtype.
         k: sparsity.
         normalize_atoms: select atoms by the cosine with the residual.
-        how: arguments of ``solve_omp`` that change how it runs and not what it returns.
+        options: further arguments of ``solve_omp``, which change how it runs but not its result.
+
+    Returns:
+        The sparse codes, as ``solve_omp`` returns them.
 
     Raises:
-        OmpError: as ``solve_omp`` does, and for an invalid environment variable.
+        OmpError: as ``solve_omp``, or if an environment variable is invalid.
     """
     folder = cache_folder()
-    if folder is None or len(targets) * len(atoms) * targets.shape[1] * min(k, len(atoms)) < WORTH_KEEPING:
-        return solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **how)
+    if folder is None or len(targets) * len(atoms) * targets.shape[1] * min(k, len(atoms)) < MIN_CACHED_WORK:
+        return solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **options)
     limit = cache_limit()
     path = folder / f"{_key(targets, atoms, k, normalize_atoms)}{_SUFFIX}"
     codes = _read(path, len(targets), min(k, len(atoms)), len(atoms))
     if codes is not None:
-        LOG.info("Sparse codes of %s are read from %s", how.get("name", "the donor"), path)
-        if "progress" in how:
-            how["progress"](len(targets))
+        LOG.info("Read the sparse codes of %s from %s", options.get("name", "the donor"), path)
+        if "progress" in options:
+            options["progress"](len(targets))
         return codes
-    codes = solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **how)
+    codes = solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **options)
     _write(path, codes)
     _shrink(folder, limit)
     return codes
 
 
 def cache_folder() -> Path | None:
-    """Return the folder of the cache; None where it is off."""
+    """Return the folder of the cache, or None if it is off."""
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen is not None:
         return None if chosen.strip().lower() in _OFF else Path(chosen).expanduser()
@@ -86,7 +89,7 @@ def cache_limit() -> int:
     """Return the maximum size of the cache in bytes.
 
     Raises:
-        OmpError: the environment variable is not a size.
+        OmpError: if the environment variable is not a size.
     """
     text = os.environ.get(SIZE_VARIABLE, "4G")
     try:
@@ -111,49 +114,49 @@ def _key(targets: Tensor, atoms: Tensor, k: int, normalize_atoms: bool) -> str:
 
 
 def _read(path: Path, n_targets: int, k: int, n_atoms: int) -> SparseCodes | None:
-    """Read an entry; None where there is none, or it is damaged, so that a new solve replaces it."""
+    """Read an entry; return None if it is missing or damaged, so that a new solve replaces it."""
     if not path.exists():
         return None
     try:
         stored = load_file(path)
         codes = SparseCodes(stored["indices"].long(), stored["coefficients"], stored["relative_residuals"])
-        os.utime(path)  # for _shrink
+        os.utime(path)  # marks the entry as recently used
     except (OSError, SafetensorError, KeyError) as error:
-        LOG.warning("%s is not used: %s", path, error)
+        LOG.warning("Ignored the cache entry %s: %s", path, error)
         return None
     indices = codes.indices
     fits = indices.shape == codes.coefficients.shape == (n_targets, k) and codes.relative_residuals.shape == (
         n_targets,
     )
     if not fits or bool((indices < -1).any()) or bool((indices >= n_atoms).any()):
-        LOG.warning("%s is not used: it does not fit the problem", path)
+        LOG.warning("Ignored the cache entry %s: it does not fit the problem", path)
         return None
     return codes
 
 
 def _write(path: Path, codes: SparseCodes) -> None:
-    """Write an entry atomically: other processes may be writing the same one."""
+    """Write an entry atomically: another process may write the same one."""
     tensors = {
         "indices": codes.indices.int().contiguous(),
         "coefficients": codes.coefficients.contiguous(),
         "relative_residuals": codes.relative_residuals.contiguous(),
     }
-    draft = None
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.")
         os.close(handle)
-        save_file(tensors, draft)
-        os.replace(draft, path)
+        save_file(tensors, temporary)
+        os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        LOG.warning("Sparse codes cannot be cached in %s: %s", path.parent, error)
-        if draft:
+        LOG.warning("Cannot cache sparse codes in %s: %s", path.parent, error)
+        if temporary:
             with contextlib.suppress(OSError):
-                os.unlink(draft)
+                os.unlink(temporary)
 
 
 def _shrink(folder: Path, limit: int) -> None:
-    """Remove least recently used entries, and drafts of killed runs, until the size is within the limit."""
+    """Remove least recently used entries, and temporary files of killed runs, until the size is within the limit."""
     entries = sorted(_entries(folder))
     excess = sum(size for _, size, _ in entries) - limit
     for _, size, path in entries:
@@ -165,7 +168,7 @@ def _shrink(folder: Path, limit: int) -> None:
 
 
 def _entries(folder: Path) -> list[tuple[float, int, Path]]:
-    """List time of last use, size and path of every entry and draft; other files in the folder are left alone."""
+    """List the time of last use, size and path of every entry and temporary file, and of no other file."""
     entries = []
     for path in folder.glob("*"):
         if not _ENTRY_NAME.match(path.name):

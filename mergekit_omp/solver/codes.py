@@ -1,4 +1,4 @@
-"""The result of a solve."""
+"""Hold the result of a solve."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +10,18 @@ from torch.nn.functional import embedding_bag
 
 @dataclass(frozen=True)
 class SparseCodes:
-    """B targets as combinations of at most k atoms each, on the CPU.
+    """Sparse codes of B targets with at most k atoms each, on the CPU.
 
     Attributes:
-        indices: int64 (B, k), atom of each slot in the order of selection; -1 where the slot is unused.
-        coefficients: float32 (B, k), 0 where the slot is unused.
+        indices: int64 (B, k), the supports: atoms in the order of selection, -1 in unused slots.
+        coefficients: float32 (B, k), 0 in unused slots.
         relative_residuals: float32 (B,), ‖x - x̂‖ / ‖x‖; 0 for a zero target.
 
     Example:
+        >>> import torch
+        >>> from mergekit_omp import SparseCodes
         >>> codes = SparseCodes(torch.tensor([[1, -1]]), torch.tensor([[2.0, 0.0]]), torch.tensor([0.1]))
-        >>> codes.apply(torch.tensor([[1.0, 1.0], [3.0, 4.0]])).tolist()  # in another space, with the same anchors
+        >>> codes.apply(torch.tensor([[1.0, 1.0], [3.0, 4.0]])).tolist()  # rows of the same anchors in another space
         [[6.0, 8.0]]
     """
 
@@ -28,11 +30,11 @@ class SparseCodes:
     relative_residuals: Tensor
 
     def apply(self, rows: Tensor, chunk_bytes: int = 256 * 2**20) -> Tensor:
-        """Combine other rows with these codes: Σᵢ cᵢ rows[idxᵢ] for each target.
+        """Apply the codes to other rows: compute Σᵢ cᵢ rows[idxᵢ] for each target.
 
         Args:
-            rows: (N, D) of any floating dtype, one row for each atom, in the atoms' order.
-            chunk_bytes: bound on the float32 copies of ``rows`` that are held at a time.
+            rows: (N, D) of any floating dtype, one row per atom, in the order of the atoms.
+            chunk_bytes: upper bound on the size of float32 copies of ``rows``, in bytes.
 
         Returns:
             float32 (B, D) on the device of ``rows``.
@@ -48,7 +50,7 @@ class SparseCodes:
 
 
 def concatenate(parts: Sequence[SparseCodes]) -> SparseCodes:
-    """Join the codes of all parts, in order."""
+    """Concatenate codes in the order of the parts."""
     return SparseCodes(
         torch.cat([part.indices for part in parts]),
         torch.cat([part.coefficients for part in parts]),

@@ -21,7 +21,7 @@ from mergekit_omp.solver.threads import map_chunks
 LOG = logging.getLogger(__name__)
 
 Solver = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Targets float32 (B, d) to support (B, k), coefficients (B, k) and relative residuals (B,)."""
+"""Maps targets float32 (B, d) to supports (B, k), coefficients (B, k) and relative residuals (B,)."""
 
 
 def solve_on(
@@ -35,8 +35,12 @@ def solve_on(
     sharing: int,
     progress: Callable[[int], None] | None,
 ) -> SparseCodes:
-    """Return the codes of the targets (B, d), on the CPU; ``sharing`` solves run on this device at a time."""
-    budget = budget_on(device, memory_budget)  # of what is free before the atoms are copied
+    """Solve targets (B, d) on one device and return their codes on the CPU.
+
+    The other arguments are those of :func:`mergekit_omp.solver.solve_omp`; ``sharing`` is the number of solves that
+    run on this device at the same time.
+    """
+    budget = budget_on(device, memory_budget)  # measured before the atoms are copied to the device
     atoms = atoms.to(device, torch.float32)
     kept = _first_copies(atoms)
     if len(kept) < len(atoms):
@@ -51,7 +55,7 @@ def solve_on(
     LOG.info("OMP of %d targets over %d atoms, d = %d, k = %d, on %s: %s", *shape, device, plan)
     solver = _solver(plan, atoms, norms, k)
 
-    def solve(chunk: Tensor) -> SparseCodes:
+    def solve_chunk(chunk: Tensor) -> SparseCodes:
         support, coefficients, residuals = solver(chunk.to(device, torch.float32))
         used, support = support >= 0, support.clamp(min=0)
         if scale is not None:
@@ -61,7 +65,7 @@ def solve_on(
             progress(len(chunk))
         return codes
 
-    return concatenate(map_chunks(solve, targets, plan.chunk, plan.threads))
+    return concatenate(map_chunks(solve_chunk, targets, plan.chunk, plan.threads))
 
 
 def _solver(plan: SolvePlan, atoms: Tensor, norms: Tensor, k: int) -> Solver:
@@ -69,20 +73,20 @@ def _solver(plan: SolvePlan, atoms: Tensor, norms: Tensor, k: int) -> Solver:
         from mergekit_omp.solver.gram import search as gram_search
         from mergekit_omp.solver.gram.matrix import build_gram
 
-        return partial(gram_search.solve, gram=build_gram(atoms, norms, plan.threads), k=k)
-    return partial(scan_search.solve, screen=make_screen(atoms, norms, plan.dtype), k=k, pairs=plan.pairs)
+        return partial(gram_search.solve_by_gram, gram=build_gram(atoms, norms, plan.threads), k=k)
+    return partial(scan_search.solve_by_scan, screen=make_screen(atoms, norms, plan.dtype), k=k, pairs=plan.pairs)
 
 
 def make_screen(atoms: Tensor, norms: Tensor, dtype: torch.dtype) -> Screen:
-    """Round the atoms (N, d), of norms (N,), to the dtype of a plan."""
+    """Round the atoms (N, d) with norms (N,) to the dtype of a plan."""
     return Int8Screen(atoms, norms) if dtype == torch.int8 else FloatScreen(atoms, norms, dtype)
 
 
 def _first_copies(atoms: Tensor) -> Tensor:
-    """Indices int64 of the atoms (N, d) that equal none before them; the lowest index stands for all its copies."""
+    """Return the int64 indices of the atoms (N, d) that no earlier atom equals."""
     seed = torch.Generator().manual_seed(0)
     probe = torch.randn(atoms.shape[1], generator=seed).to(atoms)
-    # Equal rows have equal sums: only neighbours in this order, with equal sums, need to be compared.
+    # Equal rows have equal random projections, so only neighbours in this order with equal values are compared.
     sums = torch.empty(len(atoms), device=atoms.device)
     for start in range(0, len(atoms), 1024):
         sums[start : start + 1024] = (atoms[start : start + 1024] * probe).sum(1)

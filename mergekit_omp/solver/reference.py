@@ -1,4 +1,4 @@
-"""Orthogonal Matching Pursuit by its definition: what every other module of the solver has to find, only faster."""
+"""Implement Orthogonal Matching Pursuit by its definition, as the reference for the fast methods."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from mergekit_omp.solver.tolerances import TIE, ZERO
 
 
 def reference_omp(targets: Tensor, atoms: Tensor, k: int, *, normalize_atoms: bool = False) -> SparseCodes:
-    """Solve in float64, one target after the other, with a new least-squares fit at each step.
+    """Solve in float64, one target at a time, with a new least-squares fit in every step.
 
     Source: Pati, Rezaiifar & Krishnaprasad (1993). The arguments are those of :func:`mergekit_omp.solver.solve_omp`.
     """

@@ -1,7 +1,7 @@
-"""Work on chunks of targets, several at a time.
+"""Solve several chunks of targets concurrently.
 
-A pursuit is many small operations. Threads that work on chunks of their own never wait for each other, as the threads
-inside one operation do.
+A pursuit consists of many small operations. One thread per chunk avoids the synchronisation that multithreaded
+operations need.
 """
 
 import logging
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def map_in_threads(work: Callable[[Piece], Result], pieces: Iterable[Piece], threads: int) -> list[Result]:
-    """Return ``work`` of each piece, in order; torch uses a single core in each of the threads."""
+    """Apply ``work`` to each piece and return the results in order; torch uses one core in each thread."""
     if threads == 1:
         return [work(piece) for piece in pieces]
     before = torch.get_num_threads()
@@ -31,12 +31,12 @@ def map_in_threads(work: Callable[[Piece], Result], pieces: Iterable[Piece], thr
 
 
 def map_chunks(solve: Callable[[Tensor], Result], targets: Tensor, chunk: int, threads: int) -> list[Result]:
-    """Return ``solve`` of chunks of the targets (B, d), in order.
+    """Apply ``solve`` to chunks of the targets (B, d) and return the results in order.
 
-    On a GPU, which has one thread, the chunks are half as large from an out-of-memory error on.
+    With a single thread, as on a GPU, an out-of-memory error halves the chunk size.
 
     Raises:
-        torch.cuda.OutOfMemoryError: a single target does not fit.
+        torch.cuda.OutOfMemoryError: if a single target does not fit.
     """
     if threads > 1:
         return map_in_threads(solve, targets.split(chunk), threads)
@@ -51,6 +51,6 @@ def map_chunks(solve: Callable[[Tensor], Result], targets: Tensor, chunk: int, t
             if len(part) == 1:
                 raise
             chunk = len(part) // 2
-            LOG.warning("Out of memory with %d targets at a time: going on with %d.", len(part), chunk)
-        torch.cuda.empty_cache()  # blocks of the larger size; the exception, which held them, is gone
+            LOG.warning("Out of memory with %d targets per chunk: continuing with %d.", len(part), chunk)
+        torch.cuda.empty_cache()  # frees the blocks of the larger size, now that the exception does not refer to them
     return solved

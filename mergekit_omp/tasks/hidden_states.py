@@ -1,4 +1,4 @@
-"""What a model's last hidden states have in common, found by letting it read a text; for ``numerals: digits``."""
+"""Estimate the common direction of a model's last hidden states on a text, for ``numerals: digits``."""
 
 import logging
 
@@ -17,28 +17,28 @@ from mergekit_omp.tasks.placement import on_the_cpu
 LOG = logging.getLogger(__name__)
 
 RIDGE = 1.0
-"""As a share of the mean diagonal of HᵀH / T. 0.1 and 0.01 do as well, but change a tied embedding's rows more; m
-itself, unweighted, does worse (docs/quality.md)."""
+"""Ridge λ relative to the mean diagonal of HᵀH / T. 0.1 and 0.01 have the same quality but change the rows of a tied
+embedding more; the mean itself, without weighting, is worse (docs/quality.md)."""
 
 
 class FindLogitShift(Task[LogitShift]):
-    """Find the direction in which rows of a model's LM head move their logits alike in all contexts.
+    """Find the direction along which rows of a model's LM head change their logits equally in all contexts.
 
-    With H the last hidden states [T, D] over a text and m their mean, it is u = (HᵀH / T + λ)⁻¹ m, scaled so that
-    u · m = 1: a row that has u added has its logit raised by 1 on average, and by nearly 1 everywhere. The whole
-    model is loaded for it, and let go again; forward passes only, nothing is trained.
+    With the last hidden states H (T, D) on a text and their mean m it is u = (HᵀH / T + λ)⁻¹ m, scaled to u · m = 1:
+    adding u to a row increases its logit by 1 on average, and by nearly 1 in every context. The complete model is
+    loaded for forward passes and released; nothing is trained.
     """
 
     model: InstanceOf[RecipeModel]
 
     def arguments(self) -> dict[str, Task]:
-        """No task: transformers loads the model."""
+        """Return no tasks: transformers loads the model."""
         return {}
 
     @on_the_cpu
     def execute(self, **_kwargs: object) -> LogitShift:
-        """Read the first windows of the built-in texts that methods were tuned on."""
-        LOG.info("Reading a text with %s, for numerals: digits", self.model)
+        """Run the model on the first window of each built-in tuning text."""
+        LOG.info("Running %s on a text for numerals: digits", self.model)
         loader = LoaderCache()
         trust = loader.trust_remote_code
         merged = self.model.reference.merged(loader.lora_cache_dir, trust, loader.lora_merge_dtype)
@@ -51,7 +51,7 @@ class FindLogitShift(Task[LogitShift]):
 
 @torch.inference_mode()
 def logit_shift(model: PreTrainedModel, texts: list[list[int]]) -> LogitShift:
-    """The shift of a causal language model of transformers, from the ids of some texts."""
+    """Compute the logit shift of a causal language model from tokenised texts."""
     head = model.get_output_embeddings()
     head_weight = head.get_parameter("weight")
     states: list[torch.Tensor] = []
@@ -61,25 +61,25 @@ def logit_shift(model: PreTrainedModel, texts: list[list[int]]) -> LogitShift:
         for ids in texts:
             logits = model(torch.tensor([ids]), use_cache=False).logits[0].float()
             plain = torch.nn.functional.linear(states[-1], head_weight.float())
-            # Some models scale or cap their logits; a row moves them by as much.
+            # Some models scale or cap their logits, which changes the effect of a row by the same factor.
             scales.append((plain * logits).sum() / (plain * plain).sum())
     finally:
         hook.remove()
-    read = torch.cat(states).double()
-    mean = read.mean(dim=0)
-    spread = read.T @ read / len(read)
-    spread.diagonal().add_(RIDGE * spread.diagonal().mean())
-    direction = torch.linalg.solve(spread, mean)
+    hidden = torch.cat(states).double()
+    mean = hidden.mean(dim=0)
+    second_moment = hidden.T @ hidden / len(hidden)
+    second_moment.diagonal().add_(RIDGE * second_moment.diagonal().mean())
+    direction = torch.linalg.solve(second_moment, mean)
     direction /= (direction @ mean) * torch.stack(scales).mean()
     tied = head_weight is model.get_input_embeddings().get_parameter("weight")
     return LogitShift(direction.float().clone(), tied)
 
 
 def find_logit_shift(model: RecipeModel) -> FindLogitShift:
-    """The task for one model.
+    """Return the task for one model.
 
     Raises:
-        OmpError: it is no causal language model.
+        OmpError: if it is not a causal language model.
     """
     config = model.config
     assert config is not None, "every input is a model"
@@ -87,7 +87,7 @@ def find_logit_shift(model: RecipeModel) -> FindLogitShift:
         config, "auto_map", {}
     ):
         raise OmpError(
-            f"numerals: digits reads a text with the model, and {model} ({config.model_type}) is no causal language "
-            "model; leave it out."
+            f"numerals: digits runs the model on a text, but {model} ({config.model_type}) is not a causal language "
+            "model; remove numerals."
         )
     return FindLogitShift(model=model)

@@ -1,4 +1,4 @@
-"""Where tensors are that a task makes itself."""
+"""Control the device of tensors that a task creates."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,10 +11,10 @@ Value = TypeVar("Value")
 
 
 def on_the_cpu(execute: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
-    """Make the CPU torch's default device while a task is executed, as it is without ``--multi-gpu``.
+    """Make the CPU torch's default device while a task runs, as it is without ``--multi-gpu``.
 
-    mergekit's executor for several GPUs makes one of them the default: indices of rows, random numbers with a seed and
-    models that are read would be there, beside others that are on the CPU.
+    mergekit's executor for several GPUs makes one of them the default device. Row indices, seeded random numbers and
+    loaded models would be created there, while other tensors are on the CPU.
     """
 
     @wraps(execute)

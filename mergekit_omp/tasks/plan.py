@@ -1,4 +1,4 @@
-"""From a resolved recipe to tasks: which solves each vocabulary tensor of the output needs."""
+"""Plan the tasks of a resolved recipe: the solves that each vocabulary tensor of the output needs."""
 
 from mergekit.io.tasks import LoadTensor
 
@@ -15,10 +15,10 @@ from mergekit_omp.tasks.undertrained import find_trained_rows
 
 
 def plan_realignment(task: ExecuteMergeMethodTask, transplant: Transplant) -> RealignVocabulary:
-    """The task that takes the place of mergekit's ``PermutedVocabulary`` in front of one merge.
+    """Return the task that replaces mergekit's ``PermutedVocabulary`` before the merge of one tensor.
 
     Raises:
-        OmpError: where a donor that is needed has no weights.
+        OmpError: if a required donor has no weights.
     """
     permuted = task.gather_tensors
     assert isinstance(permuted, PermutedVocabulary)
@@ -29,8 +29,8 @@ def plan_realignment(task: ExecuteMergeMethodTask, transplant: Transplant) -> Re
         model = transplant.model(reference)
         parameters = OmpParameters.from_bound(dict(task.input_parameters[reference].items()))
         copies = find_copies(model, role, parameters, merged, transplant)
-        if task.output_weight.name.endswith(".bias"):  # of a donor that is not merged, only the matrix is known
-            copies = copies.among([transplant.model(each) for each in merged])
+        if task.output_weight.name.endswith(".bias"):  # only the matrix of an unmerged donor is known
+            copies = copies.among([transplant.model(input_reference) for input_reference in merged])
         inputs.append(
             RealignedInput(
                 model=model,
@@ -57,11 +57,11 @@ def plan_realignment(task: ExecuteMergeMethodTask, transplant: Transplant) -> Re
 def _plan_rows(
     model: RecipeModel, role: VocabularyRole, parameters: OmpParameters, copies: Copies, transplant: Transplant
 ) -> tuple[PrepareRows, ...]:
-    """One task for every donor that has new tokens of the model which are not copied and no earlier donor has."""
+    """Return one task per donor of new tokens that are not copied and that no earlier donor has."""
     initializer, options = initializer_of(parameters), transplant.options
     solves = initializer.solves
     base_trained = find_trained_rows(model, options) if parameters.magikarp else None
-    own = (
+    model_weights = (
         tuple(vocabulary_matrix(model.reference, side, options, model.key) for side in VocabularyRole)
         if initializer.reads_both
         else ()
@@ -70,7 +70,7 @@ def _plan_rows(
     copied = copies.ids(model.match)
     planned = []
     for posed in transplant.problems[model.alignment]:
-        # Which tokens are under-trained is known once the tensors are loaded; a model teaches itself nothing.
+        # Under-trained tokens are known once the tensors are loaded; a model is never its own donor for them.
         if not len(posed.problem.without(copied).target_ids) and (not parameters.magikarp or posed.donor is model):
             continue
         initializer.check(parameters, "parameters")
@@ -92,7 +92,7 @@ def _plan_rows(
                 donor_weight=weight if initializer.reads_donor(parameters) else None,
                 vocabulary_axis=axis,
                 logit_shift=logit_shift,
-                own_weights=own,
+                model_weights=model_weights,
                 model=model if initializer.reads_configs else None,
             )
         )

@@ -1,8 +1,8 @@
-"""The tasks that stand between loading the inputs of a vocabulary tensor and merging them.
+"""Define the tasks between loading the inputs of a vocabulary tensor and merging them.
 
-Each is a frozen mergekit ``Task``, so that the graph's own equality removes repeated work: input embedding and LM head
-of a donor with tied embeddings share one solve, and so do all inputs of one vocabulary. What they hold of the resolved
-recipe is compared by identity.
+All are frozen mergekit ``Task`` objects, and the graph executes equal tasks once: the input embedding and LM head of a
+donor with tied embeddings share one solve, and so do all inputs with one vocabulary. Objects of the resolved recipe
+are compared by identity.
 """
 
 import logging
@@ -40,35 +40,35 @@ LOG = logging.getLogger(__name__)
 
 
 class OutputTokenizer(Task[TokenizerInfo]):
-    """Hand the output tokenizer to mergekit, which saves it; stands where mergekit would build one."""
+    """Return the output tokenizer for mergekit to save; replaces mergekit's task that builds one."""
 
     transplant: InstanceOf[Transplant]
 
     def arguments(self) -> dict[str, Task]:
-        """No task: it was built when the recipe was resolved."""
+        """Return no tasks: the tokenizer was built when the recipe was resolved."""
         return {}
 
     def execute(self, **_kwargs: Any) -> TokenizerInfo:
-        """The tokenizer alone: vocabularies are mapped by :class:`RealignVocabulary`."""
+        """Return the tokenizer without permutations: :class:`RealignVocabulary` maps the vocabularies."""
         return TokenizerInfo(tokenizer=self.transplant.tokenizer, permutations={}, original_vocabs={})
 
 
 class PoseProblem(Task[Problem]):
-    """Find which tokens a donor gives to a model, and the anchors that both have."""
+    """Find the new tokens of a model that a donor has, and the anchors of both."""
 
     posed: InstanceOf[DonorProblem]
-    copies: InstanceOf[Copies]  # tokens whose rows are taken as they are, which leaves nothing to solve
-    base_trained: FindTrainedRows | None  # for magikarp; of the model that is realigned, so that nothing is shared
+    copies: InstanceOf[Copies]  # their tokens need no solve
+    base_trained: FindTrainedRows | None  # for magikarp; specific to the realigned model, so solves are not shared
     donor_trained: FindTrainedRows | None
 
     def arguments(self) -> dict[str, Task]:
-        """Which rows are well trained, where that is asked for."""
+        """Return the tasks that find well-trained rows, if magikarp is set."""
         trained = {"base_trained": self.base_trained, "donor_trained": self.donor_trained}
         return {name: task for name, task in trained.items() if task is not None}
 
     @on_the_cpu
     def execute(self, base_trained: torch.Tensor | None = None, donor_trained: torch.Tensor | None = None) -> Problem:
-        """The problem as it was posed with the recipe, or once more with what is known of the rows."""
+        """Return the problem of the recipe, or pose it again without under-trained rows."""
         problem, base = self.posed.problem, self.posed.base.match
         if base_trained is not None and donor_trained is not None:
             trained = TrainedRows(base_trained.cpu(), donor_trained.cpu())
@@ -78,9 +78,9 @@ class PoseProblem(Task[Problem]):
 
 
 class SolveCodes(Task[Solution]):
-    """Write the donor's rows of new tokens as sparse combinations of its rows of anchors.
+    """Approximate the donor's rows of new tokens by sparse combinations of its rows of anchors.
 
-    It depends on the donor's tensor and on vocabularies alone, not on the model's weights.
+    Depends on the donor's tensor and the vocabularies only, not on the model's weights.
     """
 
     pose: PoseProblem
@@ -89,19 +89,19 @@ class SolveCodes(Task[Solution]):
     k: int
     normalize_atoms: bool
     memory_budget: int | None
-    all_devices: bool  # split the targets over every accelerator, as --multi-gpu asks
+    all_devices: bool  # split the targets over all accelerators, for --multi-gpu
     quiet: bool
 
     def arguments(self) -> dict[str, Task]:
-        """The problem and the donor's tensor."""
+        """Return the tasks of the problem and the donor's tensor."""
         return {"problem": self.pose, "weight": self.donor_weight}
 
     def uses_accelerator(self) -> bool:
-        """The solve runs where mergekit does its arithmetic."""
+        """Run the solve on mergekit's device."""
         return True
 
     def name(self) -> str:
-        """What log lines and errors call the donor's tensor."""
+        """Return the name of the donor's tensor for log lines and errors."""
         return f"{self.donor_weight.tensor} of {self.donor_weight.model}"
 
     @on_the_cpu
@@ -128,13 +128,13 @@ class SolveCodes(Task[Solution]):
 
 @dataclass(frozen=True)
 class NewRows:
-    """The rows of a problem's targets, for whatever matrix of the model is given.
+    """The prepared initializer of a problem, which makes rows for each matrix of the model.
 
     Attributes:
-        problem: of B targets.
-        make: the maker of their rows.
-        solution: OMP's, where the rows are made from its codes.
-        seconds: what it took to get here.
+        problem: the problem, with B targets.
+        make: function that makes the rows of the targets for a matrix.
+        solution: solution of OMP, for initializers that use it.
+        seconds: time of preparation and solve.
     """
 
     problem: Problem
@@ -153,20 +153,18 @@ class PrepareRows(Task[NewRows]):
     donor_weight: LoadTensor | None
     vocabulary_axis: int
     logit_shift: FindLogitShift | None  # for numerals: digits
-    own_weights: tuple[tuple[LoadTensor, int], ...]  # embedding and head of the model, with their axes
-    model: (
-        InstanceOf[RecipeModel] | None
-    )  # for initializers that read configurations, else None, so that rows are shared
+    model_weights: tuple[tuple[LoadTensor, int], ...]  # embedding and head of the model, with their axes
+    model: InstanceOf[RecipeModel] | None  # only for initializers that read configurations, so that others share rows
 
     def arguments(self) -> dict[str, Task]:
-        """The problem, and what the initializer needs of codes and matrices."""
+        """Return the tasks of the problem and of the codes and matrices that the initializer needs."""
         needed = {"problem": self.pose, "solution": self.solve, "donor": self.donor_weight}
         needed["logit_shift"] = self.logit_shift
-        own = {f"own_{index}": task for index, (task, _) in enumerate(self.own_weights)}
-        return {name: task for name, task in (needed | own).items() if task is not None}
+        weights = {f"weight_{index}": task for index, (task, _) in enumerate(self.model_weights)}
+        return {name: task for name, task in (needed | weights).items() if task is not None}
 
     def uses_accelerator(self) -> bool:
-        """Some initializers compute much."""
+        """Run on mergekit's device, since some initializers are expensive."""
         return True
 
     @on_the_cpu
@@ -176,17 +174,19 @@ class PrepareRows(Task[NewRows]):
         solution: Solution | None = None,
         donor: torch.Tensor | None = None,
         logit_shift: LogitShift | None = None,
-        **own: torch.Tensor,
+        **weights: torch.Tensor,
     ) -> NewRows:
         """Run the initializer."""
         started = time.perf_counter()
         posed = self.pose.posed
         if self.donor_weight is not None and donor is not None:
             donor = donor.movedim(self.vocabulary_axis, 0)
-            if solution is None:  # a solve has checked them already
+            if solution is None:  # otherwise the solve has checked them
                 rows = torch.cat([problem.target_rows, problem.atom_rows])
                 check_rows(donor, rows, f"{self.donor_weight.tensor} of {posed.donor}")
-        embedding_and_head = [own[f"own_{i}"].movedim(axis, 0) for i, (_, axis) in enumerate(self.own_weights)]
+        embedding_and_head = [
+            weights[f"weight_{i}"].movedim(axis, 0) for i, (_, axis) in enumerate(self.model_weights)
+        ]
         new = NewTokens.of(
             posed.base,
             problem,
@@ -195,7 +195,7 @@ class PrepareRows(Task[NewRows]):
             self.parameters,
             donor=donor,
             codes=solution.codes if solution else None,
-            own=tuple(embedding_and_head) if embedding_and_head else None,
+            embedding_and_head=tuple(embedding_and_head) if embedding_and_head else None,
             configs=(posed.donor.config, self.model.config) if self.model else None,
             trust_remote_code=self.transplant.trust_remote_code,
         )
@@ -206,22 +206,24 @@ class PrepareRows(Task[NewRows]):
 
 
 class RealignedInput(BaseModel, frozen=True):
-    """How one input of a vocabulary tensor is realigned."""
+    """Plan of the realignment of one input of a vocabulary tensor."""
 
     model: InstanceOf[RecipeModel]
-    new_rows: tuple[PrepareRows, ...]  # one for every donor of new tokens
+    new_rows: tuple[PrepareRows, ...]  # one per donor of new tokens
     copies: InstanceOf[Copies]
-    copied_weights: tuple[tuple[InstanceOf[RecipeModel], LoadTensor, int], ...]  # of models that are not merged
+    copied_weights: tuple[
+        tuple[InstanceOf[RecipeModel], LoadTensor, int], ...
+    ]  # weights of models that are not merged
     parameters: OmpParameters
 
     @property
     def solves(self) -> tuple[SolveCodes, ...]:
-        """OMP's solves."""
+        """The solves of this input."""
         return tuple(rows.solve for rows in self.new_rows if rows.solve is not None)
 
 
 class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
-    """Give every input of one tensor the rows of the output vocabulary; stands where mergekit would permute rows."""
+    """Realign every input of one tensor to the output vocabulary; replaces mergekit's permutation of rows."""
 
     transplant: InstanceOf[Transplant]
     gather_tensors: GatherTensors
@@ -231,7 +233,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
     name: str
 
     def arguments(self) -> dict[str, Task]:
-        """The loaded inputs, and for each the new rows and the matrices that it copies rows from."""
+        """Return the tasks of the loaded inputs, their new rows and the matrices that they copy rows from."""
         needed: dict[str, Task] = {"tensors": self.gather_tensors}
         for i, one in enumerate(self.inputs):
             needed |= {f"rows_{i}_{j}": rows for j, rows in enumerate(one.new_rows)}
@@ -239,18 +241,18 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         return needed
 
     def uses_accelerator(self) -> bool:
-        """Rows are made where mergekit does its arithmetic."""
+        """Make rows on mergekit's device."""
         return True
 
     def group_label(self) -> str | None:
-        """The label of the loaded tensors, so that they are read shard by shard."""
+        """Return the label of the loaded tensors, so that they are read shard by shard."""
         return self.gather_tensors.group_label()
 
     @on_the_cpu
     def execute(
         self, tensors: dict[ModelReference, torch.Tensor], **needed: Any
     ) -> dict[ModelReference, torch.Tensor]:
-        """Realign every input that has the tensor (optional ones may not)."""
+        """Realign every input that has the tensor; optional tensors may be missing."""
         views = {model: tensor.movedim(self.vocabulary_axis, 0) for model, tensor in tensors.items()}
         realigned = {}
         for i, one in enumerate(self.inputs):
@@ -276,7 +278,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         model, match = one.model, one.model.match
         merged = {other: views[other.reference] for other in one.copies.models if other.reference in views}
         sources = donors | merged
-        # An input's row stays what it is among inputs of less precision, as in mergekit.
+        # Promote dtypes, as in mergekit, so that rows of higher precision are kept.
         dtype = reduce(torch.promote_types, (tensor.dtype for tensor in merged.values()), views[model.reference].dtype)
         weight = views[model.reference].to(dtype)
         check_rows(weight, match.rows, f"{self.name} of {model}")
@@ -309,7 +311,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         return result
 
     def _override_rows(self, model: RecipeModel, views: dict[ModelReference, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """The rows that ``tokenizer.tokens`` gives, for new tokens and for those whose override is forced."""
+        """Return the rows of overrides, for new tokens and for tokens whose override is forced."""
         ids = {token.text: id_ for id_, token in self.transplant.vocabulary.tokens.items()}
         rows = {}
         for token, config in self.overrides:
@@ -320,13 +322,13 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
 
 
 class RecordTransplant(Task[None]):
-    """Put what every solve found, and what other initializers made rows for, into the record of the run."""
+    """Add the results of all solves and other initializers to the record of the run."""
 
     realigned: tuple[RealignVocabulary, ...]
     record: InstanceOf[Record]
 
     def arguments(self) -> dict[str, Task]:
-        """Every distinct solve, and every distinct problem of the other initializers."""
+        """Return every distinct solve, and every distinct problem of other initializers."""
         prepared = [rows for task in self.realigned for one in task.inputs for rows in one.new_rows]
         solves = dict.fromkeys(rows.solve for rows in prepared if rows.solve is not None)
         others = dict.fromkeys(rows.pose for rows in prepared if rows.solve is None)
@@ -337,14 +339,14 @@ class RecordTransplant(Task[None]):
 
     @on_the_cpu
     @never_fatal
-    def execute(self, **done: Solution | Problem) -> None:
-        """Describe them while their codes are at hand."""
-        places: dict[SolveCodes, int] = {}
-        covered: dict[PoseProblem, Problem] = {}
+    def execute(self, **results: Solution | Problem) -> None:
+        """Add the results while their codes are in memory."""
+        solve_indices: dict[SolveCodes, int] = {}
+        problems: dict[PoseProblem, Problem] = {}
         for name, task in self.arguments().items():
-            result = done[name]
+            result = results[name]
             if isinstance(result, Solution):
-                places[task] = self.record.add_solve(
+                solve_indices[task] = self.record.add_solve(
                     task.pose.posed,
                     result,
                     tensor=task.donor_weight.tensor,
@@ -352,25 +354,25 @@ class RecordTransplant(Task[None]):
                     k=task.k,
                     normalize_atoms=task.normalize_atoms,
                 )
-                covered[task.pose] = result.problem
+                problems[task.pose] = result.problem
             else:
                 self.record.add_other_rows(task.posed, result)
-                covered[task] = result
+                problems[task] = result
         for task in self.realigned:
             for one in task.inputs:
                 self.record.add_tensor(
                     task.name,
                     one.model,
                     one.parameters,
-                    solves=[places[solve] for solve in one.solves],
-                    problems=[covered[rows.pose] for rows in one.new_rows],
+                    solves=[solve_indices[solve] for solve in one.solves],
+                    problems=[problems[rows.pose] for rows in one.new_rows],
                     copied=list(one.copies.shares(one.model.match)),
                 )
         self.record.is_complete = True
 
 
 def _all_like(device: torch.device) -> list[torch.device] | None:
-    """Every device of an accelerator's kind; None for the CPU, of which there is one."""
+    """Return all devices of an accelerator's type; None for the CPU."""
     if device.type == "cpu":
         return None
     return [torch.device(device.type, index) for index in range(torch.get_device_module(device).device_count())]

@@ -1,4 +1,4 @@
-"""Under-trained tokens: rows that a model's training hardly touched, which ``magikarp: true`` leaves aside."""
+"""Find under-trained tokens, which ``magikarp: true`` excludes: rows that training hardly changed."""
 
 import torch
 from mergekit.graph import Task
@@ -15,25 +15,25 @@ from mergekit_omp.vocabulary.tokens import TokenKind
 
 
 class FindTrainedRows(Task[torch.Tensor]):
-    """Tell which rows of a model belong to well-trained tokens: bool (R,), on the CPU.
+    """Find the rows of well-trained tokens of a model: bool (R,), on the CPU.
 
-    By mergekit's own ``well_trained_tokens``, after Land and Bartolo, "Fishing for Magikarp" (arXiv:2405.05417): rows
-    of an unusually small norm, and rows that are close to the mean of the unused ones, are under-trained.
+    Uses mergekit's ``well_trained_tokens``, after Land & Bartolo, "Fishing for Magikarp" (arXiv:2405.05417): rows with
+    an unusually small norm, and rows close to the mean of unused rows, are under-trained.
     """
 
     model: InstanceOf[RecipeModel]
     embedding: LoadTensor
     embedding_axis: int
-    head: LoadTensor  # the embedding again where a model ties the two
+    head: LoadTensor  # equal to the embedding if the two are tied
     head_axis: int
 
     def arguments(self) -> dict[str, Task]:
-        """Both matrices."""
+        """Return the tasks that load both matrices."""
         return {"embedding": self.embedding, "head": self.head}
 
     @on_the_cpu
     def execute(self, embedding: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-        """Ask mergekit."""
+        """Run mergekit's test."""
         tokens = self.model.vocabulary.tokens.values()
         trained = well_trained_tokens(
             {token.text: token.id for token in tokens},
@@ -48,10 +48,10 @@ class FindTrainedRows(Task[torch.Tensor]):
 
 
 def find_trained_rows(model: RecipeModel, options: MergeOptions) -> FindTrainedRows:
-    """The task for one model.
+    """Return the task for one model.
 
     Raises:
-        OmpError: it has no weights.
+        OmpError: if it has no weights.
     """
     embedding, embedding_axis = vocabulary_matrix(model.reference, VocabularyRole.INPUT, options, model.key)
     head, head_axis = vocabulary_matrix(model.reference, VocabularyRole.HEAD, options, model.key)

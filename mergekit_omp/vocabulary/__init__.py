@@ -1,1 +1,1 @@
-"""Vocabularies by the bytes that their tokens stand for; knows tokenizers, and neither weights nor mergekit."""
+"""Read, match and segment vocabularies by the bytes of their tokens; independent of weights and of mergekit."""

@@ -1,4 +1,4 @@
-"""A model's vocabulary laid over the output vocabulary."""
+"""Hold a model's vocabulary together with its match with the output vocabulary."""
 
 from dataclasses import dataclass, field
 
@@ -10,16 +10,16 @@ from mergekit_omp.vocabulary.tokens import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """A vocabulary and its match with the output vocabulary; all models of a recipe that have the vocabulary share it.
+    """A vocabulary and its match with the output vocabulary, shared by all models of a recipe with that vocabulary.
 
-    Compared by identity, so that tasks with the same alignment are the same task.
+    Compared by identity, so that tasks with the same alignment are equal.
 
     Attributes:
         name: the first model of the recipe that has the vocabulary.
-        tokenizer: of that model; shared, not to be changed.
+        tokenizer: tokenizer of that model; shared, so it must not be modified.
         vocabulary: the tokens that the model has rows for.
-        match: which row of the model each output token has; none for tokens that the recipe approximates in any case.
-        own_match: the same with these tokens.
+        match: row of the model for each output token, without those that the recipe approximates in any case.
+        own_match: the same including these tokens.
     """
 
     name: str

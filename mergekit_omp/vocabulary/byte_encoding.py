@@ -1,6 +1,6 @@
-"""How a tokenizer writes bytes as token strings, as its own decoder, pre-tokenizer, normalizer and model declare it.
+"""Read how a tokenizer writes bytes as token strings from its decoder, pre-tokenizer, normalizer and model.
 
-The declaration is what a ``tokenizer.json`` holds; the class that a tokenizer happens to load as is never looked at.
+Only the declarations that ``tokenizer.json`` contains count, not the class that a tokenizer is loaded as.
 """
 
 import json
@@ -19,9 +19,9 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The 256 printable characters that byte-level BPE writes bytes as (GPT-2, section 2.2), and the byte of each.
+    """Return the byte of each of the 256 characters of byte-level BPE (GPT-2, section 2.2).
 
-    Bytes that print in Latin-1 stand for themselves; the other 68 take the code points from 256 on, in order.
+    Bytes that are printable in Latin-1 stand for themselves; the other 68 use the code points from 256 on, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = sorted(set(range(256)) - set(printable))
@@ -33,22 +33,22 @@ _CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_ALPHABET.items
 
 
 def as_text(token: str | bytes) -> str:
-    """A token as a string; bytes, which tokenizers in tiktoken's style list, in the byte-level alphabet."""
+    """Return a token as a string; bytes, as tiktoken's vocabularies have, are written in the byte-level alphabet."""
     return token if isinstance(token, str) else "".join(map(_CHARACTER_OF_BYTE.__getitem__, token))
 
 
 @dataclass(frozen=True)
 class TextScheme:
-    """How token strings stand for bytes.
+    """The mapping from token strings to bytes.
 
     Attributes:
         byte_level: strings are written in ``BYTE_ALPHABET`` (GPT-2, Llama 3, Qwen, Tekken, SmolLM2).
-        replacements: (written, meant) pairs, in order; ("▁", " ") for SentencePiece.
+        replacements: (written, decoded) pairs, in order; ("▁", " ") for SentencePiece.
         byte_fallback: ``<0x0A>`` is the byte 0x0A (Llama 2, Mistral, Gemma).
-        continuation: marks a token that goes on inside a word ("##" of WordPiece). A token without it opens a word,
-            and stands for the word after a space, as the opening tokens of other kinds do (`` word``, ``▁word``); a
-            punctuation mark or an ideograph, which WordPiece cuts off wherever it stands, is for itself alone.
-        word_end: marks a token that ends a word ("</w>"), and stands for a space after it.
+        continuation: prefix of a token that continues a word ("##" of WordPiece). A token without it starts a word and
+            decodes to a space and the word, like `` word`` or ``▁word``; punctuation marks and ideographs, which
+            WordPiece always separates, decode to themselves.
+        word_end: suffix of a token that ends a word ("</w>"), which decodes to a space.
     """
 
     byte_level: bool = False
@@ -58,7 +58,7 @@ class TextScheme:
     word_end: str | None = None
 
     def ordinary_bytes(self, text: str) -> bytes:
-        """The bytes that a token of the model's own vocabulary stands for."""
+        """Return the bytes of a token of the tokenizer model's vocabulary."""
         if self.word_end and text.endswith(self.word_end):
             return self._plain_bytes(text.removesuffix(self.word_end)) + b" "
         if self.continuation is not None:
@@ -68,11 +68,11 @@ class TextScheme:
         return self._plain_bytes(text)
 
     def added_bytes(self, text: str) -> bytes:
-        """The bytes that an added token stands for: its literal text, where SentencePiece's marks still count."""
+        """Return the bytes of an added token: its literal text, with SentencePiece's replacements applied."""
         return text.encode(errors="surrogatepass") if self.byte_level else self._plain_bytes(text)
 
     def fallback_byte(self, text: str) -> int | None:
-        """The byte of a byte-fallback token, None for any other."""
+        """Return the byte of a byte-fallback token, or None for any other token."""
         if not (self.byte_fallback and text.startswith("<0x")):
             return None
         match = _BYTE_FALLBACK.fullmatch(text)
@@ -82,21 +82,21 @@ class TextScheme:
         if self.byte_level:
             try:
                 return bytes([BYTE_ALPHABET[character] for character in text])
-            except KeyError:  # a string outside the alphabet is literal text, as the library's own decoder takes it
+            except KeyError:  # the library's decoder treats strings outside the alphabet as literal text
                 return text.encode(errors="surrogatepass")
         byte = self.fallback_byte(text)
         if byte is not None:
             return bytes([byte])
-        for written, meant in self.replacements:
-            text = text.replace(written, meant)
+        for written, decoded in self.replacements:
+            text = text.replace(written, decoded)
         return text.encode(errors="surrogatepass")
 
 
 def read_scheme(tokenizer: PreTrainedTokenizerBase) -> TextScheme:
-    """Read the scheme from whatever the tokenizer offers: a ``tokenizers`` backend, a SentencePiece model, a byte map.
+    """Read the scheme from a tokenizer's ``tokenizers`` backend, SentencePiece model or byte map.
 
     Raises:
-        OmpError: the tokenizer offers none of them, or a component that has no known meaning.
+        OmpError: if the tokenizer has none of them, or has a component of unknown meaning.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -107,13 +107,13 @@ def read_scheme(tokenizer: PreTrainedTokenizerBase) -> TextScheme:
         return TextScheme(byte_level=True)
     raise OmpError(
         f"The tokenizer {name_of(tokenizer)} has neither a tokenizer.json, nor a SentencePiece model, nor a table of "
-        "bytes, so what its tokens stand for cannot be read; save it as a fast tokenizer (one with a tokenizer.json) "
+        "bytes, so the bytes of its tokens are unknown; save it as a fast tokenizer (one with a tokenizer.json) "
         "and name that folder instead."
     )
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to call a tokenizer in a message: the path it was loaded from, else its class."""
+    """Return the name of a tokenizer for messages: the path it was loaded from, or its class."""
     return repr(getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__)
 
 
@@ -140,14 +140,14 @@ def _backend_scheme(backend: Any) -> TextScheme:
 
 
 def parts_of(component: Any, children: str) -> Iterator[dict[str, Any]]:
-    """The declarations of a ``tokenizers`` component, sequences flattened; nothing for None."""
+    """Yield the declarations of a ``tokenizers`` component with sequences flattened; nothing for None."""
     if component is None:
         return
     try:
         declared = json.loads(component.__getstate__())
     except Exception as error:  # the library raises a bare Exception for a component written in Python
         raise OmpError(
-            f"The tokenizer's {type(component).__name__} is custom Python code that declares nothing ({error}); "
+            f"The tokenizer's {type(component).__name__} is custom Python code that cannot be read ({error}); "
             "use a tokenizer whose tokenizer.json describes it fully."
         ) from error
     yield from _flatten(declared, children)
@@ -162,7 +162,7 @@ def _flatten(declared: dict[str, Any], children: str) -> Iterator[dict[str, Any]
 
 
 def _implied_decoders(backend: Any) -> list[dict[str, Any]]:
-    """What a tokenizer without a decoder implies by how it prepares text."""
+    """Derive decoders from the normalizer and pre-tokenizer of a tokenizer without a decoder."""
     before = [*parts_of(backend.normalizer, "normalizers"), *parts_of(backend.pre_tokenizer, "pretokenizers")]
     implied = []
     for part in before:
@@ -180,14 +180,14 @@ def _replacements(decoders: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         elif part["type"] == "Replace":
             if "String" not in part["pattern"]:
                 raise OmpError(
-                    f"The tokenizer's decoder replaces the expression {part['pattern']!r}, which does not tell what "
-                    "a single token stands for; use a tokenizer whose decoder replaces plain strings."
+                    f"The tokenizer's decoder replaces the expression {part['pattern']!r}, which does not "
+                    "define the bytes of a single token; use a tokenizer whose decoder replaces plain strings."
                 )
             yield part["pattern"]["String"], part["content"]
 
 
 def _stands_alone(text: str) -> bool:
-    """Whether WordPiece cuts these characters off wherever they stand: punctuation, symbols and ideographs."""
+    """Tell whether WordPiece always separates these characters: punctuation, symbols and ideographs."""
     return all(unicodedata.category(character)[0] in "PSCZ" or _is_ideograph(character) for character in text)
 
 

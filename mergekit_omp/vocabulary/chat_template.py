@@ -1,4 +1,4 @@
-"""Which special tokens a tokenizer's chat template uses."""
+"""Find the special tokens that a tokenizer's chat template uses."""
 
 import logging
 import re
@@ -22,15 +22,18 @@ _CONVERSATIONS = (
 def chat_template_tokens(
     tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, template: str | dict[str, str] | None
 ) -> set[int]:
-    """The ids of the special tokens that the chat template writes, whose rows a chat therefore depends on.
+    """Find the special tokens that a chat template writes.
 
-    Found both in the template's own text and in what it makes of two short conversations, since templates put strings
-    together (``'<|' + role + '|>'``) and name the tokens of roles (``bos_token``).
+    Both the template's source and its rendering of two short conversations are searched, since templates concatenate
+    strings (``'<|' + role + '|>'``) and refer to tokens by role (``bos_token``).
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: tokenizer that renders the template.
         vocabulary: its vocabulary.
-        template: the template, or several by name; None finds nothing.
+        template: the template, or several by name; None has no tokens.
+
+    Returns:
+        Their ids in the vocabulary.
     """
     text = "\n".join(_texts(tokenizer, template or {}))
     found = {
@@ -44,15 +47,15 @@ def chat_template_tokens(
 def absent_chat_tokens(
     tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, template: str | dict[str, str] | None
 ) -> list[str]:
-    """What a chat template writes as a control token and the vocabulary has no token for, so that it becomes text.
+    """Find control tokens that a chat template writes but the vocabulary lacks, so that they are tokenised as text.
 
-    Found are strings between ``<|`` and ``|>``, and those that the table of equivalents lists for texts and turns. Not
-    ``<tools>`` and its kind, which templates write as text on purpose.
+    These are strings between ``<|`` and ``|>``, and strings that the table of equivalents lists for texts and turns,
+    but not tags such as ``<tools>``, which templates write as text on purpose.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: tokenizer that renders the template.
         vocabulary: its vocabulary.
-        template: the template, or several by name; None finds nothing.
+        template: the template, or several by name; None has no tokens.
 
     Returns:
         Their strings, in alphabetical order.
@@ -91,5 +94,5 @@ def _texts(tokenizer: PreTrainedTokenizerBase, templates: str | dict[str, str]) 
                         conversation, chat_template=template, tokenize=False, add_generation_prompt=True
                     )
                 )
-            except Exception as error:  # templates raise what they like, say where they know no system role
-                LOG.debug("The chat template cannot be applied to %s: %s", conversation, error)
+            except Exception as error:  # templates raise arbitrary errors, for example for a system role
+                LOG.debug("Cannot apply the chat template to %s: %s", conversation, error)

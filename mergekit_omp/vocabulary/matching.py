@@ -1,4 +1,4 @@
-"""Which row of a model each token of the output vocabulary has."""
+"""Match the tokens of the output vocabulary with the rows of a model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,102 +11,103 @@ from mergekit_omp.vocabulary.tokens import TRAINED_ROLES, UNTRAINED_ROLES, Token
 
 
 class MatchReason(IntEnum):
-    """Why an output id has the row that it has, or has none."""
+    """Why an output id has its row, or has none."""
 
     NO_TOKEN = 0  # the id is a gap of the output vocabulary: no row
     SAME_STRING = 1
     SAME_BYTES = 2  # other strings for the same bytes, such as "Ġthe" and "▁the"
     BYTE_TOKEN = 3  # the same single byte, one side as a byte-fallback token
-    SPECIAL_CONTENT = 4  # special on both sides, and the same string
+    SPECIAL_CONTENT = 4  # the same string, special in both vocabularies
     SPECIAL_ROLE = 5  # both are the bos, eos, … of their tokenizer
     SPECIAL_EQUIVALENT = 6  # the built-in table says that they mean the same
-    UNUSED = 7  # kept free for later use; has a row only where the model keeps the same string free
-    MISSING = 8  # text that the model has no token for: no row
+    UNUSED = 7  # reserved for later use; has a row only if the model has the same unused token
+    MISSING = 8  # text without a token of the model: no row
     MISSING_SPECIAL = 9  # a special token without a counterpart: no row
     DUPLICATE = 10  # the output tokenizer always writes another token for the same bytes: no row
-    SPECIAL_RENAMED = 11  # same id and role under another name, in vocabularies that are otherwise the same
+    SPECIAL_RENAMED = 11  # same id and role, another name, in otherwise equal vocabularies
 
 
-# Text that pairs with text: these are the anchors that serve as atoms.
+# Text matched with text: these anchors serve as atoms.
 TEXT_REASONS = (MatchReason.SAME_STRING, MatchReason.SAME_BYTES, MatchReason.BYTE_TOKEN)
 NEW_REASONS = (MatchReason.MISSING, MatchReason.MISSING_SPECIAL)
 
 SAME_VOCABULARY = 0.99
-"""Share of equal text tokens, among the ids that two vocabularies both have text for, that makes them one."""
+"""Share of equal text tokens, among ids that are text in both, above which two vocabularies count as the same."""
 
 FEWEST_TEXT = 100
-"""Text tokens in common below which equal ones may be chance; every real vocabulary has more."""
+"""Number of common text tokens below which equal ones may be coincidence; every real vocabulary has more."""
 
 
 @dataclass(frozen=True)
 class VocabularyMatch:
-    """The match of an output vocabulary with a model's own.
+    """The match of an output vocabulary with a model's vocabulary.
 
     Attributes:
-        rows: int64 [V], the model's row for each output id, -1 where it has none.
-        reasons: int8 [V], the ``MatchReason`` of each output id.
-
-    V: the output vocabulary's size.
+        rows: int64 (V,), the model's row for each of the V output ids, -1 for none.
+        reasons: int8 (V,), the ``MatchReason`` of each output id.
     """
 
     rows: torch.Tensor
     reasons: torch.Tensor
 
     def counts(self) -> dict[MatchReason, int]:
-        """How many output ids there are of each reason, those of none left out."""
+        """Count the output ids of each reason; reasons without ids are omitted."""
         counted = torch.bincount(self.reasons.long(), minlength=len(MatchReason)).tolist()
         return {reason: counted[reason] for reason in MatchReason if counted[reason]}
 
     def is_text(self) -> torch.Tensor:
-        """Boolean [V]: the output ids that are text and have a row."""
+        """Return bool (V,): whether an output id is text and has a row."""
         return torch.isin(self.reasons, torch.tensor(TEXT_REASONS, dtype=torch.int8))
 
     def is_new(self) -> torch.Tensor:
-        """Boolean [V]: the output tokens that the model has no row for and that mean something.
+        """Return bool (V,): whether an output id is a new token, which the model has no row for.
 
-        Tokens that are kept free for later use are not among them: there is nothing to approximate.
+        Unused tokens are not new tokens: there is nothing to approximate.
         """
         return torch.isin(self.reasons, torch.tensor(NEW_REASONS, dtype=torch.int8))
 
     def without(self, ids: torch.Tensor, reason: MatchReason = MatchReason.MISSING) -> "VocabularyMatch":
-        """The match as if the model had no token for these output ids, int64 [I], for a reason."""
+        """Return the match without the rows of the output ids int64 (I,), with ``reason`` for them."""
         rows, reasons = self.rows.clone(), self.reasons.clone()
         rows[ids], reasons[ids] = -1, int(reason)
         return VocabularyMatch(rows, reasons)
 
     def atoms(self) -> torch.Tensor:
-        """The output ids that serve as atoms: int64 [A], ascending, one for each row of the model.
+        """Return the output ids that serve as atoms: int64 (N,), ascending, one per row of the model.
 
-        Special and unused tokens are no atoms, since what they embed is not text. Of several output tokens that stand
-        for one row the best match counts: same string, then same bytes, then byte token, then the smallest id.
+        Special and unused tokens are excluded, since their rows do not represent text. If several output tokens have
+        one row, the best match counts: same string, then same bytes, then byte token, then the smallest id.
         """
         ids = torch.nonzero(self.is_text()).flatten()
         best_first = ids[torch.argsort(self.reasons[ids], stable=True)]
-        seen: dict[int, int] = {}
+        id_of_row: dict[int, int] = {}
         for id_, row in zip(best_first.tolist(), self.rows[best_first].tolist(), strict=True):
-            seen.setdefault(row, id_)
-        return torch.tensor(sorted(seen.values()), dtype=torch.int64)
+            id_of_row.setdefault(row, id_)
+        return torch.tensor(sorted(id_of_row.values()), dtype=torch.int64)
 
 
 def match_vocabularies(output: Vocabulary, model: Vocabulary) -> VocabularyMatch:
-    """Find the row of a model for every token of the output vocabulary that the model has.
+    """Match every token of the output vocabulary with a row of a model.
 
-    Text pairs with text by its bytes: every output token whose bytes the model has gets a row, also where several have
-    the same. Among the model's tokens with those bytes, the one of the same string is taken, else an ordinary one
-    before a byte-fallback one. Special tokens pair with special tokens: the same string first, then the same id and
-    role where the vocabularies are one but for renamed special tokens, then the same role, then by the table of
-    equivalents, and only then as unknown or padding token, whose rows mean little. Text never pairs with them,
-    save that one tokenizer may declare a control token of the table as special and another as merely added.
+    Text matches text by its bytes: every output token whose bytes the model has gets a row, even if several have the
+    same bytes. Among the model's tokens with these bytes, the one with the same string is preferred, then an ordinary
+    token, then a byte-fallback token. Special tokens match special tokens, in this order: the same string; the same id
+    and role in vocabularies that differ in renamed special tokens only; the same role; the table of equivalents; and
+    last the unknown or padding token, whose rows carry little information. Text never matches a special token, except
+    that a control token of the table may be declared special by one tokenizer and merely added by another.
     ``match_vocabularies(v, v)`` is the identity.
 
     Args:
-        output: the output tokenizer's vocabulary.
-        model: the vocabulary of the model that rows are taken from; truncated to the rows that it has.
+        output: vocabulary of the output tokenizer, with V ids.
+        model: vocabulary of the model that rows are taken from, truncated to the rows that the model has.
 
     Returns:
-        ``rows`` int64 (V,) and ``reasons`` int8 (V,) for the V ids of the output vocabulary.
+        The rows int64 (V,) and the reasons int8 (V,).
 
     Example:
+        >>> from mergekit_omp import match_vocabularies
+        >>> from mergekit_omp.vocabulary.matching import MatchReason
+        >>> from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
         >>> output = Vocabulary(
         ...     {id_: Token(id_, text, data, TokenKind.ORDINARY)
         ...      for id_, (text, data) in enumerate([("Ġthe", b" the"), ("Ġnew", b" new")])}, roles={})
@@ -127,7 +128,7 @@ def match_vocabularies(output: Vocabulary, model: Vocabulary) -> VocabularyMatch
 
 
 class _RowFinder:
-    """Looks up a model's row for one output token at a time."""
+    """Look-up of a model's row for one output token at a time."""
 
     def __init__(self, output: Vocabulary, model: Vocabulary) -> None:
         self._output_roles = output.roles
@@ -140,7 +141,7 @@ class _RowFinder:
         self._control = _rows_by_text(token for token in tokens if is_control(token))
 
     def find(self, token: Token) -> tuple[int, MatchReason]:
-        """The row, or -1, and the reason."""
+        """Return the row, or -1, and the reason."""
         if token.kind is TokenKind.UNUSED:
             return self._unused.get(token.text, -1), MatchReason.UNUSED
         if token.kind is TokenKind.SPECIAL:
@@ -169,7 +170,7 @@ class _RowFinder:
         return None
 
     def _find_untrained_role(self, token: Token) -> tuple[int, MatchReason] | None:
-        """Pair as unknown or padding token; not an end of text that serves as padding too, which is well trained."""
+        """Match as unknown or padding token, unless the token has a trained role too, such as eos used for padding."""
         if any(self._output_roles.get(role) == token.id for role in TRAINED_ROLES):
             return None
         return self._find_role(token, UNTRAINED_ROLES)
@@ -182,7 +183,7 @@ class _RowFinder:
 
 
 class _TextIndex:
-    """A model's ordinary and byte tokens by the bytes that they stand for."""
+    """A model's ordinary and byte tokens, indexed by their bytes."""
 
     def __init__(self, tokens: Iterable[Token]) -> None:
         self._same_string: dict[tuple[str, bytes], int] = {}
@@ -205,10 +206,10 @@ class _TextIndex:
 
 
 def _renamed_tokens(output: Vocabulary, model: Vocabulary) -> set[int]:
-    """The ids of special tokens that differ in name alone: DeepSeek-R1-Distill-Qwen renamed Qwen's.
+    """Find special tokens that differ in name only, as DeepSeek-R1-Distill-Qwen renamed those of Qwen.
 
-    Both vocabularies must be one but for such tokens, neither may have the other's name, and what is known of the two
-    tokens must agree: a role in common, or roles that the other vocabulary gives to no token, and no two meanings.
+    The vocabularies must otherwise be equal, neither may contain the other's name, and the two tokens must agree: a
+    role in common, or roles that the other vocabulary assigns to no token, and no two different meanings.
     """
     common = output.tokens.keys() & model.tokens.keys()
     text = [id_ for id_ in common if _is_text(output.tokens[id_]) and _is_text(model.tokens[id_])]
@@ -231,16 +232,19 @@ def _is_text(token: Token) -> bool:
 
 
 def _agree(id_: int, output: Vocabulary, model: Vocabulary) -> bool:
-    """Whether an id has one role in two vocabularies, as far as they say."""
-    ours, its = ({role for role, own in vocabulary.roles.items() if own == id_} for vocabulary in (output, model))
-    if ours & its:
+    """Tell whether the declared roles and meanings of an id do not contradict each other in two vocabularies."""
+    output_roles, model_roles = (
+        {role for role, role_id in vocabulary.roles.items() if role_id == id_} for vocabulary in (output, model)
+    )
+    if output_roles & model_roles:
         return True
     meanings = {meaning_of(vocabulary.tokens[id_].text) for vocabulary in (output, model)} - {None}
-    return bool(ours | its) and ours.isdisjoint(model.roles) and its.isdisjoint(output.roles) and len(meanings) < 2
+    exclusive = output_roles.isdisjoint(model.roles) and model_roles.isdisjoint(output.roles)
+    return bool(output_roles | model_roles) and exclusive and len(meanings) < 2
 
 
 def is_control(token: Token) -> bool:
-    """Whether the table of equivalents speaks of this token: a listed string, and not just text that reads alike."""
+    """Tell whether a token is a control token of the table of equivalents, and not text with the same string."""
     if token.kind is TokenKind.SPECIAL:
         return meaning_of(token.text) is not None
     return (

@@ -1,7 +1,7 @@
-"""How tokenizers split numbers, since models that split them differently reckon differently.
+"""Classify how tokenizers split numbers: models differ in arithmetic when numbers are tokenised differently.
 
-Goddard and Fernandes Neto (2025), who propose OMP for transplants, name mismatched numerals as what costs mathematical
-ability.
+Goddard & Fernandes Neto (2025, arXiv:2506.06607) identify mismatched numeral schemes as the cause of lost mathematical
+ability after a transplant.
 """
 
 import random
@@ -14,7 +14,7 @@ from mergekit_omp.vocabulary.segmentation import text_encoder
 from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 _CHUNK = 3
-_LONGEST_WHOLE = 4
+_MAX_WHOLE_DIGITS = 4
 
 
 class NumeralScheme(str, Enum):
@@ -24,21 +24,21 @@ class NumeralScheme(str, Enum):
     CHUNKS_FROM_LEFT = "chunks of up to three digits from the left"  # 1234567 -> 123 456 7
     CHUNKS_FROM_RIGHT = "chunks of up to three digits from the right"  # 1234567 -> 1 234 567
     WHOLE = "whole numbers"  # of up to four digits
-    MIXED = "chunks of varying length"  # whatever the merges make of them, as in GPT-2
+    MIXED = "chunks of varying length"  # determined by the merges, as in GPT-2
 
 
 def numeral_scheme(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None) -> NumeralScheme:
-    """Find out how a tokenizer splits numbers, by letting it split some of two to eight digits.
+    """Determine how a tokenizer splits numbers from its tokens for numbers of two to eight digits.
 
     Args:
-        tokenizer: the tokenizer.
-        vocabulary: its vocabulary; read from it if None.
+        tokenizer: tokenizer to examine.
+        vocabulary: its vocabulary; read from the tokenizer if None.
     """
     vocabulary = vocabulary or read_vocabulary(tokenizer)
     numbers = _probes()
     encoded = list(_encode(tokenizer, vocabulary, numbers))
     if any(id_ not in vocabulary.tokens for ids in encoded for id_ in ids):
-        vocabulary = read_vocabulary(tokenizer)  # a model may have rows for fewer tokens than its tokenizer writes
+        vocabulary = read_vocabulary(tokenizer)  # the given vocabulary may be truncated to the rows of a model
     splits = [
         (len(number), tuple(filter(None, (len(vocabulary.tokens[id_].data.strip()) for id_ in ids))))
         for number, ids in zip(numbers, encoded, strict=True)
@@ -46,27 +46,28 @@ def numeral_scheme(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | 
     for scheme, expected in _EXPECTED.items():
         if all(split == expected(length) for length, split in splits):
             return scheme
-    if all(split == (length,) for length, split in splits if length <= _LONGEST_WHOLE):
+    if all(split == (length,) for length, split in splits if length <= _MAX_WHOLE_DIGITS):
         return NumeralScheme.WHOLE
     return NumeralScheme.MIXED
 
 
 def numeral_warning(output: NumeralScheme, model: NumeralScheme) -> str | None:
-    """A sentence on what it costs that the output tokenizer splits numbers as ``output`` and the model as ``model``.
-
-    None if both split them alike, so that it costs nothing.
-    """
+    """Return a warning if the output tokenizer and the model split numbers differently, else None."""
     if output is model and output is not NumeralScheme.MIXED:
         return None
     return (
         f"The output tokenizer writes numbers as {output.value} and the model learnt them as {model.value}, "
-        "so expect arithmetic to suffer more than other text does."
-        + (" numerals: digits in parameters takes part of that back." if model is NumeralScheme.SINGLE_DIGITS else "")
+        "so arithmetic will lose more quality than other text."
+        + (
+            " numerals: digits in parameters recovers part of the loss."
+            if model is NumeralScheme.SINGLE_DIGITS
+            else ""
+        )
     )
 
 
 def _probes() -> list[str]:
-    """Eight numbers of each length from two to eight digits, the same ones each time."""
+    """Return eight numbers of each length from two to eight digits, always the same."""
     digits = random.Random(0)
     return [str(digits.randrange(10 ** (length - 1), 10**length)) for length in range(2, 9) for _ in range(8)]
 

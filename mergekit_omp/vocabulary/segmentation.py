@@ -1,4 +1,4 @@
-"""How a model's own tokenizer would split the tokens of another vocabulary."""
+"""Segment the tokens of another vocabulary with a model's own tokenizer."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,28 +20,28 @@ def pieces(
     ids: Iterable[int],
     model: Vocabulary | None = None,
 ) -> list[list[int]]:
-    """Split tokens of the output vocabulary into tokens of a model.
+    """Segment tokens of the output vocabulary into tokens of a model.
 
-    Each token is split as its text would be in the middle of a text: without special tokens, and without the space
-    that many SentencePiece tokenizers put before a text. Where that does not spell the token's bytes (bytes that are
-    no valid UTF-8, or text that the model's tokenizer normalizes), the longest tokens that do are taken in order.
+    Each token is segmented like its text in the middle of a longer text: without special tokens, and without the space
+    that many SentencePiece tokenizers prepend. If the result does not have the bytes of the token (invalid UTF-8, or
+    text that the model's tokenizer normalizes), the longest matching tokens are used from left to right.
 
     Args:
-        output: the output tokenizer's vocabulary.
+        output: vocabulary of the output tokenizer.
         model_tokenizer: the model's own tokenizer.
         ids: ids of output tokens.
         model: the model's vocabulary, truncated to the rows that it has; read from its tokenizer if None.
 
     Returns:
-        For each id the model's ids, in order. Their bytes together are the token's, save where the model has no way to
-        write those bytes: then what its tokenizer makes of the text, without unknown tokens, which may be nothing.
+        The pieces of each id, as ids of the model in order. Together they have the bytes of the token. If the model
+        cannot write these bytes, they are the tokenizer's segmentation without unknown tokens, which may be empty.
     """
     model = model or read_vocabulary(model_tokenizer)
-    wanted = [output.tokens[id_].data for id_ in ids]
+    token_bytes = [output.tokens[id_].data for id_ in ids]
     known_ids = ids_by_bytes(model)
     longest = max(map(len, known_ids), default=0)
     split = []
-    for data, encoded in zip(wanted, _encode_all(wanted, text_encoder(model_tokenizer, model)), strict=True):
+    for data, encoded in zip(token_bytes, _encode_all(token_bytes, text_encoder(model_tokenizer, model)), strict=True):
         known = [id_ for id_ in encoded if id_ in model.tokens and model.tokens[id_].kind in _TEXT]
         spelled = b"".join(model.tokens[id_].data for id_ in known) == data
         split.append(known if spelled else spell(data, known_ids, longest) or known)
@@ -49,15 +49,15 @@ def pieces(
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, *, special: bool = False) -> Encoder:
-    """An encoder of texts as they are in the middle of a text: no special tokens, no added space, no stripping.
+    """Build an encoder for fragments of a text: without special tokens, added spaces and stripping.
 
     Args:
-        tokenizer: left as it is.
+        tokenizer: tokenizer to imitate; not modified.
         vocabulary: its vocabulary.
-        special: whether special tokens that stand in a text are read as such, instead of as ordinary characters.
+        special: whether to recognise special tokens in a text, instead of reading them as ordinary characters.
 
     Returns:
-        A function from texts to lists of ids. For a tokenizer without a ``tokenizers`` backend it finds no ids.
+        A function from texts to lists of ids. The lists are empty for a tokenizer without a ``tokenizers`` backend.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -65,30 +65,30 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, *, 
     encoder = Tokenizer(backend.model)
     encoder.normalizer, encoder.pre_tokenizer = _without_added_space(backend)
     added = tokenizer.added_tokens_decoder
-    cut_out = {
+    added_ids = {
         token.content: id_
         for id_, token in added.items()
         if id_ in vocabulary.tokens and (special or vocabulary.tokens[id_].kind is TokenKind.ORDINARY)
     }
-    encoder.add_tokens([added[id_] for id_ in cut_out.values()])
-    own_id = {encoder.token_to_id(content): id_ for content, id_ in cut_out.items()}
+    encoder.add_tokens([added[id_] for id_ in added_ids.values()])
+    original_id = {encoder.token_to_id(content): id_ for content, id_ in added_ids.items()}
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[own_id.get(id_, id_) for id_ in encoding.ids] for encoding in encodings]
+        return [[original_id.get(id_, id_) for id_ in encoding.ids] for encoding in encodings]
 
     return encode
 
 
-def _encode_all(wanted: Sequence[bytes], encode: Encoder) -> Iterator[list[int]]:
-    """Encode byte strings; no ids for those that are no text."""
-    texts = [text_of(data) for data in wanted]
+def _encode_all(token_bytes: Sequence[bytes], encode: Encoder) -> Iterator[list[int]]:
+    """Encode byte strings; those that are not valid UTF-8 get no ids."""
+    texts = [text_of(data) for data in token_bytes]
     encoded = iter(encode([text for text in texts if text is not None]))
     return ([] if text is None else next(encoded) for text in texts)
 
 
 def text_of(data: bytes) -> str | None:
-    """The text that bytes are, None where they are none by themselves."""
+    """Decode bytes as UTF-8; return None if they are not valid."""
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -96,7 +96,7 @@ def text_of(data: bytes) -> str | None:
 
 
 def ids_by_bytes(vocabulary: Vocabulary) -> dict[bytes, int]:
-    """The id for every byte string that a vocabulary has text for: an ordinary token before a byte-fallback one."""
+    """Map the bytes of text tokens to ids; an ordinary token takes precedence over a byte-fallback token."""
     ids: dict[bytes, int] = {}
     for kind in _TEXT:
         for id_, token in vocabulary.tokens.items():
@@ -106,7 +106,13 @@ def ids_by_bytes(vocabulary: Vocabulary) -> dict[bytes, int]:
 
 
 def spell(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:
-    """Spell bytes by the longest tokens of at most ``longest`` bytes, from left to right; [] where none fit."""
+    """Segment bytes greedily into the longest tokens of at most ``longest`` bytes; return [] if that is impossible.
+
+    Example:
+        >>> from mergekit_omp.vocabulary.segmentation import spell
+        >>> spell(b"undo", {b"u": 0, b"n": 1, b"un": 2, b"do": 3}, longest=2)
+        [2, 3]
+    """
     spelled, start = [], 0
     while start < len(data):
         ends = range(min(len(data), start + longest), start, -1)
@@ -119,7 +125,7 @@ def spell(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:
 
 
 def _without_added_space(backend: Tokenizer) -> tuple[Any, Any]:
-    """The normalizer and pre-tokenizer of a backend, less what adds or strips spaces at the ends of a text."""
+    """Return the normalizer and pre-tokenizer of a backend without the parts that add or strip spaces at text ends."""
     normalizers = [
         part for part in parts_of(backend.normalizer, "normalizers") if part["type"] not in ("Prepend", "Strip")
     ]

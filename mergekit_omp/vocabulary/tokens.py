@@ -1,4 +1,4 @@
-"""The canonical form of a vocabulary: for every token the bytes that it stands for, so that vocabularies compare."""
+"""Read vocabularies in canonical form: every token with its bytes, so that vocabularies can be compared."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.vocabulary.byte_encoding import as_text, name_of, read_scheme
 from mergekit_omp.vocabulary.special import is_unused_text
 
-# In the order in which a token of several roles is known by them: models learn best what the end of a text is.
+# The order in which a token of several roles is matched: models learn the end of a text best.
 TRAINED_ROLES = ("eos", "bos", "sep", "cls", "mask")
 UNTRAINED_ROLES = ("unk", "pad")
 ROLES = TRAINED_ROLES + UNTRAINED_ROLES
 
 
 class TokenKind(str, Enum):
-    """What a token is for."""
+    """The purpose of a token."""
 
-    ORDINARY = "ordinary"  # text, also where it was added to the vocabulary afterwards
+    ORDINARY = "ordinary"  # text, including added tokens that are not special
     BYTE = "byte"  # a byte-fallback token such as <0x0A>
-    SPECIAL = "special"  # a control token, which no text stands for
-    UNUSED = "unused"  # kept free for later use, such as <unused12>; never trained
+    SPECIAL = "special"  # a control token, which no text encodes to
+    UNUSED = "unused"  # reserved for later use, such as <unused12>; never trained
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Token:
     Attributes:
         id: its row in the embedding matrix.
         text: as in ``tokenizer.get_vocab()``.
-        data: the bytes that it stands for; the UTF-8 of its text if it is special or unused.
-        kind: what it is for.
-        added: whether it is in the list of added tokens, which are cut out of a text before anything else.
+        data: its bytes when decoded; the UTF-8 of its text if it is special or unused.
+        kind: its purpose.
+        added: whether it is an added token, which tokenizers split off before anything else.
     """
 
     id: int
@@ -48,11 +48,11 @@ class Token:
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """A tokenizer's tokens by id, and which of them have a role. Equal and hashed by ``fingerprint``.
+    """A tokenizer's tokens by id, and the tokens with a role. Compared and hashed by ``fingerprint``.
 
     Attributes:
-        tokens: id -> token; ids may have gaps.
-        roles: "bos", "eos", "pad", "unk", "mask", "sep", "cls" -> id, where set.
+        tokens: token of each id; ids may have gaps.
+        roles: id of each role that is set, out of "bos", "eos", "pad", "unk", "mask", "sep" and "cls".
     """
 
     tokens: Mapping[int, Token] = field(repr=False)
@@ -60,12 +60,12 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """The largest id + 1, which is the number of rows that an embedding needs."""
+        """The largest id + 1: the number of rows that an embedding needs."""
         return max(self.tokens, default=-1) + 1
 
     @cached_property
     def fingerprint(self) -> str:
-        """The SHA-256 of everything that matters for matching, as hexadecimal digits."""
+        """The SHA-256 of everything that affects matching, as hexadecimal digits."""
         digest = hashlib.sha256(repr(sorted(self.roles.items())).encode())
         for id_ in sorted(self.tokens):
             token = self.tokens[id_]
@@ -73,38 +73,39 @@ class Vocabulary:
         return digest.hexdigest()
 
     def truncated(self, rows: int) -> "Vocabulary":
-        """The vocabulary without the tokens, and the roles, whose id is ``rows`` or more."""
+        """Return the vocabulary without tokens and roles whose id is ``rows`` or more."""
         return Vocabulary(
             tokens={id_: token for id_, token in self.tokens.items() if id_ < rows},
             roles={role: id_ for role, id_ in self.roles.items() if id_ < rows},
         )
 
     def free_rows(self, rows: int) -> list[int]:
-        """Of an embedding's first ``rows`` rows those that no text ever used: of unused tokens, and of none."""
+        """Return those of the first ``rows`` rows that no text ever uses: of unused tokens, and without a token."""
         return [i for i in range(rows) if i not in self.tokens or self.tokens[i].kind is TokenKind.UNUSED]
 
     def __eq__(self, other: object) -> bool:
-        """Whether both have the same fingerprint."""
+        """Compare the fingerprints."""
         return isinstance(other, Vocabulary) and self.fingerprint == other.fingerprint
 
     def __hash__(self) -> int:
-        """The hash of the fingerprint."""
+        """Hash the fingerprint."""
         return hash(self.fingerprint)
 
 
 def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """Read what every token of a tokenizer stands for.
+    """Read the tokens of a tokenizer with their bytes.
 
     Args:
-        tokenizer: of transformers, slow or fast; left as it is.
+        tokenizer: slow or fast tokenizer of transformers; not modified.
 
     Returns:
-        Its tokens by id, with their bytes, and the ids of those that have a role.
+        The tokens by id, and the ids of the tokens with a role.
 
     Raises:
-        OmpError: the tokenizer's kind cannot be read, or it has no tokens.
+        OmpError: if the tokenizer's kind is unknown, or it has no tokens.
 
     Example:
+        >>> from mergekit_omp import read_vocabulary
         >>> from tokenizers import Tokenizer, decoders, models, pre_tokenizers
         >>> from transformers import PreTrainedTokenizerFast
         >>> backend = Tokenizer(models.BPE(vocab={"Ġ": 0, "a": 1, "Ġa": 2}, merges=[("Ġ", "a")]))
@@ -122,10 +123,10 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     with_role = set(roles.values())
     special = {id_ for id_, token in added.items() if token.special} | with_role | _control_pieces(tokenizer)
 
-    def read(id_: int, text: str) -> Token:
+    def read_token(id_: int, text: str) -> Token:
         if id_ not in with_role and is_unused_text(text):
             return Token(id_, text, _utf8(text), TokenKind.UNUSED, id_ in added)
-        if scheme.fallback_byte(text) is not None and id_ not in with_role:  # also where it is flagged as special
+        if scheme.fallback_byte(text) is not None and id_ not in with_role:  # even if it is flagged as special
             return Token(id_, text, scheme.ordinary_bytes(text), TokenKind.BYTE, id_ in added)
         if id_ in special:
             return Token(id_, text, _utf8(text), TokenKind.SPECIAL, id_ in added)
@@ -133,13 +134,13 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
             return Token(id_, text, scheme.added_bytes(text), TokenKind.ORDINARY, added=True)
         return Token(id_, text, scheme.ordinary_bytes(text), TokenKind.ORDINARY)
 
-    return Vocabulary({id_: read(id_, texts[id_]) for id_ in sorted(texts)}, roles)
+    return Vocabulary({id_: read_token(id_, texts[id_]) for id_ in sorted(texts)}, roles)
 
 
 def _texts_by_id(tokenizer: PreTrainedTokenizerBase, added: Mapping[int, AddedToken]) -> dict[int, str]:
-    """The string of every id; an added token's where it took over an id of the model's own vocabulary.
+    """Return the string of every id; added tokens override the vocabulary of the tokenizer model.
 
-    Tokenizers in tiktoken's style list bytes, which become strings of the byte-level alphabet.
+    Bytes, as in vocabularies of tiktoken's kind, become strings of the byte-level alphabet.
     """
     texts = {id_: as_text(text) for text, id_ in tokenizer.get_vocab().items()}
     texts.update((id_, token.content) for id_, token in added.items())
@@ -147,16 +148,16 @@ def _texts_by_id(tokenizer: PreTrainedTokenizerBase, added: Mapping[int, AddedTo
 
 
 def _roles(tokenizer: PreTrainedTokenizerBase, ids: Mapping[str, int]) -> dict[str, int]:
-    """The id of each role's token, for those that the tokenizer sets and its vocabulary has.
+    """Return the id of each role's token that is set and in the vocabulary.
 
-    The token's string is looked up here, since ``bos_token_id`` is the unknown token's id for a missing string.
+    Looks up the token's string, since ``bos_token_id`` of a missing string is the id of the unknown token.
     """
     texts = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
     return {role: ids[str(text)] for role, text in texts.items() if text is not None and str(text) in ids}
 
 
 def _control_pieces(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids that a SentencePiece model itself declares as control or unknown pieces."""
+    """Return the ids that a SentencePiece model declares as control or unknown pieces."""
     pieces = getattr(tokenizer, "sp_model", None)
     if pieces is None:
         return set()

@@ -1,4 +1,4 @@
-"""``mergekit-omp``: what its commands print is true, and what they write is complete."""
+"""Test the commands of ``mergekit-omp``: their output is correct, and their files are complete."""
 
 import json
 import re
@@ -36,7 +36,7 @@ HEAD = "lm_head.weight"
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base, and a donor that has a token which is HTML, one without a partner, and one that is no text."""
+    """Write a base, and a donor with an HTML token, a special token without a match, and one that is not text."""
     folder = tmp_path_factory.mktemp("pair")
     base_tokenizer = sentencepiece_tokenizer(ENGLISH)
     donor_tokenizer = byte_level_tokenizer(PYTHON, special=("<|lonely|>",))
@@ -60,21 +60,21 @@ def call(*arguments: str | Path) -> Result:
 
 
 def answer(*arguments: str | Path) -> str:
-    """What a command that must succeed prints."""
+    """Return the output of a command that must succeed."""
     result = call(*arguments)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
 def sentence(*arguments: str | Path) -> str:
-    """What a command that must be refused says."""
+    """Return the error message of a command that must fail."""
     result = call(*arguments)
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code in (1, 2)
     return " ".join(result.stderr.split("Error: ", 1)[1].split())
 
 
-def test_inspect_foretells_what_the_record_tells(pair: tuple[Path, Path], transplanted: Path) -> None:
+def test_inspect_agrees_with_the_record(pair: tuple[Path, Path], transplanted: Path) -> None:
     found = json.loads(answer("inspect", *pair, "-k", "5", "--json"))
     record = json.loads((transplanted / "omp_record.json").read_text())
     [foreseen], [done] = found["inputs"], [model for model in record["models"] if "input" in model["roles"]]
@@ -107,7 +107,7 @@ def test_inspect_needs_no_weights(pair: tuple[Path, Path], tmp_path: Path, monke
 def test_inspect_text(pair: tuple[Path, Path]) -> None:
     text = answer("inspect", *pair)
     assert re.search(r"^ +<\|endoftext\|> +<eos> +special role$", text, re.MULTILINE)
-    assert "special tokens without a partner: <|lonely|>" in text
+    assert "special tokens without a match: <|lonely|>" in text
     assert re.search(r"\d+ of \d+ tokens keep a row of this model, \d+ are new", text)
     assert re.search(rf"^  {pair[1]} +\d+ +\d+ +64 +2 +\d+ s$", text, re.MULTILINE), "solves for both matrices"
     for line in ("time to solve", "peak memory", "disk"):
@@ -115,7 +115,7 @@ def test_inspect_text(pair: tuple[Path, Path]) -> None:
 
 
 def test_inspect_recipe_with_k_in_several_places(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """The estimate is for the largest k, and a tied base needs one solve."""
+    """Check that the estimate is for the largest k, and that a tied base needs one solve."""
     tokenizer = AutoTokenizer.from_pretrained(pair[0])
     tied = save(tmp_path / "tied", make_model(tokenizer, tied=True), tokenizer)
     given = recipe(tied, pair[1], parameters={"k": [{"filter": "lm_head", "value": 7}, {"value": 3}]})
@@ -139,7 +139,7 @@ def test_inspect_same_vocabulary(pair: tuple[Path, Path]) -> None:
         ("- a list", "merge_method is None; name a recipe with merge_method: omp or omp_<method>."),
         ("", "merge_method is None; name a recipe with merge_method: omp or omp_<method>."),
         ("a: [", "recipe.yml: invalid YAML: while parsing a flow node"),
-        ("merge_method: omp\nmodels: x", "models: 'x' is not possible here; write a list"),
+        ("merge_method: omp\nmodels: x", "models: 'x' is invalid; write a list"),
         (b"\xff\xfe", "cannot be read (not UTF-8); name a text file."),
     ],
 )
@@ -156,7 +156,7 @@ def test_inspect_bad_arguments(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_record_adds_up(transplanted: Path) -> None:
-    """Every count in the record is a partition of what it counts."""
+    """Check that every count in the record is a partition of its total."""
     record = json.loads((transplanted / "omp_record.json").read_text())
     [model] = [model for model in record["models"] if "input" in model["roles"]]
     assert sum(model["match"].values()) == record["tokens"]
@@ -165,14 +165,14 @@ def test_record_adds_up(transplanted: Path) -> None:
         assert sum(solve["residuals"]["counts"]) == solve["targets"] == model["lacking"]
         assert len(solve["residuals"]["edges"]) == len(solve["residuals"]["counts"]) + 1
         usage = solve["usage"]
-        assert usage["never"] + sum(each["anchors"] for each in usage["counts"]) == solve["atoms"]
+        assert usage["never"] + sum(usage_bin["anchors"] for usage_bin in usage["counts"]) == solve["atoms"]
         assert 0 < solve["residuals"]["median"] <= solve["residuals"]["p95"] <= 1
     assert {tensor["name"]: tensor["solves"] for tensor in record["tensors"]} == {EMBED: [0], HEAD: [1]}
     assert [tensor["side"] for tensor in record["tensors"] if tensor["name"] == HEAD] == ["LM head"]
 
 
 def test_neighbours_in_the_record(pair: tuple[Path, Path], transplanted: Path) -> None:
-    """Against cosines of all pairs."""
+    """Compare with the cosines of all pairs."""
     record = json.loads((transplanted / "omp_record.json").read_text())
     assert len(record["samples"]) == 12
     for folder, key in ((pair[1], "donor_neighbours"), (transplanted, "output_neighbours")):
@@ -181,13 +181,13 @@ def test_neighbours_in_the_record(pair: tuple[Path, Path], transplanted: Path) -
         cosines.fill_diagonal_(-2)
         for sample in record["samples"]:
             expected = cosines[sample["id"]].topk(5).values.tolist()
-            assert [each["cosine"] for each in sample[key]] == pytest.approx(expected, abs=1e-3)
+            assert [neighbour["cosine"] for neighbour in sample[key]] == pytest.approx(expected, abs=1e-3)
 
 
 def test_tokens_per_byte_in_the_record(pair: tuple[Path, Path], transplanted: Path) -> None:
     record = json.loads((transplanted / "omp_record.json").read_text())
     text = builtin_texts()["prose"]
-    [prose] = [each for each in record["texts"] if each["name"] == "prose"]
+    [prose] = [text for text in record["texts"] if text["name"] == "prose"]
     for folder, key in ((pair[0], "before"), (pair[1], "after")):
         tokens = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
         assert prose[key] == pytest.approx(len(tokens) / len(text.encode()))
@@ -196,12 +196,12 @@ def test_tokens_per_byte_in_the_record(pair: tuple[Path, Path], transplanted: Pa
 def test_section_of_the_model_card(transplanted: Path) -> None:
     card = (transplanted / "README.md").read_text()
     assert card.count("### Tokenizer transplantation") == 1
-    assert re.search(r"of \d+ tokens \d+ kept their rows and \d+ were lacking", card)
+    assert re.search(r"of \d+ tokens \d+ keep their rows and \d+ are new", card)
     assert "| prose | " in card
 
 
 class Page(HTMLParser):
-    """What a browser would load from elsewhere or run, and the text of a page."""
+    """Parses a page: its text, and everything that a browser would load or run."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ def test_report_page_is_one_file(transplanted: Path, tmp_path: Path) -> None:
     assert page.tags.count("svg") == 4
     assert {"script", "img", "link", "b"} & set(page.tags) == {"b"}
     assert "a <b>bold name" in page.text, "what names and tokens say is text and no markup"
-    for heading in ("Where the rows come from", "How well new tokens are approximated", "Some new tokens", "Details"):
+    for heading in ("Origin of the rows", "Approximation error", "Sample tokens", "Details"):
         assert heading in page.text
 
 
@@ -267,6 +267,51 @@ def test_report_of_several_inputs(pair: tuple[Path, Path], tmp_path: Path, sourc
     assert Page((out / "omp_report.html").read_text()).tags.count("svg") == 4
 
 
+def test_report_evaluates(pair: tuple[Path, Path], transplanted: Path, tmp_path: Path) -> None:
+    """What it draws is what `eval --base` measures; `--base` names a base that has been moved."""
+    text = answer("report", transplanted, "--evaluate", "--html", tmp_path / "page.html")
+    [expected] = json.loads(answer("eval", transplanted, "--base", pair[0], "--json"))
+    overall = expected["overall"]
+    assert f"{overall['bits_per_byte']:.3f} now" in text
+    cells = [number for span in overall["spans"].values() for number in list(span.values())[1:]]
+    assert re.search(r"overall +-?[\d.]+ +" + " +".join(f"{number:.3f}" for number in cells), text)
+    page = Page((tmp_path / "page.html").read_text())
+    assert page.tags.count("svg") == 5
+    assert f"{overall['bits_per_byte']:.3f} now" in page.text
+    shutil.copytree(pair[0], tmp_path / "moved")
+    found = json.loads(answer("report", transplanted, "--base", tmp_path / "moved", "--json"))["evaluation"]
+    assert found["base"]["model"] == str(tmp_path / "moved")
+    assert found["output"]["overall"]["spans"] == overall["spans"]
+
+
+def test_report_evaluates_a_base_with_the_same_tokenizer(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert merge_here(recipe(pair[0], pair[0]), out, "--quiet").exit_code == 0
+    answer("report", out, "--evaluate")
+    page = Page((out / "omp_report.html").read_text())
+    assert page.tags.count("svg") == 2
+    assert "The output has the tokenizer of the base" in page.text
+
+
+def test_report_draws_what_healing_measured(transplanted: Path, tmp_path: Path) -> None:
+    """No model is run for it."""
+    spans = {
+        key: {
+            kind: {"tokens": 7, "bits_per_byte": bits, "ideal_bits_per_byte": 0.25}
+            for kind in ("equal", "first piece", "later pieces", "crossing")
+        }
+        for key, bits in (("before", 0.875), ("after", 0.375))
+    }
+    healed = json.loads((transplanted / "omp_record.json").read_text()) | {"heal": spans}
+    (tmp_path / "omp_record.json").write_text(json.dumps(healed))
+    text = answer("report", tmp_path)
+    assert re.search(r"before +2\.500( +0\.875 +0\.250){4}", text)
+    assert re.search(r"after +0\.500( +0\.375 +0\.250){4}", text)
+    page = Page((tmp_path / "omp_report.html").read_text())
+    assert page.tags.count("svg") == 5
+    assert "Bits per byte before and after healing" in page.text
+
+
 def test_report_without_new_tokens(pair: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert merge_here(recipe(pair[0], pair[0]), out, "--quiet").exit_code == 0
@@ -276,14 +321,14 @@ def test_report_without_new_tokens(pair: tuple[Path, Path], tmp_path: Path) -> N
 
 def test_report_without_a_record(tmp_path: Path) -> None:
     assert sentence("report", tmp_path) == (
-        f"{tmp_path}: there is no omp_record.json in it; name the output folder of a merge with merge_method: omp."
+        f"{tmp_path} has no omp_record.json; name the output folder of a merge with merge_method: omp."
     )
     (tmp_path / "omp_record.json").write_text("{")
-    assert "omp_record.json is no JSON (Expecting property name" in sentence("report", tmp_path)
+    assert "omp_record.json is not valid JSON (Expecting property name" in sentence("report", tmp_path)
     (tmp_path / "omp_record.json").write_text('{"format": 99}')
     assert "omp_record.json is of another version of mergekit-omp" in sentence("report", tmp_path)
     (tmp_path / "omp_record.json").write_text('{"format": 1}')
-    assert "omp_record.json is incomplete, as the log of that run tells" in sentence("report", tmp_path)
+    assert "omp_record.json is incomplete (the log of that run has the reason)" in sentence("report", tmp_path)
 
 
 def test_report_without_matplotlib(transplanted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +347,7 @@ def test_report_that_cannot_be_written(transplanted: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("step", ["with_neighbours", "_describe_solution"])
-def test_a_record_that_fails_never_costs_the_model(
+def test_a_failing_record_does_not_cost_the_model(
     pair: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -315,7 +360,7 @@ def test_a_record_that_fails_never_costs_the_model(
     monkeypatch.setattr(record_module, step, fail)
     result = merge_here(recipe(*pair), tmp_path / "out")
     assert result.exit_code == 0
-    assert "the record of how it was made is incomplete" in caplog.text
+    assert "the record of the run is not" in caplog.text
     assert EMBED in tensors_of(tmp_path / "out")
 
 
@@ -331,7 +376,7 @@ def test_eval(pair: tuple[Path, Path], transplanted: Path, tmp_path: Path) -> No
 
 
 def test_eval_of_files_with_one_name(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """Both are scored, by their paths."""
+    """Check that both are scored, by their paths."""
     paths = [str(tmp_path / folder / "text.txt") for folder in "ab"]
     for path in paths:
         Path(path).parent.mkdir()
@@ -347,7 +392,18 @@ def test_eval_bad_arguments(pair: tuple[Path, Path], transplanted: Path, tmp_pat
         folder = pair[0] if command == "eval" else transplanted
         assert "binary.txt cannot be read (not UTF-8)" in sentence(command, folder, "--text", tmp_path / "binary.txt")
     assert "The text empty is empty" in sentence("eval", pair[0], "--text", tmp_path / "empty.txt")
-    assert "cannot be loaded as a causal language model" in sentence("eval", tmp_path)
+    assert "no tokenizer can be read from" in sentence("eval", tmp_path)
+    AutoTokenizer.from_pretrained(pair[0]).save_pretrained(tmp_path / "tokenizer")
+    assert "cannot be loaded as a causal language model" in sentence("eval", tmp_path / "tokenizer")
+
+
+def test_eval_reads_tokenizers_as_they_are_written(tmp_path: Path) -> None:
+    """transformers builds a tokenizer of its own for a qwen2 body, which reads SentencePiece tokens as nonsense."""
+    tokenizer = sentencepiece_tokenizer(ENGLISH)
+    folder = save(tmp_path / "model", make_model(tokenizer, architecture="qwen2"), tokenizer)
+    (tmp_path / "text.txt").write_text(ENGLISH[0])
+    [score] = json.loads(answer("eval", folder, "--text", tmp_path / "text.txt", "--json"))
+    assert score["overall"]["tokens"] == len(tokenizer(ENGLISH[0], add_special_tokens=False).input_ids)
 
 
 def test_doctor() -> None:
@@ -376,14 +432,14 @@ def test_doctor_finds_problems(
 
 
 def test_help_is_fast() -> None:
-    """Nothing heavy is imported before a command runs."""
+    """Check that no large package is imported before a command runs."""
     code = "import mergekit_omp.cli.main, sys; print({'mergekit', 'rich', 'torch', 'transformers'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
 @pytest.mark.parametrize("command", [None, *main.commands])
 def test_help(command: str | None) -> None:
-    """Each command explains itself, and every option has a text."""
+    """Check that every command and every option has a help text."""
     text = answer(*([command] if command else []), "--help")
     assert "Usage: " in text
     for line in re.findall(r"^  (-\S.*)$", text, flags=re.MULTILINE):

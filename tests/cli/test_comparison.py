@@ -1,4 +1,4 @@
-"""`mergekit-omp compare`: one recipe, several approximations, one table; `align`: the map of one of them."""
+"""Test `mergekit-omp compare`, which runs several approximations, and `align`, which writes TokAlign's map."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from mergekit_omp.report.comparison import with_approximation
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe, and beside it two models and a text."""
+    """Write a recipe with two models and a text."""
     folder = tmp_path_factory.mktemp("compare")
     ours, other = byte_level_tokenizer(ENGLISH, size=400), byte_level_tokenizer(PYTHON, size=360)
     base = save(folder / "base", make_model(ours, seed=1), ours)
@@ -33,7 +33,7 @@ def compare(path: Path, *options: str) -> Result:
     return CliRunner().invoke(main, ["compare", str(path), "--text", str(path.parent / "prose.txt"), *options])
 
 
-def test_the_table_has_what_eval_says_of_each_method(written: Path, tmp_path: Path) -> None:
+def test_the_table_agrees_with_eval(written: Path, tmp_path: Path) -> None:
     result = compare(written, "--approximations", "omp,subword,zero", "--json")
     assert result.exit_code == 0, result.output
     rows = {row["approximation"]: row for row in json.loads(result.stdout)}
@@ -50,7 +50,7 @@ def test_the_table_has_what_eval_says_of_each_method(written: Path, tmp_path: Pa
     assert len(set(bits)) == 4
 
 
-def test_a_method_that_fails_is_a_row_and_the_plot_has_the_others(written: Path, tmp_path: Path) -> None:
+def test_a_failing_method_is_a_row_and_the_plot_has_the_others(written: Path, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
     result = compare(written, "--approximations", "focus,mean", "--plot", str(plot))
     assert result.exit_code == 0, result.output
@@ -74,10 +74,10 @@ def test_a_method_that_fails_is_a_row_and_the_plot_has_the_others(written: Path,
         (["--plot", "plot.txt"], "name a .png"),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(written: Path, options: list[str], said: str) -> None:
+def test_mistakes_are_reported_before_any_run(written: Path, options: list[str], message: str) -> None:
     result = compare(written, *options)
     assert result.exit_code == 1
-    assert said in result.output
+    assert message in result.output
 
 
 def test_every_approximation_of_a_recipe_is_replaced() -> None:
@@ -115,7 +115,7 @@ def test_align_writes_the_map_that_tokalign_learns(written: Path, tmp_path: Path
     )
 
 
-def test_align_without_a_corpus_says_so(written: Path, tmp_path: Path) -> None:
+def test_align_needs_a_corpus(written: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["align", str(written), str(tmp_path / "map.json")])
     assert result.exit_code == 1
     assert "corpus" in result.output

@@ -1,4 +1,4 @@
-"""``mergekit-omp tokens``: new tokens by uses times residual."""
+"""Test ``mergekit-omp tokens``: new tokens ranked by uses times residual."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ranking(out: Path, tmp_path: Path) -> None:
-    """Counts are the text's, residuals the record's, and the order is that of their product."""
+    """Check counts against the text, residuals against the record, and the order against their product."""
     text = tmp_path / "text.txt"
     text.write_text("def realign(vocabulary):\n    return vocabulary\n" * 3 + "class Tokenizer: print(index)\n")
     result = CliRunner().invoke(main, ["tokens", str(out), "--text", str(text), "--json"])
@@ -41,7 +41,7 @@ def test_ranking(out: Path, tmp_path: Path) -> None:
     assert {token["id"] for token in ranked} == set(ids) & set(residuals[0])
     for token in ranked:
         assert token["uses"] == ids.count(token["id"])
-        assert token["relative_residual"] == max(each[token["id"]] for each in residuals)
+        assert token["relative_residual"] == max(residual_of[token["id"]] for residual_of in residuals)
         assert token["impact"] == pytest.approx(token["uses"] * token["relative_residual"])
     impacts = [token["impact"] for token in ranked]
     assert impacts == sorted(impacts, reverse=True)
@@ -57,4 +57,4 @@ def test_no_text(out: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     result = CliRunner().invoke(main, ["tokens", str(out), "--text", str(tmp_path / "empty.txt")])
     assert result.exit_code == 1
-    assert result.output == "Error: --text: there is nothing to read; name a file with text.\n"
+    assert result.output == "Error: --text: the file is empty; name a file with text.\n"

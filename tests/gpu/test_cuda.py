@@ -1,4 +1,4 @@
-"""What needs a CUDA GPU: the same answers there, within the memory budget. Skipped where there is none."""
+"""Test the solver and recipes on a CUDA GPU: equal results, within the memory budget. Skipped without a GPU."""
 
 import gc
 import logging
@@ -33,7 +33,7 @@ def test_supports_are_those_of_a_float64_reference(common: float, dtype: torch.d
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_same_codes_as_on_the_cpu(size: float, normalize: bool) -> None:
-    """Also where the rows are too short or too long for float16, and one coordinate is far larger than the others."""
+    """Compare also rows whose norms exceed the range of float16, and rows with one dominant coordinate."""
     atoms, targets = size * random_rows(5000, 256, 2, 1.0), random_rows(3000, 256, 3, 1.0) / size
     atoms[:, 7] *= 30
     targets[5] = 0
@@ -45,7 +45,7 @@ def test_same_codes_as_on_the_cpu(size: float, normalize: bool) -> None:
 
 
 def test_same_codes_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine without Triton."""
+    """Compare the code for machines without Triton."""
     assert projection.find_kernel(GPU) is not None
     atoms, targets = random_rows(5000, 256, 12, 1.0), random_rows(300, 256, 13, 1.0)
     atoms[7] = atoms[3] + 1e-4 * atoms[9]
@@ -55,7 +55,7 @@ def test_same_codes_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(solve_omp(targets, atoms, 20, devices=[GPU]).indices, expected.indices)
 
 
-def test_the_ways_of_the_process_to_save_digits_do_not_reach_the_solver() -> None:
+def test_low_precision_settings_do_not_affect_the_solver() -> None:
     atoms, targets = random_rows(20_000, 2048, 4, 1.0), random_rows(200, 2048, 5, 1.0)
     expected = solve_omp(targets, atoms, 16, devices=[GPU])
     torch.backends.cuda.matmul.allow_tf32 = True
@@ -80,7 +80,7 @@ def test_a_gpu_and_a_cpu_share_the_targets() -> None:
 @pytest.mark.parametrize("rows", ["random", "orthogonal"])
 @pytest.mark.parametrize("budget", [2**31, 2**33])
 def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, rows: str, budget: int) -> None:
-    """Targets that are orthogonal to all atoms are the worst case: every atom may be the best one."""
+    """Use targets orthogonal to all atoms, the worst case: every atom may be the best one."""
     draw = torch.Generator(GPU).manual_seed(0)
     atoms, targets = torch.randn(atoms + 1500, dim, generator=draw, device=GPU).split([atoms, 1500])
     if rows == "orthogonal":
@@ -93,7 +93,7 @@ def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, rows: str,
 
 @pytest.fixture
 def little_memory() -> Iterator[None]:
-    """Two GiB for this process, as on a GPU that others use too."""
+    """Limit this process to two GiB, as on a GPU that others use too."""
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(2**31 / torch.cuda.get_device_properties(GPU).total_memory)
@@ -102,7 +102,7 @@ def little_memory() -> Iterator[None]:
 
 
 def test_out_of_memory_halves_the_chunk(little_memory: None, caplog: pytest.LogCaptureFixture) -> None:
-    """A budget that the GPU does not have."""
+    """Set a budget that the GPU does not have."""
     atoms, targets = random_rows(20_000, 512, 10, 1.0), random_rows(5000, 512, 11, 1.0)
     codes = solve_omp(targets, atoms, 256, devices=[GPU], memory_budget=2**36)
     assert "Out of memory" in caplog.text

@@ -1,4 +1,4 @@
-"""Small checkpoints and recipes for tests of the real commands."""
+"""Create small checkpoints, and run recipes with the real commands."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ PYTHON = [
 def byte_level_tokenizer(
     corpus: list[str] = ENGLISH, size: int = 420, eos: str = "<|endoftext|>", special: tuple[str, ...] = ()
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, as GPT-2, Llama 3 and Qwen have it."""
+    """Train a byte-level BPE tokenizer, as in GPT-2, Llama 3 and Qwen."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -55,7 +55,7 @@ def byte_level_tokenizer(
 
 
 def sentencepiece_tokenizer(corpus: list[str] = ENGLISH, size: int = 520) -> PreTrainedTokenizerFast:
-    """BPE with ``▁`` for spaces and byte fallback, as Gemma, Llama 2 and Mistral have it."""
+    """Train a BPE tokenizer with ``▁`` for spaces and byte fallback, as in Gemma, Llama 2 and Mistral."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -94,7 +94,7 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A random model for a tokenizer, whose embedding and head differ unless they are tied."""
+    """Create a random model for a tokenizer; its embedding and head differ unless they are tied."""
     config_class, model_class = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
     config = config_class(
@@ -120,7 +120,7 @@ def save(
     shard_size: str = "5GB",
     safe: bool = True,
 ) -> Path:
-    """Write a checkpoint, as .safetensors or as pytorch .bin shards."""
+    """Write a checkpoint, as .safetensors or as PyTorch .bin shards."""
     model.save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
     if not safe:
@@ -151,7 +151,7 @@ def run_recipe(
     command: str = "mergekit-yaml",
     positional: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run a recipe through a real command of mergekit, as a user does; ``positional`` comes between it and ``out``."""
+    """Run a recipe with a real command of mergekit; ``positional`` arguments come between recipe and ``out``."""
     path = out.parent / f"{out.name}.yml"
     path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False))
     program = shutil.which(command, path=str(Path(sys.executable).parent)) or command
@@ -161,14 +161,14 @@ def run_recipe(
 
 
 def merge(recipe: dict[str, Any] | str, out: Path, *options: str) -> str:
-    """Run a recipe that must succeed; returns what the command wrote to its error stream."""
+    """Run a recipe that must succeed, and return the command's standard error."""
     result = run_recipe(recipe, out, *options)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stderr
 
 
 def refused(recipe: dict[str, Any] | str, out: Path, *options: str) -> str:
-    """Run a recipe that must be refused with a sentence and leave nothing; returns the sentence."""
+    """Run a recipe that must fail with a message and leave no files, and return the message."""
     result = run_recipe(recipe, out, *options)
     assert result.returncode == 1, (result.returncode, result.stderr[-4000:])
     assert "Traceback" not in result.stderr, result.stderr[-4000:]
@@ -178,12 +178,12 @@ def refused(recipe: dict[str, Any] | str, out: Path, *options: str) -> str:
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint in .safetensors shards."""
+    """Read every tensor of a checkpoint in .safetensors shards."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def run(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, torch.Tensor]:
-    """Run a recipe in this process, quietly unless told otherwise, and return the tensors that it wrote."""
+    """Run a recipe in this process, quietly by default, and return the tensors that it wrote."""
     mergekit_omp.register()
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
@@ -195,7 +195,7 @@ def run(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, torch.Te
 
 
 def word_files(folder: Path) -> dict[str, Path]:
-    """A small corpus, vectors of its words, and a dictionary of each word with itself, by the recipe's keys."""
+    """Write a corpus, word vectors and a dictionary of each word with itself; return them by recipe key."""
     words = sorted({word for text in (*ENGLISH, *PYTHON) for word in text.split()})
     numbers = torch.randn(len(words), 8, generator=torch.Generator().manual_seed(0)).tolist()
     vectors = [f"{word} {' '.join(map(str, row))}" for word, row in zip(words, numbers, strict=True)]

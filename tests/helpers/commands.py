@@ -1,4 +1,4 @@
-"""mergekit's and this package's commands, run inside the test process: seconds less a call than a new Python."""
+"""Run mergekit's and this package's commands in the test process, which is faster than a new one."""
 
 import tempfile
 from pathlib import Path
@@ -14,7 +14,7 @@ mergekit_omp.register()
 
 
 def recipe(base: Path, donor: Path | str, **more: Any) -> dict[str, Any]:
-    """A transplant of one model, for tests that are about something else."""
+    """Return a recipe that transplants one model, for tests of other properties."""
     return {
         "merge_method": "omp",
         "models": [{"model": str(base)}],
@@ -26,7 +26,7 @@ def recipe(base: Path, donor: Path | str, **more: Any) -> dict[str, Any]:
 
 
 def merge_here(recipe: dict[str, Any] | str | bytes, out: Path, *options: str) -> Result:
-    """Run ``mergekit-yaml`` on a recipe, as a mapping or as the text of the file; exceptions become results."""
+    """Run ``mergekit-yaml`` on a recipe, given as a mapping or as text; exceptions become results."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yml"
         path.write_bytes(as_yaml(recipe))
@@ -34,16 +34,16 @@ def merge_here(recipe: dict[str, Any] | str | bytes, out: Path, *options: str) -
 
 
 def as_yaml(recipe: dict[str, Any] | str | bytes) -> bytes:
-    """The bytes of a recipe's file."""
+    """Return the content of a recipe's file."""
     if isinstance(recipe, bytes):
         return recipe
     return (recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False)).encode()
 
 
 def refusal(recipe: dict[str, Any] | str | bytes, out: Path, *options: str) -> str:
-    """Run a recipe that must be refused; returns the sentence that a user sees, on one line.
+    """Run a recipe that must fail, and return the error message on one line.
 
-    Fails where an exception got through (a user would see a traceback), the exit status is zero, or a file is left.
+    Fails if an exception got through (a user would see a traceback), the exit status is zero, or a file is left.
     """
     before = sorted(out.parent.rglob("*"))
     result = merge_here(recipe, out, *options)

@@ -1,4 +1,4 @@
-"""What a method of approximation is given, made from two tokenizers."""
+"""Build the inputs of an initializer from two tokenizers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def new_tokens(
     approximate: Sequence[str] = (),
     **more: Any,
 ) -> NewTokens:
-    """The tokens of ``output_tokenizer`` that ``tokenizer`` lacks, and those of ``approximate``."""
+    """Return tokens of ``output_tokenizer`` that ``tokenizer`` lacks, and ``approximate``, as new tokens."""
     output, model = read_vocabulary(output_tokenizer), read_vocabulary(tokenizer)
     match = match_vocabularies(output, model)
     ids = output_tokenizer.get_vocab()
@@ -41,7 +41,7 @@ def new_tokens(
 
 
 def refusal_by(check: Callable[[OmpParameters, str], None], **given: object) -> str:
-    """What a method's check says of parameters that it must refuse."""
+    """Return the message of an initializer's check for invalid parameters."""
     with pytest.raises(OmpError) as raised:
         check(OmpParameters(**{name: str(value) for name, value in given.items()}), "parameters")
     return raised.value.message

@@ -1,4 +1,4 @@
-"""Print, as JSON, the tasks that mergekit plans for recipes of every method of its own; run by test_environment."""
+"""Print the tasks that mergekit plans for recipes of all of its methods, as JSON; run by test_environment."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from pydantic import BaseModel
 
 
 def described(value: Any) -> Any:
-    """A task with everything in it, without addresses of objects."""
+    """Return a task with all its fields, without addresses of objects."""
     if isinstance(value, MergeMethod):
         return f"method {value.spec.name}"
     if isinstance(value, BaseModel):

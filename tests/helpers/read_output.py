@@ -1,4 +1,4 @@
-"""Read an output folder with whatever transformers is installed: a script for scratch environments, and a module.
+"""Read an output folder with the installed transformers: a script for other environments, and a module.
 
 It must run with transformers 4 and without torch.
 """
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 
 def read_tokenizer(folder: str, texts: list[str]) -> dict[str, Any]:
-    """What a user of the folder's tokenizer sees."""
+    """Return the behaviour of the folder's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoded = [tokenizer(text) for text in texts]
     messages = [{"role": "user", "content": "Hi"}]
@@ -32,7 +32,7 @@ def read_tokenizer(folder: str, texts: list[str]) -> dict[str, Any]:
 
 
 def read_config(folder: str, keys: list[str]) -> dict[str, Any]:
-    """The value of each key, "text_config.rope_theta" for a nested one, and what generation_config.json says."""
+    """Return the value of each key ("text_config.rope_theta" for a nested one), and of generation_config.json."""
     config = AutoConfig.from_pretrained(folder).to_dict()
     found: dict[str, Any] = {}
     for key in keys:

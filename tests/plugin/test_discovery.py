@@ -1,4 +1,4 @@
-"""mergekit finds the package after nothing but ``pip install``, and an environment never suffers from it."""
+"""Test that mergekit finds the package after ``pip install``, and that the package never breaks an environment."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ OURS = ("mergekit_omp", "_mergekit_omp", "_editable_impl_mergekit_omp")
 
 
 class Environment:
-    """A virtual environment with everything that this one has, but for this package."""
+    """A virtual environment with all packages of this one except this package."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder, with_pip=False, symlinks=True)
@@ -80,7 +80,7 @@ def test_known_whatever_is_imported_first(environment: Environment, first: str) 
 
 
 def test_registering_by_hand(environment: Environment) -> None:
-    """Where torch's autoload is off, one call does the same; a second one is harmless."""
+    """Check that one call is enough without torch's autoload, and that a second call has no effect."""
     by_hand = "import mergekit_omp; mergekit_omp.register(); mergekit_omp.register()"
     autoload_off = "import os; os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'"
     environment.run(f"{autoload_off}; from mergekit.merge import run_merge; {by_hand}; {KNOWS_OMP}; {WRAPPED}")
@@ -94,7 +94,7 @@ def test_importing_torch_imports_neither_mergekit_nor_transformers(environment: 
 
 
 def test_cost_at_import_is_printed(environment: Environment) -> None:
-    """A few milliseconds; told, not asserted, since no test should depend on the machine's mood."""
+    """Print the time, a few milliseconds, without an assertion that depends on the machine."""
     timed = "import torch, time; t = time.perf_counter(); import mergekit_omp, wrapt; print(time.perf_counter() - t)"
     seconds = float(environment.run(f"import os; os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'; {timed}"))
     print(f"import mergekit_omp after torch: {seconds * 1000:.1f} ms")
@@ -106,8 +106,8 @@ def test_broken_dependency_never_breaks_torch(environment: Environment, tmp_path
     environment.run(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import torch; torch.zeros(1)")
 
 
-def test_another_mergekit_gets_a_sentence(environment: Environment) -> None:
-    """With an internal missing, recipes of ours are refused and others go through."""
+def test_another_mergekit_is_reported(environment: Environment) -> None:
+    """Check that a missing internal name rejects recipes of this package only."""
     code = (
         "import mergekit.plan, mergekit.merge, mergekit.config as c, mergekit.options as o; "
         "del mergekit.plan.MergePlanner.plan_tensor; "

@@ -1,4 +1,4 @@
-"""With this package installed, whatever does not say ``omp`` is as without it."""
+"""Test that everything without ``omp`` behaves as if this package were not installed."""
 
 import json
 import os
@@ -18,7 +18,7 @@ WITHOUT = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
 def run(code: list[str], *, path: Path | None = None, **variables: str) -> str:
-    """The output of a new Python, in which ``path`` comes before everything that is installed."""
+    """Return the output of a new Python in which ``path`` precedes all installed packages."""
     environment = os.environ | variables | ({"PYTHONPATH": str(path)} if path else {})
     result = subprocess.run([sys.executable, *code], capture_output=True, text=True, env=environment, cwd="/")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -27,7 +27,7 @@ def run(code: list[str], *, path: Path | None = None, **variables: str) -> str:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Three models of one architecture; the last has a vocabulary of its own."""
+    """Write three models of one architecture; the last has another vocabulary."""
     folder = tmp_path_factory.mktemp("models")
     tokenizers = [byte_level_tokenizer(ENGLISH, 300)] * 2 + [byte_level_tokenizer(PYTHON, 310)]
     return [
@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_other_recipes_plan_to_the_same_tasks(models: list[str]) -> None:
-    """Every method of mergekit's own, in several kinds of recipes, task by task; what it refuses stays refused."""
+    """Compare the tasks and errors of recipes of all methods of mergekit."""
     plans = [
         json.loads(run([str(PLANS), *models], **variables).split("PLANS ", 1)[1].splitlines()[0])
         for variables in (WITHOUT, {})
@@ -52,12 +52,12 @@ def test_other_recipes_plan_to_the_same_tasks(models: list[str]) -> None:
 
 @pytest.mark.parametrize("missing", ["patches.py", "merge_methods.py", "parameters.py", "compat.py"])
 def test_half_removed(tmp_path: Path, missing: str) -> None:
-    """An uninstall that went wrong: torch and mergekit work, and say at most a warning.
+    """Check that torch and mergekit work after an incomplete uninstall, with at most a warning.
 
-    The module that the entry point names must be there: without it torch itself refuses to be imported.
+    The module of the entry point must exist: without it torch itself fails to import.
     """
     shutil.copytree(PACKAGE, tmp_path / "mergekit_omp", ignore=shutil.ignore_patterns(missing, "__pycache__"))
-    told = run(
+    output = run(
         [
             "-c",
             "import torch; torch.zeros(1); import mergekit.merge, mergekit.plan; "
@@ -65,8 +65,8 @@ def test_half_removed(tmp_path: Path, missing: str) -> None:
         ],
         path=tmp_path,
     )
-    assert "linear" in told
-    assert "Traceback" not in told
+    assert "linear" in output
+    assert "Traceback" not in output
 
 
 OTHER_VERSION = {
@@ -79,12 +79,12 @@ OTHER_VERSION = {
 
 @pytest.mark.parametrize("empty", [[], ["plan.py", "config.py"]])
 def test_another_mergekit(tmp_path: Path, empty: list[str]) -> None:
-    """A mergekit of another version works as it does by itself, whatever of what we look for it lacks."""
+    """Check that another version of mergekit works as before, whatever names it lacks."""
     package = tmp_path / "mergekit"
     package.mkdir()
     for name, text in ({"__init__.py": ""} | OTHER_VERSION).items():
         (package / name).write_text("" if name in empty else text)
-    told = run(
+    output = run(
         [
             "-c",
             "import torch, mergekit.config, mergekit.plan, mergekit.merge_methods, mergekit.merge; "
@@ -92,8 +92,8 @@ def test_another_mergekit(tmp_path: Path, empty: list[str]) -> None:
         ],
         path=tmp_path,
     )
-    assert "planned" in told
-    assert "Traceback" not in told
+    assert "planned" in output
+    assert "Traceback" not in output
 
 
 def test_no_mergekit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``model+adapter`` as an input: adapters that train the vocabulary's rows, and those that PEFT cannot merge."""
+"""Test ``model+adapter`` as an input: adapters that train vocabulary rows, and those that PEFT cannot merge."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,7 +31,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def adapted(base: Path, out: Path, added: Iterable[str] = (), **settings: Any) -> PreTrainedModel:
-    """Train an adapter (with noise) after ``added`` tokens, save it as people do, and return the merged model."""
+    """Train an adapter (with noise) after adding ``added`` tokens, save it, and return the merged model."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     if tokenizer.add_tokens(list(added)):
         model.resize_token_embeddings(len(tokenizer))
@@ -51,7 +51,7 @@ def adapted(base: Path, out: Path, added: Iterable[str] = (), **settings: Any) -
     "settings", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"trainable_token_indices": [5, 6, 7]}]
 )
 def test_adapters_that_train_rows(tmp_path: Path, pair: tuple[Path, Path], settings: dict[str, Any]) -> None:
-    """As the transplant of the merged model."""
+    """Compare with a transplant of the merged model."""
     base, donor = pair
     merged = adapted(base, tmp_path / "adapter", **settings)
     merged.save_pretrained(tmp_path / "merged")
@@ -73,10 +73,10 @@ def test_adapters_that_train_rows(tmp_path: Path, pair: tuple[Path, Path], setti
     [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens", "lm_head"]}],
     ids=["saved whole", "modules_to_save", "low rank"],
 )
-def test_an_adapter_with_added_tokens_is_refused_with_what_to_do(
+def test_an_adapter_with_added_tokens_is_refused_with_advice(
     tmp_path: Path, pair: tuple[Path, Path], settings: dict[str, Any]
 ) -> None:
-    """Before any work; and what the sentence says to do works."""
+    """Check that the recipe is rejected before any work, and that the advice of the message works."""
     base, donor = pair
     adapter = tmp_path / "adapter"
     merged = adapted(base, adapter, ["<|im_start|>", "<|im_end|>"], **settings)
@@ -84,7 +84,7 @@ def test_an_adapter_with_added_tokens_is_refused_with_what_to_do(
     rows = len(AutoTokenizer.from_pretrained(base))
     assert refusal(given, out, "--lora-merge-cache", str(tmp_path / "cache")) == (
         f"models[0].model: the adapter {adapter} has {rows + 2} rows for the vocabulary, and {base} has {rows}: it "
-        "was trained after tokens had been added, and mergekit merges adapters into the model as it is. Resize the "
+        "was trained after tokens had been added, but mergekit does not resize the model. Resize the "
         f"model to {rows + 2} rows with transformers, merge the adapter with PEFT's merge_and_unload, save the result "
         "with the adapter's tokenizer, and name that folder."
     )
@@ -93,7 +93,7 @@ def test_an_adapter_with_added_tokens_is_refused_with_what_to_do(
     assert merge_here(recipe(tmp_path / "merged", donor), out, "--quiet").exit_code == 0
 
 
-def test_what_is_no_adapter(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_invalid_adapters(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     base, donor = pair
     given, cache = recipe(f"{base}+{donor}", donor), ("--lora-merge-cache", str(tmp_path / "cache"))
     assert refusal(given, tmp_path / "out", *cache) == (

@@ -1,4 +1,4 @@
-"""`approximation:` in recipes: mergekit's own methods, and a tokenizer without a model as the source."""
+"""Test `approximation:` in recipes: mergekit's own methods, and a tokenizer without a model as the source."""
 
 import json
 from collections.abc import Callable
@@ -34,7 +34,7 @@ from mergekit_omp.realign.rows import NOISE_SEED
 SPECIAL = TokenMarker.SPECIAL
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 K = 5
-WITHOUT_FILES = [each for each in without_donor() if each in ("mean", "zero", "randn", "john_hewitt", "subword")]
+WITHOUT_FILES = [name for name in without_donor() if name in ("mean", "zero", "randn", "john_hewitt", "subword")]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def transplant(base: Path, donor: Path, out: Path, approximation: str, **paramet
 
 
 @pytest.fixture
-def mended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """mergekit-tokensurgeon without the faults that are worked around, and with our random numbers."""
+def with_fixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fix the bugs of mergekit-tokensurgeon that are worked around, and use this package's random numbers."""
 
     def before_each(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def seeded(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -79,7 +79,7 @@ def mended(monkeypatch: pytest.MonkeyPatch) -> None:
     read = surgeon.normalized_vocabulary
 
     def without_special(tokenizer: Any) -> dict[Any, int]:
-        """Special tokens are no anchors here, and ids are in order."""
+        """Exclude special tokens from the anchors, with ascending ids."""
         tokens = sorted(read(tokenizer).items(), key=lambda item: item[1])
         return {token: id_ for token, id_ in tokens if (token[0] if isinstance(token, tuple) else 0) != SPECIAL}
 
@@ -106,9 +106,9 @@ CASES = [
 ]
 
 
-@pytest.mark.usefixtures("mended")
+@pytest.mark.usefixtures("with_fixes")
 @pytest.mark.parametrize(("approximation", "parameters", "flags"), CASES)
-def test_gives_what_tokensurgeon_gives_on_the_same_match(
+def test_agrees_with_tokensurgeon_on_the_same_match(
     base: Path, donor: Path, tmp_path: Path, approximation: str, parameters: dict[str, Any], flags: list[str]
 ) -> None:
     arguments = [str(base), str(donor), str(tmp_path / "theirs"), "-a", approximation, "-k", str(K), *flags]
@@ -128,7 +128,7 @@ def test_gives_what_tokensurgeon_gives_on_the_same_match(
 def test_mp_rope_is_mergekits_with_the_rotary_bases_of_both(base: Path, donor: Path, tmp_path: Path) -> None:
     ours = transplant(base, donor, tmp_path / "ours", "mp_rope")
     theirs, its = tensors_of(base)[EMBED], tensors_of(donor)[EMBED]
-    of_base, of_donor = (AutoTokenizer.from_pretrained(each).get_vocab() for each in (base, donor))
+    of_base, of_donor = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (base, donor))
     shared = sorted(of_base.keys() & of_donor.keys(), key=of_donor.get)
     new = sorted(of_donor.keys() - of_base.keys(), key=of_donor.get)
     expected = surgeon.batch_mp_rope(
@@ -165,7 +165,11 @@ def test_john_hewitt_with_fewer_rows_than_dimensions_has_small_noise(tmp_path: P
 
 @pytest.mark.parametrize(
     "approximation",
-    [each.value for each in INITIALIZERS if each.value in ("omp", *dict((name, None) for name, *_ in CASES))],
+    [
+        approximation.value
+        for approximation in INITIALIZERS
+        if approximation.value in ("omp", *dict((name, None) for name, *_ in CASES))
+    ],
 )
 def test_works_for_other_tokenizers_and_types(tmp_path: Path, approximation: str) -> None:
     base_tokenizer, tokenizer = byte_level_tokenizer(ENGLISH, size=400), sentencepiece_tokenizer(PYTHON, size=400)
@@ -196,7 +200,7 @@ def test_a_tokenizer_without_a_model_is_enough(
 
 @pytest.fixture(scope="module")
 def files(base: Path, folder: Path) -> dict[str, dict[str, str]]:
-    """What the methods need that learn from something else than the two models."""
+    """Write the files of methods that need more than the two models."""
     paths = {key: str(path) for key, path in word_files(folder).items()}
     save_hypernetwork(folder / "hypernetwork", AutoTokenizer.from_pretrained(base), n_embd=32)
     return {
@@ -208,7 +212,7 @@ def files(base: Path, folder: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("approximation", ["focus", "tokalign", "wechsel", "zett"])
-def test_so_it_is_for_methods_that_learn_from_files(
+def test_a_tokenizer_without_a_model_is_enough_for_methods_with_files(
     base: Path, tokenizer_alone: Path, tmp_path: Path, files: dict[str, dict[str, str]], approximation: str
 ) -> None:
     parameters = {"approximation": approximation, **files[approximation]}
@@ -224,29 +228,30 @@ def test_so_it_is_for_methods_that_learn_from_files(
 
 
 @pytest.mark.parametrize("approximation", ["omp", "common_interpolation", "landmark_pca", "stb", "mp_rope"])
-def test_the_others_name_those_that_a_tokenizer_alone_is_enough_for(
+def test_other_methods_name_those_that_need_no_donor(
     base: Path, tokenizer_alone: Path, tmp_path: Path, approximation: str
 ) -> None:
     sentence = refusal(recipe(base, tokenizer_alone, parameters={"approximation": approximation}), tmp_path / "out")
     assert sentence.startswith(f"tokenizer.source: {tokenizer_alone} is a tokenizer without a model")
-    assert f"approximation: {approximation} needs the embeddings" in sentence
+    assert f"approximation: {approximation} needs embeddings" in sentence
     assert all(f" {name}" in sentence for name in without_donor())
 
 
 def test_magikarp_needs_the_donor_too(base: Path, tokenizer_alone: Path, tmp_path: Path) -> None:
     parameters = {"approximation": "mean", "magikarp": True}
     sentence = refusal(recipe(base, tokenizer_alone, parameters=parameters), tmp_path / "out")
-    assert "magikarp: true needs the embeddings" in sentence
+    assert "magikarp: true needs embeddings" in sentence
 
 
-def test_each_model_of_a_merge_may_have_its_own(base: Path, donor: Path, tmp_path: Path) -> None:
+def test_each_model_of_a_merge_may_have_its_own_method(base: Path, donor: Path, tmp_path: Path) -> None:
     other = save(tmp_path / "other", make_model(byte_level_tokenizer(), seed=5), byte_level_tokenizer())
     parts = [(base, "subword"), (other, "zero")]
     merged = run(
         {
             "merge_method": "omp_linear",
             "models": [
-                {"model": str(model), "parameters": {"weight": 1.0, "approximation": each}} for model, each in parts
+                {"model": str(model), "parameters": {"weight": 1.0, "approximation": approximation}}
+                for model, approximation in parts
             ],
             "tokenizer": {"source": str(donor)},
             "dtype": "float32",
@@ -259,13 +264,13 @@ def test_each_model_of_a_merge_may_have_its_own(base: Path, donor: Path, tmp_pat
     torch.testing.assert_close(merged[EMBED], sum(alone) / 2)
 
 
-def test_an_unknown_one_is_refused(base: Path, donor: Path, tmp_path: Path) -> None:
+def test_an_unknown_method_is_refused(base: Path, donor: Path, tmp_path: Path) -> None:
     sentence = refusal(recipe(base, donor, parameters={"approximation": "ompp"}), tmp_path / "out")
-    assert sentence.startswith("parameters.approximation: 'ompp' is not possible")
+    assert sentence.startswith("parameters.approximation: 'ompp' is invalid")
     assert "'omp'" in sentence
 
 
-def test_record_report_and_inspect_tell_the_method(base: Path, donor: Path, tmp_path: Path) -> None:
+def test_record_report_and_inspect_name_the_method(base: Path, donor: Path, tmp_path: Path) -> None:
     asked = recipe(base, donor, parameters={"approximation": "subword"})
     result = merge_here(asked, tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -290,7 +295,7 @@ def test_tokens_ranks_by_residuals_which_only_omp_has(base: Path, donor: Path, t
     assert "approximation: omp" in result.output
 
 
-def test_every_method_of_the_parameter_is_there() -> None:
+def test_every_method_of_the_parameter_exists() -> None:
     assert set(INITIALIZERS) == set(Approximation)
     assert OmpParameters().approximation is Approximation.OMP
-    assert tokensurgeon.TARGETS_AT_A_TIME == 512
+    assert tokensurgeon.TARGETS_PER_BATCH == 512

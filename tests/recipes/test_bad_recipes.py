@@ -1,7 +1,7 @@
-"""Every mistake in a recipe or in the files that it names: the sentence that a user sees, and nothing written.
+"""Test the message for every mistake in a recipe or its files, and that nothing is written.
 
-A recipe goes through the real click command. What YAML itself refuses, and a ``merge_method`` that is not ours, are
-mergekit's own business.
+Recipes run through the real click command. Invalid YAML, and a ``merge_method`` of mergekit, are reported by mergekit
+itself.
 """
 
 import json
@@ -36,7 +36,7 @@ DROP = object()
 
 @dataclass
 class World:
-    """Three models: a base, a donor of another width, and one that could be merged with the base."""
+    """Three models: a base, a donor of another width, and one that can be merged with the base."""
 
     root: Path
     base: Path
@@ -45,7 +45,7 @@ class World:
     bad: Path | None = None
 
     def recipe(self, **changes: Any) -> dict[str, Any]:
-        """A recipe that works, but for the changes."""
+        """Return a working recipe with the changes applied."""
         recipe = {
             "merge_method": "omp",
             "models": self.models(self.base),
@@ -59,24 +59,24 @@ class World:
         return [{"model": str(folder), **more} for folder in folders]
 
     def slices(self, *layer_range: int, **more: Any) -> dict[str, Any]:
-        """The changes that make the recipe one of a single slice."""
+        """Return the changes that make the recipe consist of a single slice."""
         source = {"model": str(self.base), "layer_range": list(layer_range), **more}
         return {"models": DROP, "slices": [{"sources": [source]}]}
 
     def tokens(self, **override: Any) -> dict[str, Any]:
-        """The change that gives the token ``<x>`` an override."""
+        """Return the change that sets an override for the token ``<x>``."""
         return {"tokenizer": {"source": str(self.donor), "tokens": {"<x>": override}}}
 
     def bad_base(self, change: Callable[[Path], None]) -> dict[str, Any]:
-        """The recipe with a copy of the base as ``bad``, changed."""
+        """Return the recipe with a modified copy of the base, ``bad``."""
         return self.recipe(models=self.models(self._copy(self.base, change)))
 
     def bad_donor(self, change: Callable[[Path], None]) -> dict[str, Any]:
-        """The recipe with a copy of the donor as ``bad``, changed."""
+        """Return the recipe with a modified copy of the donor, ``bad``."""
         return self.recipe(tokenizer={"source": str(self._copy(self.donor, change))})
 
     def _copy(self, model: Path, change: Callable[[Path], None]) -> Path:
-        self.bad = self.root / f"bad{len(list(self.root.iterdir()))}"  # mergekit keeps what it has read of a path
+        self.bad = self.root / f"bad{len(list(self.root.iterdir()))}"  # mergekit caches what it has read from a path
         shutil.copytree(model, self.bad)
         change(self.bad)
         return self.bad
@@ -164,7 +164,7 @@ def both(first: Callable[[Path], None], second: Callable[[Path], None]) -> Calla
 
 
 def cut_rows(folder: Path) -> None:
-    """Leave the checkpoint 100 rows of each vocabulary matrix."""
+    """Truncate each vocabulary matrix of the checkpoint to 100 rows."""
     tensors = load_file(folder / "model.safetensors")
     short = {name: t[:100].clone() if name in (EMBED, HEAD) else t for name, t in tensors.items()}
     save_file(short, folder / "model.safetensors")
@@ -188,49 +188,41 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "models: a string": (
         lambda w: w.recipe(models="x"),
-        "models: 'x' is not possible here; write a list, such as `- model: <name or folder>`.",
+        "models: 'x' is invalid; write a list, such as `- model: <name or folder>`.",
     ),
     "models: strings in the list": (
         lambda w: w.recipe(models=["x"]),
-        "models[0]: 'x' is not possible here; write an entry of a list, such as `- model: <name or folder>`.",
+        "models[0]: 'x' is invalid; write an entry of a list, such as `- model: <name or folder>`.",
     ),
     "models: null": (
         lambda w: w.recipe(models=None),
-        (
-            "The recipe is not possible: Exactly one of 'models', 'slices', or 'modules' must be present; write "
-            "one of them."
-        ),
+        ("Invalid recipe: Exactly one of 'models', 'slices', or 'modules' must be present; write one of them."),
     ),
     "models: missing": (
         lambda w: w.recipe(models=DROP),
-        (
-            "The recipe is not possible: Exactly one of 'models', 'slices', or 'modules' must be present; write "
-            "one of them."
-        ),
+        ("Invalid recipe: Exactly one of 'models', 'slices', or 'modules' must be present; write one of them."),
     ),
     "models: beside slices": (
         lambda w: w.recipe(**(w.slices(0, 2) | {"models": w.models(w.base)})),
-        (
-            "The recipe is not possible: Exactly one of 'models', 'slices', or 'modules' must be present; write "
-            "one of them."
-        ),
+        ("Invalid recipe: Exactly one of 'models', 'slices', or 'modules' must be present; write one of them."),
     ),
     "models: two for omp": (
         lambda w: w.recipe(models=w.models(w.base, w.other)),
         (
-            "merge_method: omp transplants one model, but the recipe names 2 ({base}, {other}); keep the one "
-            "whose body is wanted (the donor is named by tokenizer.source alone), or merge with omp_<method>."
+            "merge_method: omp transplants one model, but the recipe names 2 ({base}, {other}); keep the "
+            "base (only tokenizer.source names the donor), or merge with omp_<method>."
         ),
     ),
     "models: one twice": (
         lambda w: w.recipe(**SLERP, base_model=str(w.base), models=w.models(w.base, w.base)),
-        "models[1].model: {base} is listed already, as models[0]; remove one of them.",
+        "models[1].model: {base} is already listed as models[0]; remove one of them.",
     ),
     "models: other widths": (
         lambda w: w.recipe(**SLERP, base_model=str(w.base), models=w.models(w.base, w.donor), parameters={"t": 0.5}),
         (
-            "models: {donor} has hidden size 24 and {base} has 32, and no merge can mend that; to give one of "
-            "them the other's tokenizer, use merge_method: omp with that one as tokenizer.source."
+            "models: {donor} has hidden size 24 and {base} has 32, but models must have the same hidden size to "
+            "be merged; to give one of them the other's tokenizer, use merge_method: omp with the other as "
+            "tokenizer.source."
         ),
     ),
     "models: an unknown key": (
@@ -261,22 +253,22 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "models: two revisions": (
         lambda w: w.recipe(models=w.models("a@b@c")),
-        "The recipe is not possible: Invalid model path - multiple @: a@b@c; write <name>@<revision>.",
+        "Invalid recipe: Invalid model path - multiple @: a@b@c; write <name>@<revision>.",
     ),
     "models: two adapters": (
         lambda w: w.recipe(models=w.models("a+b+c")),
-        "The recipe is not possible: Can't parse a+b+c; write <model>+<LoRA>.",
+        "Invalid recipe: Can't parse a+b+c; write <model>+<LoRA>.",
     ),
     "base_model: not among the models": (
         lambda w: w.recipe(base_model=str(w.other)),
         (
-            "merge_method: omp transplants one model, but the recipe names 2 ({other}, {base}); keep the one "
-            "whose body is wanted (the donor is named by tokenizer.source alone), or merge with omp_<method>."
+            "merge_method: omp transplants one model, but the recipe names 2 ({other}, {base}); keep the "
+            "base (only tokenizer.source names the donor), or merge with omp_<method>."
         ),
     ),
     "base_model: missing": (
         lambda w: w.recipe(**SLERP, models=w.models(w.base, w.other), parameters={"t": 0.5}),
-        "mergekit refuses the recipe: Merge method requires a base input for default.slices[0].",
+        "mergekit rejects the recipe: Merge method requires a base input for default.slices[0].",
     ),
     "slices: no sources": (
         lambda w: w.recipe(models=DROP, slices=[{"sources": []}]),
@@ -285,26 +277,26 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "slices: layers that are not there": (
         lambda w: w.recipe(**w.slices(0, 99)),
         (
-            "slices[0].sources[0].layer_range: [0, 99] is no range of layers ({base} has 2 layers); write the "
+            "slices[0].sources[0].layer_range: [0, 99] is not a range of layers ({base} has 2 layers); write the "
             "first layer and the one after the last, such as [0, 2]."
         ),
     ),
     "slices: layers backwards": (
         lambda w: w.recipe(**w.slices(2, 0)),
         (
-            "slices[0].sources[0].layer_range: [2, 0] is no range of layers ({base} has 2 layers); write the "
+            "slices[0].sources[0].layer_range: [2, 0] is not a range of layers ({base} has 2 layers); write the "
             "first layer and the one after the last, such as [0, 2]."
         ),
     ),
     "slices: three numbers": (
         lambda w: w.recipe(**w.slices(0, 1, 2)),
-        ("slices[0].sources[0].layer_range: [0, 1, 2] is not possible here; write two numbers, such as [0, 12]."),
+        ("slices[0].sources[0].layer_range: [0, 1, 2] is invalid; write two numbers, such as [0, 12]."),
     ),
     "slices: k of a source": (
         lambda w: w.recipe(**w.slices(0, 2, parameters={"k": 0})),
         (
-            "slices[0].sources[0].parameters.k: 0 is not possible, it should be greater than or equal to 1; the "
-            "default is 64. (Sparsity: the largest number of anchors that one new token is a combination of.)"
+            "slices[0].sources[0].parameters.k: 0 is invalid: it should be greater than or equal to 1; the "
+            "default is 64. (Sparsity: maximum number of anchors per new token.)"
         ),
     ),
     "a key at the top misspelt": (
@@ -331,24 +323,24 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "tokenizer: missing": (
         lambda w: w.recipe(tokenizer=DROP),
         (
-            "tokenizer: is missing; merge_method: omp needs to know the output's tokenizer, so add for example "
+            "tokenizer: is missing; merge_method: omp needs to know the output's tokenizer, so add, for example, "
             "`tokenizer: {{source: <the donor model>}}`."
         ),
     ),
     "tokenizer: a string": (
         lambda w: w.recipe(tokenizer=str(w.donor)),
-        "tokenizer: '{donor}' is not possible here; write a mapping, such as `{{source: <the donor model>}}`.",
+        "tokenizer: '{donor}' is invalid; write a mapping, such as `{{source: <the donor model>}}`.",
     ),
     "tokenizer: beside tokenizer_source": (
         lambda w: w.recipe(tokenizer_source=str(w.donor)),
         (
-            "The recipe is not possible: Cannot specify both tokenizer_source and tokenizer; keep `tokenizer: "
+            "Invalid recipe: Cannot specify both tokenizer_source and tokenizer; keep `tokenizer: "
             "{{source: <the donor model>}}`."
         ),
     ),
     "tokenizer.source: null": (
         lambda w: w.recipe(tokenizer={"source": None}),
-        "tokenizer.source: None is not possible here; write the name or the folder of a model, union or base.",
+        "tokenizer.source: None is invalid; write the name or the folder of a model, union or base.",
     ),
     "tokenizer.source: a folder that is missing": (
         lambda w: w.recipe(tokenizer={"source": str(w.root / "missing")}),
@@ -371,18 +363,15 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "tokenizer.pad_to_multiple_of: a word": (
         lambda w: w.recipe(tokenizer={"source": str(w.donor), "pad_to_multiple_of": "x"}),
-        "tokenizer.pad_to_multiple_of: 'x' is not possible here; write a positive integer, such as 64.",
+        "tokenizer.pad_to_multiple_of: 'x' is invalid; write a positive integer, such as 64.",
     ),
     "tokenizer.tokens: a list": (
         lambda w: w.recipe(tokenizer={"source": str(w.donor), "tokens": ["<x>"]}),
-        (
-            "tokenizer.tokens: ['<x>'] is not possible here; write a mapping from a token to `{{source: <an input"
-            " model>}}`."
-        ),
+        ("tokenizer.tokens: ['<x>'] is invalid; write a mapping from a token to `{{source: <an input model>}}`."),
     ),
     "tokenizer.tokens: no characters": (
         lambda w: w.recipe(tokenizer={"source": str(w.donor), "tokens": {"": {"source": str(w.base)}}}),
-        "tokenizer.tokens: '' is no token; name one that has characters.",
+        "tokenizer.tokens: '' is not a token; write at least one character.",
     ),
     "tokenizer.tokens: a model that is not merged": (
         lambda w: w.recipe(**w.tokens(source=str(w.other))),
@@ -412,7 +401,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "tokenizer.tokens: an unknown kind": (
         lambda w: w.recipe(**w.tokens(source={"kind": "zeros"})),
         (
-            "tokenizer.tokens.<x>.source.kind: 'zeros' is not possible here; write the name or the folder of a "
+            "tokenizer.tokens.<x>.source.kind: 'zeros' is invalid; write the name or the folder of a "
             "model, `{{kind: zero}}`, or `{{kind: model_token, model: <name or folder>, token: <its token>}}`."
         ),
     ),
@@ -469,7 +458,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "parameters: a list": (
         lambda w: w.recipe(parameters=[1]),
-        "parameters: [1] is not possible here; write a mapping, such as `{{k: 64}}`.",
+        "parameters: [1] is invalid; write a mapping, such as `{{k: 64}}`.",
     ),
     "parameters: an unknown name": (
         lambda w: w.recipe(parameters={"K": 5}),
@@ -481,12 +470,12 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "parameters: one that the inner method needs": (
         lambda w: w.recipe(**SLERP, base_model=str(w.other), models=w.models(w.other, w.base)),
-        "mergekit refuses the recipe: Missing required parameter t for model.embed_tokens.weight.",
+        "mergekit rejects the recipe: Missing required parameter t for model.embed_tokens.weight.",
     ),
     "k: null": (
         lambda w: w.recipe(parameters={"k": None}),
         (
-            "parameters.k: None is not possible here; write a value, or a list of filters such as `- {{filter: "
+            "parameters.k: None is invalid; write a value, or a list of filters such as `- {{filter: "
             "lm_head, value: 64}}`."
         ),
     ),
@@ -497,43 +486,43 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "k: zero": (
         lambda w: w.recipe(parameters={"k": 0}),
         (
-            "parameters.k: 0 is not possible, it should be greater than or equal to 1; the default is 64. "
-            "(Sparsity: the largest number of anchors that one new token is a combination of.)"
+            "parameters.k: 0 is invalid: it should be greater than or equal to 1; the default is 64. "
+            "(Sparsity: maximum number of anchors per new token.)"
         ),
     ),
     "k: negative": (
         lambda w: w.recipe(parameters={"k": -3}),
         (
-            "parameters.k: -3 is not possible, it should be greater than or equal to 1; the default is 64. "
-            "(Sparsity: the largest number of anchors that one new token is a combination of.)"
+            "parameters.k: -3 is invalid: it should be greater than or equal to 1; the default is 64. "
+            "(Sparsity: maximum number of anchors per new token.)"
         ),
     ),
     "k: a fraction": (
         lambda w: w.recipe(parameters={"k": 3.5}),
         (
-            "parameters.k: 3.5 is not possible, it should be a valid integer; the default is 64. (Sparsity: the "
-            "largest number of anchors that one new token is a combination of.)"
+            "parameters.k: 3.5 is invalid: it should be a valid integer; the default is 64. "
+            "(Sparsity: maximum number of anchors per new token.)"
         ),
     ),
     "k: in quotes": (
         lambda w: w.recipe(parameters={"k": "64"}),
         (
-            "parameters.k: '64' is not possible, it should be a valid integer; the default is 64. (Sparsity: the "
-            "largest number of anchors that one new token is a combination of.)"
+            "parameters.k: '64' is invalid: it should be a valid integer; the default is 64. "
+            "(Sparsity: maximum number of anchors per new token.)"
         ),
     ),
     "k: true": (
         lambda w: w.recipe(parameters={"k": True}),
         (
-            "parameters.k: True is not possible, it should be a valid integer; the default is 64. (Sparsity: the "
-            "largest number of anchors that one new token is a combination of.)"
+            "parameters.k: True is invalid: it should be a valid integer; the default is 64. "
+            "(Sparsity: maximum number of anchors per new token.)"
         ),
     ),
     "k: of one model": (
         lambda w: w.recipe(models=w.models(w.base, parameters={"k": 0})),
         (
-            "models[0].parameters.k: 0 is not possible, it should be greater than or equal to 1; the default is "
-            "64. (Sparsity: the largest number of anchors that one new token is a combination of.)"
+            "models[0].parameters.k: 0 is invalid: it should be greater than or equal to 1; the default is "
+            "64. (Sparsity: maximum number of anchors per new token.)"
         ),
     ),
     "k: a gradient": (
@@ -550,8 +539,8 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "k: a bad value under a filter": (
         lambda w: w.recipe(parameters={"k": [{"filter": "lm_head", "value": 0}, {"value": 3}]}),
         (
-            "parameters.k: 0 is not possible, it should be greater than or equal to 1; the default is 64. "
-            "(Sparsity: the largest number of anchors that one new token is a combination of.)"
+            "parameters.k: 0 is invalid: it should be greater than or equal to 1; the default is 64. "
+            "(Sparsity: maximum number of anchors per new token.)"
         ),
     ),
     "k: a gradient under a filter": (
@@ -564,64 +553,64 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "k: values among filters": (
         lambda w: w.recipe(parameters={"k": [{"filter": "lm_head", "value": 3}, 4]}),
         (
-            "parameters.k: [{{'filter': 'lm_head', 'value': 3}}, 4] is not possible here; write a value, or a "
+            "parameters.k: [{{'filter': 'lm_head', 'value': 3}}, 4] is invalid; write a value, or a "
             "list of filters such as `- {{filter: lm_head, value: 64}}`."
         ),
     ),
     "normalize_atoms: a word": (
         lambda w: w.recipe(parameters={"normalize_atoms": "sometimes"}),
         (
-            "parameters.normalize_atoms: 'sometimes' is not possible, it should be a valid boolean; the default "
-            "is False. (Choose anchors by the cosine with the residual instead of the inner product.)"
+            "parameters.normalize_atoms: 'sometimes' is invalid: it should be a valid boolean; the default "
+            "is False. (Select anchors by their cosine with the residual instead of the inner product.)"
         ),
     ),
     "new_vocab_noise: negative": (
         lambda w: w.recipe(parameters={"new_vocab_noise": -0.1}),
         (
-            "parameters.new_vocab_noise: -0.1 is not possible, it should be greater than or equal to 0; the "
+            "parameters.new_vocab_noise: -0.1 is invalid: it should be greater than or equal to 0; the "
             "default is 0.0. (Standard deviation of Gaussian noise added to approximated rows.)"
         ),
     ),
     "new_vocab_scale: not a number": (
         lambda w: w.recipe(parameters={"new_vocab_scale": float("nan")}),
         (
-            "parameters.new_vocab_scale: nan is not possible, it should be a finite number; the default is 1.0. "
-            "(Factor on approximated rows.)"
+            "parameters.new_vocab_scale: nan is invalid: it should be a finite number; the default is 1.0. "
+            "(Factor by which approximated rows are scaled.)"
         ),
     ),
     "dtype: unknown": (
         lambda w: w.recipe(dtype="float12"),
-        "dtype: float12 is no type that mergekit knows; write bfloat16, float16 or float32.",
+        "dtype: float12 is not a type that mergekit supports; write bfloat16, float16 or float32.",
     ),
     "dtype: a number": (
         lambda w: w.recipe(dtype=16),
-        "dtype: 16 is not possible here; write a type such as bfloat16.",
+        "dtype: 16 is invalid; write a type such as bfloat16.",
     ),
     "dtype: of integers": (
         lambda w: w.recipe(dtype="int64"),
-        "dtype: int64 has no fractions; write bfloat16, float16 or float32.",
+        "dtype: int64 is not a floating point type; write bfloat16, float16 or float32.",
     ),
     "out_dtype: unknown": (
         lambda w: w.recipe(out_dtype="fp8"),
-        "out_dtype: fp8 is no type that mergekit knows; write bfloat16, float16 or float32.",
+        "out_dtype: fp8 is not a type that mergekit supports; write bfloat16, float16 or float32.",
     ),
     "chat_template: misspelt": (
         lambda w: w.recipe(chat_template="chatmm"),
         (
-            "chat_template: 'chatmm' is no template (did you mean chatml?); write auto, alpaca, chatml, exaone, "
+            "chat_template: unknown template 'chatmm' (did you mean chatml?); write auto, alpaca, chatml, exaone, "
             "llama3, mistral, or a Jinja template."
         ),
     ),
     "chat_template: no Jinja": (
         lambda w: w.recipe(chat_template="{% for message in messages %}{{ message }}{% end %}"),
         (
-            "chat_template: line 1 of the template is no Jinja: Encountered unknown tag 'end'. Jinja was looking "
+            "chat_template: invalid Jinja in line 1 of the template: Encountered unknown tag 'end'. Jinja was looking "
             "for the following tags: 'endfor' or 'else'. The innermost block that needs to be closed is 'for'."
         ),
     ),
     "chat_template: too short": (
         lambda w: w.recipe(chat_template="{{ messages }}"),
-        "chat_template: '{{{{ messages }}}}' is too short for mergekit, which wants 20 characters or more.",
+        "chat_template: '{{{{ messages }}}}' is too short; mergekit requires at least 20 characters.",
     ),
     "config.json: missing": (
         lambda w: w.bad_base(remove("config.json")),
@@ -692,55 +681,55 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "config.json: a billion layers": (
         lambda w: w.bad_base(configure(num_hidden_layers=10**9, layer_types=DROP)),
         (
-            "models[0].model: config.json of {bad} promises 1000000000 layers, but its checkpoint has 21 tensors "
+            "models[0].model: config.json of {bad} declares 1000000000 layers, but its checkpoint has 21 tensors "
             "in all; download the model again."
         ),
     ),
     "config.json: one layer too many": (
         lambda w: w.bad_base(configure(num_hidden_layers=3, layer_types=DROP)),
         (
-            "mergekit refuses the recipe: Tensor model.layers.2.input_layernorm.weight required but not present "
+            "mergekit rejects the recipe: Tensor model.layers.2.input_layernorm.weight required but not present "
             "in model {bad}."
         ),
     ),
     "tokenizer.json: no JSON": (
         lambda w: w.bad_base(write("tokenizer.json", "nope")),
         (
-            "models[0].model: no tokenizer can be read from {bad} (Expecting value: line 1 column 1 (char 0)); "
+            "models[0].model: cannot read a tokenizer from {bad} (Expecting value: line 1 column 1 (char 0)); "
             "name a model with a tokenizer."
         ),
     ),
     "tokenizer.json: an empty mapping": (
         lambda w: w.bad_base(write("tokenizer.json", "{}")),
-        ("models[0].model: no tokenizer can be read from {bad} ('added_tokens'); name a model with a tokenizer."),
+        ("models[0].model: cannot read a tokenizer from {bad} ('added_tokens'); name a model with a tokenizer."),
     ),
     "tokenizer.json: of the donor, a page of an error": (
         lambda w: w.bad_donor(write("tokenizer.json", "<html>404")),
         (
-            "tokenizer.source: no tokenizer can be read from {bad} (Expecting value: line 1 column 1 (char 0)); "
+            "tokenizer.source: cannot read a tokenizer from {bad} (Expecting value: line 1 column 1 (char 0)); "
             "name a model with a tokenizer."
         ),
     ),
     "tokenizer.json: of the donor, missing": (
         lambda w: w.bad_donor(remove("tokenizer.json", "tokenizer_config.json")),
         (
-            "tokenizer.source: no tokenizer can be read from {bad} (Couldn't instantiate the backend tokenizer "
+            "tokenizer.source: cannot read a tokenizer from {bad} (Couldn't instantiate the backend tokenizer "
             "from one of: ); name a model with a tokenizer."
         ),
     ),
     "weights: missing": (
         lambda w: w.bad_base(remove("model.safetensors")),
         (
-            "models[0].model: {bad} has no weights, neither model.safetensors nor pytorch_model.bin, whole or in "
-            "shards; name a model that has some."
+            "models[0].model: {bad} has no weights, neither model.safetensors nor pytorch_model.bin, as a single file "
+            "or in shards; name a model that has weights."
         ),
     ),
     "weights: of the donor, missing": (
         lambda w: w.bad_donor(remove("model.safetensors")),
         (
             "tokenizer.source: {bad} has a tokenizer but no weights that mergekit can read (Unable to find model "
-            "files at {bad}); OMP needs the embeddings of the tokens that are new, so name a model that has both, or "
-            "an approximation that needs none, such as subword."
+            "files at {bad}); OMP needs embeddings of new tokens, so name a model that has both, or write an "
+            "approximation that needs no weights, such as subword."
         ),
     ),
     "weights: truncated": (
@@ -788,7 +777,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "weights: a tensor missing": (
         lambda w: w.bad_base(shard(lambda names: {n: s for n, s in names.items() if "layers.1.mlp.up" not in n})),
         (
-            "mergekit refuses the recipe: Tensor model.layers.1.mlp.up_proj.weight required but not present in "
+            "mergekit rejects the recipe: Tensor model.layers.1.mlp.up_proj.weight required but not present in "
             "model {bad}."
         ),
     ),
@@ -818,28 +807,28 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         lambda w: w.bad_base(shard(lambda names: names | {"lm_head.weight": "../other/model.safetensors"})),
         (
             "models[0].model: {bad}/model.safetensors.index.json names the shard '../other/model.safetensors', "
-            "which is no file in the model's folder; do not use this model unless you know why."
+            "which is not a file in the model's folder; do not use this model unless you know why."
         ),
     ),
     "index.json: leaves the folder on Windows": (
         lambda w: w.bad_donor(shard(lambda names: names | {"lm_head.weight": "..\\other\\model.safetensors"})),
         (
             "tokenizer.source: {bad}/model.safetensors.index.json names the shard '..\\\\other\\\\model.safetensors',"
-            " which is no file in the model's folder; do not use this model unless you know why."
+            " which is not a file in the model's folder; do not use this model unless you know why."
         ),
     ),
     "index.json: an absolute path": (
         lambda w: w.bad_donor(shard(lambda names: names | {"lm_head.weight": "/etc/passwd"})),
         (
-            "tokenizer.source: {bad}/model.safetensors.index.json names the shard '/etc/passwd', which is no file"
+            "tokenizer.source: {bad}/model.safetensors.index.json names the shard '/etc/passwd', which is not a file"
             " in the model's folder; do not use this model unless you know why."
         ),
     ),
     "index.json: no name": (
         lambda w: w.bad_base(shard(lambda names: names | {"lm_head.weight": 3})),
         (
-            "models[0].model: {bad}/model.safetensors.index.json names the shard 3, which is no file in the model's "
-            "folder; do not use this model unless you know why."
+            "models[0].model: {bad}/model.safetensors.index.json names the shard 3, which is not a file in the "
+            "model's folder; do not use this model unless you know why."
         ),
     ),
     "index.json: a list": (
@@ -870,17 +859,17 @@ def test_sentence(world: World, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["k: zero", "models: a string", "weights: truncated"])
 def test_sentence_of_the_installed_command(world: World, tmp_path: Path, name: str) -> None:
-    """What the table asserts in this process is what the command prints."""
+    """Check that the installed command prints the message that the table asserts in this process."""
     make, sentence = CASES[name]
     recipe = make(world)
     assert refused(recipe, tmp_path / "out") == sentence.format(base=world.base, bad=world.bad)
 
 
 def test_the_recipe_that_the_table_changes_works(world: World, tmp_path: Path) -> None:
-    """Else every case could be refused for another reason than its own."""
+    """Check the unmodified recipe: otherwise every case could fail for another reason."""
     result = merge_here(world.recipe(), tmp_path / "out", "--quiet")
     assert result.exit_code == 0, result.output
 
 
-def test_a_name_for_the_recipe_is_no_mistake(world: World, tmp_path: Path) -> None:
+def test_name_of_the_recipe_is_accepted(world: World, tmp_path: Path) -> None:
     assert merge_here(world.recipe(name="mine"), tmp_path / "out", "--quiet").exit_code == 0

@@ -1,4 +1,4 @@
-"""`numerals: digits`: rows of numbers from the model's own digits, with logits lowered."""
+"""Test ``numerals: digits``: rows of numbers from the model's rows of digits, with reduced logits."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ NUMBERS = ["sums 123 45 " * 20, "123 and 45 and 2024 " * 20]
 
 
 def tokenizer(single_digits: bool) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that has ``123`` and ``45`` as tokens, or digits alone."""
+    """Build a byte-level BPE tokenizer with tokens ``123`` and ``45``, or with single digits."""
     backend = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -52,7 +52,7 @@ def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def states_of(folder: Path) -> torch.Tensor:
-    """The last hidden states [T, D] over the texts, the slow and obvious way."""
+    """Compute the last hidden states (T, D) over the texts, one text at a time."""
     model, ours = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     read = []
     for text in builtin_texts("tuning").values():
@@ -62,7 +62,7 @@ def states_of(folder: Path) -> torch.Tensor:
     return torch.cat(read)
 
 
-def test_numbers_are_their_digits_and_other_rows_stay(base: Path, donor: Path, tmp_path: Path) -> None:
+def test_numbers_are_their_digits_and_other_rows_are_unchanged(base: Path, donor: Path, tmp_path: Path) -> None:
     plain = run(recipe(base, donor), tmp_path / "plain")
     made = run(recipe(base, donor, parameters={"k": 5, "numerals": "digits"}), tmp_path / "digits")
     ours, its = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(donor)
@@ -84,7 +84,7 @@ def test_numbers_are_their_digits_and_other_rows_stay(base: Path, donor: Path, t
             assert lowered.mean().item() == pytest.approx(-2 * math.log(10), rel=1e-3)
 
 
-def test_the_shift_moves_logits_alike_and_knows_scaled_ones(base: Path) -> None:
+def test_the_shift_changes_logits_equally_even_if_scaled(base: Path) -> None:
     model, ours = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     ids = [ours(text).input_ids for text in ENGLISH[:3]]
     shift = logit_shift(model, ids)
@@ -94,7 +94,7 @@ def test_the_shift_moves_logits_alike_and_knows_scaled_ones(base: Path) -> None:
 
 
 class _Scaled(torch.nn.Module):
-    """A model whose logits are four times what its head gives, as Cohere's scale theirs."""
+    """A model whose logits are four times the output of its head, as Cohere scales them."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -108,10 +108,10 @@ class _Scaled(torch.nn.Module):
         return out
 
 
-def test_a_model_that_is_no_language_model_is_refused(donor: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_not_a_language_model_is_refused(donor: Path, tmp_path: Path) -> None:
     ours = tokenizer(single_digits=True)
     config = T5Config(vocab_size=len(ours), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     base = save(tmp_path / "t5", T5ForConditionalGeneration(config), ours)
     sentence = refusal(recipe(base, donor, parameters={"numerals": "digits"}), tmp_path / "out")
-    assert sentence.startswith("numerals: digits reads a text with the model")
+    assert sentence.startswith("numerals: digits runs the model on a text")
     assert "t5" in sentence

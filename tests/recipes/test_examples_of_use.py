@@ -1,4 +1,4 @@
-"""The scripts in examples/ that use a transplanted model, on small models."""
+"""Test the scripts in examples/ that use a transplanted model, on small models."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ TEXT = "The river and the hills, the dog and the fox, and 12 numbers."
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two models of different tokenizers, and the second with the first one's."""
+    """Write two models with different tokenizers, and the second with the tokenizer of the first."""
     folder = tmp_path_factory.mktemp("models")
     tokenizers = {"a": byte_level_tokenizer(ENGLISH), "b": sentencepiece_tokenizer(PYTHON)}
     made = {
@@ -34,7 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def near_copy(model: PreTrainedModel, scale: float) -> PreTrainedModel:
-    """A draft that agrees with its target now and then."""
+    """Write a draft that agrees with its target in some positions."""
     draft = type(model)(model.config)
     draft.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(3)
@@ -45,7 +45,7 @@ def near_copy(model: PreTrainedModel, scale: float) -> PreTrainedModel:
 
 
 def greedy(model: PreTrainedModel, ids: list[int], n_tokens: int) -> list[int]:
-    """What a model adds to ids, one whole reading a token; stops after eos."""
+    """Continue ids with a full forward pass per token; stop after eos."""
     made: list[int] = []
     while len(made) < n_tokens and model.config.eos_token_id not in made:
         with torch.no_grad():
@@ -56,15 +56,15 @@ def greedy(model: PreTrainedModel, ids: list[int], n_tokens: int) -> list[int]:
 def by_hand(
     target: PreTrainedModel, draft: PreTrainedModel, ids: list[int], n_tokens: int, n_draft: int
 ) -> tuple[list[int], int, int]:
-    """Assisted generation as it is described: the new ids, tokens proposed and tokens kept."""
+    """Run assisted generation by its definition; return new ids, and numbers of proposed and accepted tokens."""
     made: list[int] = []
     proposed = accepted = 0
-    wanted = greedy(target, ids, n_tokens)
-    while len(made) < len(wanted):
+    expected = greedy(target, ids, n_tokens)
+    while len(made) < len(expected):
         proposal = greedy(draft, ids + made, min(n_draft, n_tokens - len(made) - 1))
-        rest = wanted[len(made) :]
-        kept = next((i for i, token in enumerate(proposal) if [token] != rest[i : i + 1]), len(proposal))
-        made = wanted[: len(made) + kept + 1]
+        remaining = expected[len(made) :]
+        kept = next((i for i, token in enumerate(proposal) if [token] != remaining[i : i + 1]), len(proposal))
+        made = expected[: len(made) + kept + 1]
         proposed += len(proposal)
         accepted += kept
     return made, proposed, accepted
@@ -91,7 +91,7 @@ def test_accepted_tokens_are_counted_as_by_hand(folders: dict[str, Path], scale:
 
 
 def test_an_accepted_end_of_text_counts(folders: dict[str, Path]) -> None:
-    """The target's text ends inside a proposal: all of it was accepted, and nothing follows."""
+    """Check a target whose text ends within a proposal: all of it is accepted, and nothing follows."""
     target, tokenizer = one_vocabulary.load(str(folders["a"]))
     prompt = one_vocabulary.with_start(tokenizer, TEXT)
     written = greedy(target, prompt[0].tolist(), 8)
@@ -116,12 +116,12 @@ def test_a_target_with_more_rows_than_tokens(folders: dict[str, Path]) -> None:
 
 
 def test_assisted_generation(folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The script, with its own transplant through mergekit's command."""
+    """Run the script, with its own transplant by mergekit's command."""
     models = ["--target", str(folders["a"]), "--draft", str(folders["b"]), "--out", str(tmp_path / "out")]
     assisted_generation.main([*models, "-k", "5", "--tokens", "10"])
-    told = capfd.readouterr().out
-    assert "equal texts 4 of 4" in told
-    assert told.count("the target's own text: yes") == 4
+    output = capfd.readouterr().out
+    assert "equal texts 4 of 4" in output
+    assert output.count("the target's own text: yes") == 4
     vocabulary = AutoTokenizer.from_pretrained(folders["a"]).get_vocab()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == vocabulary
 
@@ -133,8 +133,8 @@ def test_loss_is_the_divergence(folders: dict[str, Path]) -> None:
     size = len(tokenizer)
     loss = distillation_loss.distillation_loss(teacher, student, ids, size)
     with torch.no_grad():
-        wanted, given = (model(ids).logits[0, :, :size].double().softmax(dim=1) for model in (teacher, student))
-    by_hand = sum(float((p * (p / q).log()).sum()) for p, q in zip(wanted, given, strict=True)) / ids.shape[1]
+        expected, given = (model(ids).logits[0, :, :size].double().softmax(dim=1) for model in (teacher, student))
+    by_hand = sum(float((p * (p / q).log()).sum()) for p, q in zip(expected, given, strict=True)) / ids.shape[1]
     assert loss.item() == pytest.approx(by_hand, rel=1e-4)
     assert distillation_loss.distillation_loss(student, student, ids, size).item() == pytest.approx(0, abs=1e-6)
 
@@ -153,7 +153,7 @@ def test_a_step_down_the_gradient_lowers_the_loss(folders: dict[str, Path]) -> N
 
 
 def test_padding_does_not_count(folders: dict[str, Path]) -> None:
-    """Two models with unequally many rows: both are judged by the tokens."""
+    """Compare models with different numbers of rows: only tokens count."""
     (one, tokenizer), (padded, _) = (one_vocabulary.load(str(folders["a"])) for _ in range(2))
     padded.resize_token_embeddings(len(tokenizer) + 60, mean_resizing=False)
     ids = one_vocabulary.with_start(tokenizer, TEXT)
@@ -165,12 +165,14 @@ def test_padding_does_not_count(folders: dict[str, Path]) -> None:
 def test_distillation_loss(folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     models = ["--student", str(folders["a"]), "--teacher", str(folders["b"]), "--out", str(tmp_path / "out")]
     distillation_loss.main([*models, "--transplanted", str(folders["b-like-a"])])
-    told = capfd.readouterr().out
-    teachers = [row.split() for row in re.findall(r"^(?:transplanted teacher|zeros for new rows) +(.*)$", told, re.M)]
+    output = capfd.readouterr().out
+    teachers = [
+        row.split() for row in re.findall(r"^(?:transplanted teacher|zeros for new rows) +(.*)$", output, re.M)
+    ]
     assert [len(losses) for losses in teachers] == [4, 4]
     assert all(float(loss) > 0 for losses in teachers for loss in losses)
     assert teachers[0] != teachers[1]
-    assert told.count("21 of 21 tensors") == 2
+    assert output.count("21 of 21 tensors") == 2
 
 
 def test_an_ensemble_of_a_model_with_itself_is_the_model(folders: dict[str, Path]) -> None:
@@ -183,13 +185,13 @@ def test_an_ensemble_of_a_model_with_itself_is_the_model(folders: dict[str, Path
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_ensemble_is_the_normalised_product(folders: dict[str, Path], weight: float) -> None:
-    """p ∝ p_a^(1 - w) p_b^w, in what is read and in what is written."""
+    """Check p ∝ p_a^(1 - w) p_b^w for reading and for generation."""
     (model, tokenizer), (other, _) = (one_vocabulary.load(str(folders[name])) for name in ("a", "b-like-a"))
     ids = one_vocabulary.with_start(tokenizer, TEXT)
 
     def product(tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            one, two = (each(tokens).logits[0, :, : len(tokenizer)].double().softmax(1) for each in (model, other))
+            one, two = (reader(tokens).logits[0, :, : len(tokenizer)].double().softmax(1) for reader in (model, other))
         powers = one ** (1 - weight) * two**weight
         return powers / powers.sum(dim=1, keepdim=True)
 
@@ -211,7 +213,7 @@ def test_ensemble_is_the_normalised_product(folders: dict[str, Path], weight: fl
 
 
 def test_logit_ensemble(folders: dict[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
-    """With all the weight on one of the two, the last column is that one's."""
+    """Check that with all weight on one model the last column is that of this model."""
     models = ["--model", str(folders["a"]), "--transplanted", str(folders["b-like-a"]), "--bytes", "300"]
     for weight, same in (("0", 0), ("1", 1)):
         logit_ensemble.main([*models, "--weight", weight, "--tokens", "4"])
@@ -222,20 +224,20 @@ def test_logit_ensemble(folders: dict[str, Path], capfd: pytest.CaptureFixture[s
 
 
 def test_domain_vocabulary(folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Fewer tokens for the same text, and a model that loads and has a row for each."""
+    """Check fewer tokens for the same text, and a model that loads and has a row for every token."""
     text, out = tmp_path / "domain.txt", tmp_path / "out"
     text.write_text("".join(PYTHON) * 4)
     domain_vocabulary.main(["--model", str(folders["a"]), "--text", str(text), "--size", "400", "--out", str(out)])
-    seen, held_out = domain_vocabulary.split(text.read_text())
-    assert seen + held_out == text.read_text()
+    training_text, held_out = domain_vocabulary.split(text.read_text())
+    assert training_text + held_out == text.read_text()
     assert not list((tmp_path / "out-tokenizer").glob("*.safetensors"))
 
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (folders["a"], out)]
-    counts = [len(each(held_out).input_ids) for each in tokenizers]
+    counts = [len(tokenizer(held_out).input_ids) for tokenizer in tokenizers]
     assert counts[1] < counts[0]
     shown = re.search(r"^held out +[\d.]+ +([\d.]+) +[\d.]+% +[\d.]+ +([\d.]+) ", capfd.readouterr().out, re.MULTILINE)
     n_bytes = len(held_out.encode())
-    assert [float(each) for each in shown.groups()] == pytest.approx([each / n_bytes for each in counts], abs=6e-4)
+    assert [float(value) for value in shown.groups()] == pytest.approx([value / n_bytes for value in counts], abs=6e-4)
 
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.get_input_embeddings().weight.shape[0] >= len(tokenizers[1])
@@ -243,7 +245,7 @@ def test_domain_vocabulary(folders: dict[str, Path], tmp_path: Path, capfd: pyte
     assert tokenizers[1].get_vocab() == AutoTokenizer.from_pretrained(tmp_path / "out-tokenizer").get_vocab()
 
 
-def test_a_tokenizer_that_cannot_learn_every_text_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_encode_every_text_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="needs byte-level BPE"):
         domain_vocabulary.train_tokenizer(str(folders["b"]), "".join(PYTHON), 300, tmp_path / "tokenizer")
     with pytest.raises(SystemExit, match="too few lines"):

@@ -1,4 +1,4 @@
-"""A run's output appears whole or not at all, whatever happens; and nothing runs that was not asked for."""
+"""Test that output is complete or absent whatever happens, and that no code runs without permission."""
 
 import errno
 import hashlib
@@ -32,7 +32,7 @@ KILLS = 20
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base large enough that its shards take a moment to write, and a donor."""
+    """Write a base whose shards take a moment to write, and a donor."""
     folder = tmp_path_factory.mktemp("pair")
     base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     return (
@@ -52,7 +52,7 @@ OPTIONS = ("--quiet", "--out-shard-size", "200K")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The digest of every file in a folder."""
+    """Return the digest of every file in a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -61,7 +61,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def model_files(folder: Path) -> dict[str, str]:
-    """The digests of a model's files, without the account of how long the run took."""
+    """Return the digests of a model's files, without the record, which contains times."""
     return {name: digest for name, digest in contents(folder).items() if name.split(".")[0] not in VARYING}
 
 
@@ -70,7 +70,7 @@ VARYING = {"README", "omp_record"}
 
 @pytest.fixture(scope="module")
 def expected(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The files of an undisturbed run."""
+    """Return the files of an undisturbed run."""
     out = tmp_path_factory.mktemp("expected") / "out"
     result = merge_here(recipe(*pair), out, *OPTIONS)
     assert result.exit_code == 0, result.output
@@ -79,9 +79,9 @@ def expected(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def child(given: dict[str, Any], out: Path, cache_folder: Path, largest_file: int | None) -> None:
-    """What a process of its own does: one run, with a cache that keeps every solve."""
+    """Run one recipe in a child process, with a cache that keeps every solve."""
     os.environ[cache.FOLDER_VARIABLE] = str(cache_folder)
-    cache.WORTH_KEEPING = 0
+    cache.MIN_CACHED_WORK = 0
     if largest_file:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     result = merge_here(given, out, *OPTIONS)
@@ -90,7 +90,7 @@ def child(given: dict[str, Any], out: Path, cache_folder: Path, largest_file: in
 
 
 def start(given: dict[str, Any], out: Path, largest_file: int | None = None) -> BaseProcess:
-    """Start a run in a process that was forked from one which has everything imported, and has not computed yet."""
+    """Start a run in a process forked from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=child, args=(given, out, out.parent / "codes", largest_file))
@@ -104,8 +104,8 @@ def finish(process: BaseProcess) -> int:
     return process.exitcode
 
 
-def assert_whole_or_marked(out: Path, expected: dict[str, str]) -> None:
-    """The output is absent or complete, and what is unfinished says so and is no model by itself."""
+def assert_complete_or_marked(out: Path, expected: dict[str, str]) -> None:
+    """Check that the output is absent or complete, and that unfinished files are marked and not loadable."""
     if out.exists():
         assert model_files(out) == expected
     unfinished = out.with_name("out.unfinished")
@@ -117,7 +117,7 @@ def assert_whole_or_marked(out: Path, expected: dict[str, str]) -> None:
 
 @pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str]) -> None:
-    """SIGKILL: absent, marked unfinished, or complete; inputs untouched; and a re-run succeeds."""
+    """Send SIGKILL: the output is absent, marked or complete, inputs are unchanged, and a new run succeeds."""
     before = [contents(folder) for folder in pair]
     for name in ("first", "second"):  # only the second finds a process to fork from
         begun = time.monotonic()
@@ -125,7 +125,7 @@ def test_killed_at_any_moment(tmp_path: Path, pair: tuple[Path, Path], expected:
         assert finish(start(recipe(*pair), tmp_path / name / "out")) == 0
         duration = time.monotonic() - begun
     moments = random.Random(0)
-    seen = set()
+    states = set()
     for attempt in range(KILLS):
         out = tmp_path / str(attempt) / "out"
         out.parent.mkdir()
@@ -133,18 +133,18 @@ def test_killed_at_any_moment(tmp_path: Path, pair: tuple[Path, Path], expected:
         time.sleep(moments.uniform(0, 1) * duration)
         process.kill()
         finish(process)
-        assert_whole_or_marked(out, expected)
-        seen.add((out.exists(), out.with_name("out.unfinished").exists()))
+        assert_complete_or_marked(out, expected)
+        states.add((out.exists(), out.with_name("out.unfinished").exists()))
         if not out.exists():
             assert finish(start(recipe(*pair), out)) == 0
         assert model_files(out) == expected
         assert not out.with_name("out.unfinished").exists()
         assert [contents(folder) for folder in pair] == before
-    print(f"states seen (output, unfinished): {sorted(seen)}")
+    print(f"states seen (output, unfinished): {sorted(states)}")
 
 
 def test_interrupted(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str]) -> None:
-    """Ctrl-C while the output is being written leaves nothing behind."""
+    """Check that Ctrl-C while the output is written leaves no files."""
     out = tmp_path / "out"
     process = start(recipe(*pair), out)
     while process.is_alive() and not (tmp_path / "out.unfinished" / "out").exists():
@@ -152,11 +152,11 @@ def test_interrupted(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str
     os.kill(process.pid, signal.SIGINT)
     finish(process)
     assert not (tmp_path / "out.unfinished").exists()
-    assert_whole_or_marked(out, expected)
+    assert_complete_or_marked(out, expected)
 
 
 def test_several_runs_into_one_folder(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str]) -> None:
-    """One of them writes it, the others are refused; what is there is whole."""
+    """Check that one of them writes the output, and that the others are rejected."""
     processes = [start(recipe(*pair), tmp_path / "out") for _ in range(4)]
     codes = [finish(process) for process in processes]
     assert codes.count(0) == 1
@@ -166,7 +166,7 @@ def test_several_runs_into_one_folder(tmp_path: Path, pair: tuple[Path, Path], e
 
 
 def test_files_that_may_not_grow(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """The operating system refuses to write more: a sentence, and nothing is left."""
+    """Check the message when the operating system limits the size of files, and that nothing is left."""
     assert finish(start(recipe(*pair), tmp_path / "out", largest_file=50_000)) == 1
     [stderr] = tmp_path.glob(f"{STDERR}*")
     error = " ".join(stderr.read_text().split())
@@ -206,12 +206,12 @@ def test_out_of_memory(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pyt
 
     monkeypatch.setattr("mergekit_omp.tasks.tasks.realign", no_memory)
     assert refusal(recipe(*pair), tmp_path / "out", *OPTIONS) == (
-        "The memory is used up; run on a machine with more, or see `mergekit-omp inspect` for what a recipe needs."
+        "Out of memory; use a machine with more, or see `mergekit-omp inspect` for what a recipe needs."
     )
 
 
 def test_a_bug_keeps_its_traceback(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what is known to be nobody's bug becomes a sentence; the output is cleaned up all the same."""
+    """Check that only known failures become messages; the output is removed in any case."""
 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("index out of range")
@@ -228,20 +228,20 @@ def test_folder_with_something_in_it(tmp_path: Path, pair: tuple[Path, Path]) ->
         out.mkdir()
         (out / present).write_text("precious")
         assert refusal(recipe(*pair), out, *OPTIONS) == (
-            f"{out} is not empty (it has {present}), and nothing is replaced unasked; name a new folder or empty that "
-            "one."
+            f"{out} is not empty (it contains {present}), and existing files are never replaced; name a new folder "
+            "or empty this one."
         )
         assert contents(out) == {present: hashlib.sha256(b"precious").hexdigest()}
         shutil.rmtree(out)
 
 
-def test_output_that_cannot_be_made(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_output_that_cannot_be_created(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     (tmp_path / "file").write_text("")
     assert (
         refusal(recipe(*pair), tmp_path / "file") == f"{tmp_path}/file is a file; name a folder that is new or empty."
     )
     assert refusal(recipe(*pair), tmp_path / "file" / "out") == (
-        f"{tmp_path}/file/out: the output folder cannot be made (Not a directory); name another one."
+        f"{tmp_path}/file/out: the output folder cannot be created (Not a directory); name another one."
     )
 
 
@@ -249,7 +249,7 @@ def test_output_that_cannot_be_made(tmp_path: Path, pair: tuple[Path, Path]) -> 
 def test_read_only_parent(pair: tuple[Path, Path]) -> None:
     result = merge_here(recipe(*pair), Path("/proc/out"), "--quiet")
     assert result.exit_code == 1
-    assert "Error: /proc/out: the output folder cannot be made" in result.stderr
+    assert "Error: /proc/out: the output folder cannot be created" in result.stderr
 
 
 def test_mount_point(pair: tuple[Path, Path]) -> None:
@@ -257,7 +257,7 @@ def test_mount_point(pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["empty folder", "link to an empty folder", "new folder in a new folder"])
-def test_where_a_model_may_go(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str], kind: str) -> None:
+def test_allowed_output_folders(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str], kind: str) -> None:
     out = tmp_path / "out"
     if kind == "empty folder":
         out.mkdir()
@@ -270,9 +270,7 @@ def test_where_a_model_may_go(tmp_path: Path, pair: tuple[Path, Path], expected:
     assert model_files(out) == expected
 
 
-def test_leavings_of_a_killed_run_are_replaced(
-    tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str]
-) -> None:
+def test_files_of_a_killed_run_are_replaced(tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str]) -> None:
     leavings = tmp_path / "out.unfinished" / "out"
     leavings.mkdir(parents=True)
     (leavings / "model-9.safetensors").write_text("half a shard")
@@ -295,7 +293,7 @@ def test_no_network_where_files_are_local(
 
 
 class Exploit:
-    """A pickle that runs code when it is read carelessly."""
+    """A pickle that runs code if it is loaded without restrictions."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -307,7 +305,7 @@ class Exploit:
 @pytest.mark.parametrize("which", ["base", "donor"])
 @pytest.mark.parametrize("sharded", [True, False])
 def test_pickle_with_code_in_it(tmp_path: Path, pair: tuple[Path, Path], which: str, sharded: bool) -> None:
-    """Weights in pickles are read by torch's restricted loader alone."""
+    """Check that only torch's restricted loader reads pickled weights."""
     models = dict(zip(("base", "donor"), pair, strict=True))
     bad = tmp_path / "bad"
     shutil.copytree(models[which], bad)
@@ -319,12 +317,12 @@ def test_pickle_with_code_in_it(tmp_path: Path, pair: tuple[Path, Path], which: 
         (bad / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, path.name)}))
     key = "models[0].model" if which == "base" else "tokenizer.source"
     sentence = refusal(recipe(**models | {which: bad}), tmp_path / "out", *OPTIONS)
-    assert sentence == f"{key}: {path} cannot be read (it is no plain pickle of tensors); download the model again."
+    assert sentence == f"{key}: {path} cannot be read (it contains more than tensors); download the model again."
     assert not (tmp_path / "owned").exists()
 
 
 def test_code_that_comes_with_a_donor_is_not_run_nor_copied(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """``trust_remote_code`` is mergekit's flag; without it a repository's code is data, and so is its template."""
+    """Check that without ``trust_remote_code`` a repository's code is data, like its chat template."""
     base, donor = pair
     bad = tmp_path / "bad"
     shutil.copytree(donor, bad)

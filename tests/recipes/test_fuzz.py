@@ -1,4 +1,4 @@
-"""Whatever a tokenizer's files or a recipe hold: an answer, or a sentence of ours, and never another exception."""
+"""Test that for any tokenizer files and recipes the result is an output or an OmpError."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every path into a JSON value; of long lists and mappings only to the first few members."""
+    """Return every path into a JSON value; of long lists and mappings only the first few members."""
     yield path
     members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, member in list(members)[:12]:
@@ -67,7 +67,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(value: Any, path: tuple[Any, ...], new: Any, *, drop: bool) -> Any:
-    """A copy of a JSON value where one member is another value, or missing."""
+    """Copy a JSON value with one member replaced or missing."""
     if not path:
         return new
     value = copy.deepcopy(value)
@@ -83,7 +83,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any, *, drop: bool) -> Any:
 
 @st.composite
 def mutations(draw: st.DrawFn, original: Any) -> Any:
-    """A JSON value with one or two of its members missing, or replaced by anything or by another of its members."""
+    """Generate a JSON value with one or two members missing, or replaced by any value or by another member."""
     value = original
     for _ in range(draw(st.integers(1, 2))):
         path = draw(st.sampled_from(list(places(value))))
@@ -100,7 +100,7 @@ def member(value: Any, path: tuple[Any, ...]) -> Any:
 
 
 def aborts(value: Any) -> bool:
-    """Whether tokenizers ends the whole process on this: it panics in a panic, where merges lack the prefix."""
+    """Tell whether tokenizers aborts the process: it panics within a panic if merges lack the prefix."""
     model = value.get("model") if isinstance(value, dict) else None
     prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
     return isinstance(prefix, str) and prefix != ""

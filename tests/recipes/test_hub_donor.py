@@ -1,4 +1,4 @@
-"""A donor on the Hub: only the shards that hold its vocabulary are fetched, whatever its architecture."""
+"""Test donors on the hub: only shards with vocabulary tensors are downloaded, for any architecture."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from mergekit_omp.checkpoints.weights import vocabulary_matrix
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, set[str]], str]:
-    """Move a checkpoint into a cache of the Hub, without the shards that are not needed; nothing else is reachable."""
+    """Move a checkpoint to a hub cache without the shards that are not needed; nothing else is reachable."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
@@ -54,12 +54,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, set[
 
 
 def mistral(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """Of an architecture that mergekit has data on."""
+    """Return an architecture that mergekit has data on."""
     return make_model(tokenizer, architecture="mistral", hidden=24, seed=2)
 
 
 def by_type(model_type: str, tokenizer: PreTrainedTokenizerFast, **more: object) -> PreTrainedModel:
-    """A small model of a type that transformers has."""
+    """Create a small model of a type that transformers supports."""
     torch.manual_seed(3)
     config = AutoConfig.for_model(
         model_type,
@@ -99,7 +99,7 @@ def gpt_oss(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 def with_code(folder: Path) -> None:
-    """Give a checkpoint a type that transformers does not know, and code for it that must not run."""
+    """Give a checkpoint a type that transformers does not know, and code that must not run."""
     config = json.loads((folder / "config.json").read_text())
     config |= {
         "model_type": "of_its_own",
@@ -117,7 +117,7 @@ def with_code(folder: Path) -> None:
 
 
 def renamed(folder: Path, prefix: str) -> None:
-    """Name a checkpoint's tensors as one of several parts does, with the sizes in a section of config.json."""
+    """Rename tensors as in multimodal checkpoints, with the sizes in a section of config.json."""
     index_file = folder / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
     for shard in set(index["weight_map"].values()):
@@ -138,7 +138,7 @@ DONORS = {"mistral": mistral, "deepseek_v3": deepseek_v3, "gpt_oss": gpt_oss}
 
 @pytest.mark.parametrize("name", [*DONORS, "code", "code and parts"])
 def test_other_shards_are_not_needed(tmp_path: Path, hub: Callable[[Path, set[str]], str], name: str) -> None:
-    """Offline, with a Hub cache that lacks every shard but those of the embedding and the head."""
+    """Run offline with a hub cache that contains only the shards of the embedding and the head."""
     base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
     model = DONORS.get(name, deepseek_v3)(donor_tokenizer)
@@ -160,7 +160,7 @@ def test_other_shards_are_not_needed(tmp_path: Path, hub: Callable[[Path, set[st
 
 
 def test_a_donor_in_one_file(tmp_path: Path, hub: Callable[[Path, set[str]], str]) -> None:
-    """It has no index, and the Hub need not be asked for a list of its files."""
+    """Check a donor without an index, for which no list of files is requested."""
     base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
     donor = save(tmp_path / "donor", mistral(donor_tokenizer), donor_tokenizer)
@@ -212,7 +212,7 @@ def test_a_donor_with_code_in_a_folder(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_matrices_are_found_by_their_names(tmp_path: Path, names: list[str], matrices: list[str]) -> None:
-    """As DeepSeek, Qwen's first, models of several parts and Mistral's own files have them."""
+    """Check the names of DeepSeek, the first Qwen, multimodal models and Mistral's own files."""
     config = {"model_type": "of_its_own", "architectures": ["OfItsOwn"], "vocab_size": 8, "hidden_size": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "x")}))

@@ -1,4 +1,4 @@
-"""What fails after the tensors are written does not cost them; and folders are never looked for on the hub."""
+"""Test that failures after the tensors are written keep them, and that folders are not looked up on the hub."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ from mergekit_omp.output import config as output
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base and a donor, in a folder ``models`` of the working directory that tests change to."""
+    """Write a base and a donor to a folder ``models`` of the working directory of the tests."""
     folder = tmp_path_factory.mktemp("work") / "models"
     base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     return (
@@ -41,9 +41,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def assert_same_weights(folder: Path, expected: Path) -> None:
-    found, wanted = tensors_of(folder), tensors_of(expected)
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    found, expected_tensors = tensors_of(folder), tensors_of(expected)
+    assert found.keys() == expected_tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected_tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def assert_same_weights(folder: Path, expected: Path) -> None:
 def test_short_relative_names_offline(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, names: tuple[str, str]
 ) -> None:
-    """Names that look like those of the hub, with the installed command, as a user without a network has it."""
+    """Run the installed command without a network on paths that look like hub ids."""
     monkeypatch.chdir(pair[0].parent if "/" not in names[0] else pair[0].parent.parent)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = run_recipe(recipe(*map(Path, names)), tmp_path / "out")
@@ -67,7 +67,7 @@ def test_short_relative_names_offline(
 def test_short_relative_names_with_a_hub_that_fails(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asks the hub about a folder gets an exception, and the run fails."""
+    """Check that no request is made: any request to the hub raises an exception."""
     asked: list[Any] = []
 
     def fail(*arguments: Any, **_: Any) -> None:
@@ -86,7 +86,7 @@ def test_short_relative_names_with_a_hub_that_fails(
     assert "huggingface.co" not in (tmp_path / "out/README.md").read_text()
 
 
-def test_recipes_of_others_ask_the_hub_as_ever(
+def test_other_recipes_ask_the_hub_as_before(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -97,10 +97,10 @@ def test_recipes_of_others_ask_the_hub_as_ever(
     assert set(asked) == {"models/base"}
 
 
-def test_a_card_that_cannot_be_made_is_a_warning(
+def test_a_failing_model_card_is_a_warning(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The model is whole, with the recipe beside it."""
+    """Check that the model is complete, with the recipe beside it."""
     assert merge_here(recipe(*pair), tmp_path / "expected").exit_code == 0
 
     def broken(*_: Any) -> None:
@@ -110,7 +110,7 @@ def test_a_card_that_cannot_be_made_is_a_warning(
     given = recipe(*pair)
     result = merge_here(given, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "mergekit cannot make the model card (RuntimeError: no template)" in caplog.text
+    assert "mergekit cannot create the model card (RuntimeError: no template)" in caplog.text
     assert_same_weights(tmp_path / "out", tmp_path / "expected")
     assert yaml.safe_load((tmp_path / "out/mergekit_config.yml").read_text()) == given
     card = (tmp_path / "out/README.md").read_text()
@@ -122,14 +122,14 @@ def test_a_card_that_cannot_be_made_is_a_warning(
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_weights_stay_after_a_failure(
+def test_weights_are_kept_after_a_failure(
     tmp_path: Path,
     pair: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     shards: int,
 ) -> None:
-    """In the folder that the error names; nothing looks like a result; and a re-run replaces them."""
+    """Check the folder that the message names, that nothing looks like a result, and that a new run replaces it."""
     options = ("--quiet", "--out-shard-size", "5B" if shards == 1 else "100K")
     assert merge_here(recipe(*pair), tmp_path / "expected", *options).exit_code == 0
     assert (len(list((tmp_path / "expected").glob("*.safetensors"))) > 1) is (shards > 1)
@@ -144,8 +144,8 @@ def test_weights_stay_after_a_failure(
     kept = tmp_path / "out.unfinished" / "out"
     assert result.exit_code == 1
     assert " ".join(result.stderr.split("Error: ", 1)[1].split()) == (
-        "The run failed after its weights were written (KeyError: 'a bug'). The weights are whole and stay in "
-        f"{kept}; other files may be missing there. The next run into the same output folder replaces them."
+        "The run failed after its weights were written (KeyError: 'a bug'). The weights are complete and kept in "
+        f"{kept}; other files may be missing there. The next run with the same output folder replaces them."
     )
     assert "Traceback" in caplog.text, "what a bug's report needs"
     assert not out.exists()
@@ -171,7 +171,7 @@ def test_weights_stay_after_a_failure(
         (OmpError("Something to mend."), "Something to mend. The weights"),
     ],
 )
-def test_known_failures_are_told_first(
+def test_known_failures_are_reported_first(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, raised: Exception, sentence: str
 ) -> None:
     def fail(*_: Any) -> None:
@@ -190,7 +190,7 @@ def test_known_failures_are_told_first(
 def test_output_folder_that_was_filled_meanwhile(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What somebody else wrote stays, and so does the model."""
+    """Check that both the files of the other process and the model are kept."""
     out, finish = tmp_path / "out", output.finish_output
 
     def fill(*arguments: Any) -> None:
@@ -201,14 +201,14 @@ def test_output_folder_that_was_filled_meanwhile(
     monkeypatch.setattr(output, "finish_output", fill)
     result = merge_here(recipe(*pair), out, "--quiet")
     assert result.exit_code == 1
-    assert f"The weights are whole and stay in {out}.unfinished/out" in " ".join(result.stderr.split())
+    assert f"The weights are complete and kept in {out}.unfinished/out" in " ".join(result.stderr.split())
     assert (out / "theirs").read_text() == "precious"
     AutoModelForCausalLM.from_pretrained(tmp_path / "out.unfinished/out")
     shutil.rmtree(out)
 
 
 def test_ctrl_c_keeps_nothing(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who stops a run does not want its result."""
+    """Check that an interrupted run keeps no result."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""``omp_<method>``: realign and merge in one pass, against transplanting first and merging afterwards."""
+"""Compare ``omp_<method>``, which realigns and merges in one pass, with transplants followed by a merge."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ NEEDS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three models of one architecture with three vocabularies, and a donor of another that is merged by none."""
+    """Write three models of one architecture with three vocabularies, and a donor with another that is not merged."""
     folder = tmp_path_factory.mktemp("models")
     tokenizers = {
         "a": byte_level_tokenizer(ENGLISH, size=400),
@@ -56,7 +56,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def inputs_for(method: str) -> list[str]:
-    """As many inputs as a method's contract wants, the base first where it needs one."""
+    """Return as many inputs as a method requires, the base first if it needs one."""
     contract = merge_methods.get(method).spec.contract
     most = contract.max_inputs or (contract.max_non_base or 2) + 1
     return ["a", "b", "c"][: min(3, most)]
@@ -74,7 +74,7 @@ def recipe_for(method: str, inputs: list[Path], **more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", PLAIN)
 def test_one_pass_equals_transplanting_then_merging(method: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """Bit for bit what comes of transplanting each input by ``omp``, writing it, and merging by the plain method."""
+    """Compare bit for bit with transplants by ``omp`` that are merged by the plain method."""
     inputs = inputs_for(method)
     transplanted = {}
     for name in inputs:

@@ -1,4 +1,4 @@
-"""Recipes that realign several inputs: tokenizer sources, parameters, overrides, structure, shared solves."""
+"""Test recipes that realign several inputs: tokenizer sources, parameters, overrides, structure, shared solves."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ K = 5
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Models a, b, c of one architecture and three vocabularies; a1, a2: fine-tunes of a; two donors with another."""
+    """Write a, b, c of one architecture and three vocabularies; fine-tunes a1, a2 of a; two donors with another."""
     folder = tmp_path_factory.mktemp("models")
     a = byte_level_tokenizer(ENGLISH, size=400)
     tokenizers = {
@@ -59,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def solves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of targets of every solve that is run."""
+    """Record the number of targets of every solve."""
     counted: list[int] = []
     original = tasks.solve_with_cache
 
@@ -91,7 +91,7 @@ def linear(inputs: list[Path], source: Path | str, **more: Any) -> dict[str, Any
 
 
 def test_source_among_the_inputs(models: dict[str, Path], tmp_path: Path) -> None:
-    """The source keeps its rows, the other input is realigned to it with the source's embeddings as the space."""
+    """Check that the source keeps its rows, and that the other input is realigned with the source as the donor."""
     result = run(linear([models["a"], models["b"]], models["a"]), tmp_path / "out")
     realigned = transplant(models["b"], models["a"], tmp_path / "b")
     for name in (EMBED, HEAD):
@@ -99,7 +99,7 @@ def test_source_among_the_inputs(models: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_source_base(models: dict[str, Path], tmp_path: Path) -> None:
-    """``base`` is the base model's tokenizer, and the base its donor."""
+    """Check that ``base`` means the base model's tokenizer, with the base as the donor."""
     inputs = [models["a"], models["b"]]
     result = run(linear(inputs, "base", base_model=str(models["b"])), tmp_path / "out")
     expected = run(linear(inputs, models["b"]), tmp_path / "expected")
@@ -108,7 +108,7 @@ def test_source_base(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_union_of_three_vocabularies(models: dict[str, Path], tmp_path: Path, solves: list[int]) -> None:
-    """Every token of every input has a row; rows that an input lacks come from the base, then in recipe order."""
+    """Check that every token has a row, and that missing rows come from the base, then in recipe order."""
     inputs = [models["a"], models["b"], models["c"]]
     result = run(linear(inputs, "union", base_model=str(models["a"])), tmp_path / "out")
     vocabularies = [AutoTokenizer.from_pretrained(path).get_vocab() for path in inputs]
@@ -141,7 +141,7 @@ def test_union_of_equal_vocabularies_is_the_plain_merge(models: dict[str, Path],
 
 
 def test_k_by_model_slice_and_filter(models: dict[str, Path], tmp_path: Path) -> None:
-    """A model's own k wins over the global one; a filter gives the head another."""
+    """Check that a model's own k precedes the global one, and that a filter sets another k for the head."""
     donor = models["untied_donor"]
     recipe = linear([models["a"], models["b"]], donor)
     recipe["models"][1]["parameters"] = {"k": [{"filter": "lm_head", "value": 2}, {"value": 9}]}
@@ -157,7 +157,7 @@ def test_k_by_model_slice_and_filter(models: dict[str, Path], tmp_path: Path) ->
 
 
 def test_overrides_win(models: dict[str, Path], tmp_path: Path) -> None:
-    """``tokenizer.tokens`` gives the rows of its tokens, and with ``force`` also of tokens that the model has."""
+    """Check the rows of ``tokenizer.tokens``, which with ``force`` also replace rows that the model has."""
     a, donor = models["a"], models["untied_donor"]
     before, vocabulary = tensors_of(a), AutoTokenizer.from_pretrained(a).get_vocab()
     plain = transplant(a, donor, tmp_path / "plain")
@@ -186,7 +186,7 @@ def test_overrides_win(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_slices_and_frankenmerge(models: dict[str, Path], tmp_path: Path) -> None:
-    """A frankenmerge takes its embedding from the first slice and its head from the last, realigned."""
+    """Check that a frankenmerge has its embedding from the first slice and its head from the last."""
     donor = models["untied_donor"]
     slices = [
         {"sources": [{"model": str(models["a"]), "layer_range": [0, 2]}]},
@@ -211,7 +211,7 @@ def test_modules(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_lora_reference(models: dict[str, Path], tmp_path: Path) -> None:
-    """``model+lora`` is merged by mergekit first, then realigned."""
+    """Check that ``model+lora`` is merged by mergekit, then realigned."""
     torch.manual_seed(0)
     config = peft.LoraConfig(target_modules=["embed_tokens", "up_proj"], r=2, init_lora_weights=False)
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(models["a"]), config)
@@ -230,7 +230,7 @@ def test_lora_reference(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_dtypes(models: dict[str, Path], tmp_path: Path) -> None:
-    """The arithmetic follows ``dtype`` and the output ``out_dtype``."""
+    """Check that arithmetic uses ``dtype`` and the output ``out_dtype``."""
     recipe = linear([models["a"], models["b"]], models["untied_donor"])
     full = run(recipe, tmp_path / "float32")
     half = run({**recipe, "out_dtype": "float16"}, tmp_path / "float16")
@@ -269,7 +269,7 @@ def test_mixture_of_experts(models: dict[str, Path], tmp_path: Path) -> None:
 def test_three_fine_tunes_share_their_solves(
     models: dict[str, Path], tmp_path: Path, solves: list[int], donor: str, expected: int
 ) -> None:
-    """One solve for three inputs of one vocabulary; two where the donor's head is another matrix."""
+    """Check one solve for three inputs of one vocabulary, or two if the donor's head is another matrix."""
     run(linear([models["a"], models["a1"], models["a2"]], models[donor]), tmp_path / "out")
     assert len(solves) == expected
 
@@ -292,7 +292,7 @@ def test_the_source_among_the_inputs_needs_no_solve(
 
 
 def test_methods_that_are_registered_later(models: dict[str, Path], tmp_path: Path) -> None:
-    """What another plugin registers before planning is reachable, unless it has a parameter k of its own."""
+    """Check that methods of other plugins are available, unless they have a parameter k."""
 
     @merge_method(name="first_input")
     def first_input(group: TensorGroup) -> torch.Tensor:
@@ -311,7 +311,7 @@ def test_methods_that_are_registered_later(models: dict[str, Path], tmp_path: Pa
         result = run(recipe, tmp_path / "out")
         assert torch.equal(result[EMBED], transplant(models["a"], models["untied_donor"], tmp_path / "a")[EMBED])
         with pytest.raises(
-            ValueError, match="omp_uses_k is not available, since uses_k has parameters of its own named k"
+            ValueError, match="omp_uses_k is not available, since the parameters k of uses_k have another meaning"
         ):
             run({**recipe, "merge_method": "omp_uses_k"}, tmp_path / "refused")
     finally:
@@ -322,10 +322,10 @@ def test_methods_that_are_registered_later(models: dict[str, Path], tmp_path: Pa
 def test_in_memory_plan_gives_the_same_tensors(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """mergekit-evolve plans in memory through the same planner.
+    """Plan in memory, as mergekit-evolve does with the same planner.
 
-    mergekit 0.1.5's ReturnTensor demands a ``Task[Tensor]``, which none of its merge tasks is, so that pydantic
-    refuses every in-memory plan, whatever the method. Here it takes any task.
+    mergekit 0.1.5's ReturnTensor requires a ``Task[Tensor]``, which none of its merge tasks is, so pydantic rejects
+    every in-memory plan, for any method. Here it accepts any task.
     """
 
     class ReturnAnyTensor(ReturnTensor):
@@ -357,7 +357,7 @@ def test_in_memory_plan_gives_the_same_tensors(
     ids=lambda options: next(iter(options)),
 )
 def test_run_options_change_nothing(models: dict[str, Path], tmp_path: Path, options: dict[str, Any]) -> None:
-    """On the CPU; what these mean on a GPU needs one."""
+    """Check on the CPU; the meaning of these options on a GPU needs one."""
     recipe = linear([models["a"], models["b"]], models["untied_donor"])
     expected = run(recipe, tmp_path / "expected")
     result = run(recipe, tmp_path / "out", **options)
@@ -370,7 +370,7 @@ def test_run_options_change_nothing(models: dict[str, Path], tmp_path: Path, opt
 def test_how_to_solve_reaches_the_solver(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A budget in the recipe bounds the solve and changes nothing of its answer; --multi-gpu asks for every device."""
+    """Check that a memory budget does not change the result, and that --multi-gpu uses every device."""
     asked: list[dict[str, Any]] = []
     original = tasks.solve_with_cache
 

@@ -1,4 +1,4 @@
-"""Merges of fine-tunes of one base: a token that only some of them have keeps its row, as in mergekit."""
+"""Test merges of fine-tunes of one base: a token that only some of them have keeps its row, as in mergekit."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ NEED_A_BASE = ("ties", "dare_ties", "dare_linear", "task_arithmetic", "slerp", "
 
 
 def fine_tune(model: PreTrainedModel, seed: int, noise: float) -> PreTrainedModel:
-    """Move every weight of a model a little."""
+    """Change every weight of a model a little."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +60,7 @@ def write(
     noise: float = 0.01,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """A fine-tune of ``base`` with added tokens, whose rows are like no other's."""
+    """Write a fine-tune of ``base`` with added tokens, whose rows are unlike all others."""
     model = fine_tune(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), seed, noise)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
@@ -76,7 +76,7 @@ def write(
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base, fine-tunes of it with and without added tokens, and a model of another family of the same width."""
+    """Write a base, fine-tunes of it with and without added tokens, and a model of another family of equal width."""
     folder = tmp_path_factory.mktemp("models")
     tokenizer = byte_level_tokenizer(ENGLISH, size=400)
     base = save(folder / "base", make_model(tokenizer), tokenizer)
@@ -120,7 +120,7 @@ def both(
 @pytest.mark.parametrize("source", ["union", "base", "chat"])
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "slerp", "task_arithmetic", "passthrough"])
 def test_rows_are_as_mergekit_has_them(method: str, source: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """Every tensor is bit for bit what mergekit's own method and its own tokenizer merge give."""
+    """Compare every tensor bit for bit with a merge by mergekit's own method and tokenizer."""
     inputs = [models["plain"], models["chat"]]
     if method == "passthrough":
         inputs = inputs[:1] if source != "chat" else inputs[1:]
@@ -148,7 +148,7 @@ def test_rows_are_as_mergekit_has_them(method: str, source: str, models: dict[st
 def test_a_token_of_one_input_keeps_its_row(
     source: str, method: str, dtype: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Bit for bit, also where the base is the one that lacks it, and whatever the seed."""
+    """Check bit for bit, also if the base lacks the token, and for any seed."""
     inputs = [models["plain"], models["chat"]]
     named = str(models["chat"]) if source == "chat" else source
     own = tensors_of(models["chat"])
@@ -162,7 +162,7 @@ def test_a_token_of_one_input_keeps_its_row(
 
 
 def test_slerp_of_distant_inputs_scales_as_mergekits(models: dict[str, Path], tmp_path: Path) -> None:
-    """mergekit's slerp turns whole matrices: beyond a small angle θ it stretches equal rows by 1 / cos(θ / 2)."""
+    """Check equal rows, which slerp of whole matrices scales by 1 / cos(θ / 2) beyond a small angle θ."""
     far = write(tmp_path / "far", models["base"], TURNS, 5, noise=0.5)
     inputs = [models["plain"], far]
     expected = run(recipe("slerp", inputs, "union"), tmp_path / "expected")
@@ -176,7 +176,7 @@ def test_slerp_of_distant_inputs_scales_as_mergekits(models: dict[str, Path], tm
 
 
 def test_several_that_have_a_token_give_the_mean_or_the_bases_row(models: dict[str, Path], tmp_path: Path) -> None:
-    """As in mergekit: the base's row where the base has the token, else the mean of those that have it."""
+    """Check the base's row if the base has the token, else the mean of the models that have it, as in mergekit."""
     inputs = [models["plain"], models["chat"], models["chat2"]]
     merged = run(recipe("omp_ties", inputs, "union"), tmp_path / "ties")
     plain = run(recipe("ties", inputs, "union"), tmp_path / "plain")
@@ -192,7 +192,7 @@ def test_several_that_have_a_token_give_the_mean_or_the_bases_row(models: dict[s
 
 
 def test_a_donor_that_is_not_merged(models: dict[str, Path], tmp_path: Path) -> None:
-    """A newer fine-tune as the source of the tokenizer gives its rows, and nothing is approximated."""
+    """Check that rows come from a newer fine-tune as the source, and that nothing is approximated."""
     inputs = [models["base"], models["plain"]]
     result = run(recipe("omp_linear", inputs, models["chat"]), tmp_path / "linear")
     own = tensors_of(models["chat"])
@@ -205,8 +205,8 @@ def test_a_donor_that_is_not_merged(models: dict[str, Path], tmp_path: Path) -> 
     assert read_record(tmp_path / "alone")["tensors"][0]["copied"] == [{"from": [str(models["chat"])], "tokens": 2}]
 
 
-def test_inputs_of_another_space_are_approximated_beside(models: dict[str, Path], tmp_path: Path) -> None:
-    """With two families in one merge, copies go within one, and the other's tokens are approximated."""
+def test_inputs_of_another_space_are_approximated(models: dict[str, Path], tmp_path: Path) -> None:
+    """Check two families in one merge: copies within one of them, approximation for the other."""
     inputs = [models["plain"], models["chat"], models["other"]]
     union = recipe("omp_linear", inputs, "union", base_model=str(models["plain"]))
     run(union, tmp_path / "out")
@@ -220,8 +220,8 @@ def test_inputs_of_another_space_are_approximated_beside(models: dict[str, Path]
     assert (str(models["plain"]), str(models["chat"])) not in targets
 
 
-def test_a_stand_in_of_the_same_role_gives_way(models: dict[str, Path], tmp_path: Path) -> None:
-    """A fine-tune whose end of text is another token: the base's own end of text is not averaged into it."""
+def test_a_row_of_the_same_role_is_not_copied(models: dict[str, Path], tmp_path: Path) -> None:
+    """Check a fine-tune with another end of text: the base's is not averaged into it."""
     chat = tmp_path / "chatml"
     write(chat, models["base"], TURNS, 7)
     path = chat / "tokenizer_config.json"
@@ -235,9 +235,9 @@ def test_a_stand_in_of_the_same_role_gives_way(models: dict[str, Path], tmp_path
 
 
 def test_renamed_special_tokens_pair(tmp_path: Path) -> None:
-    """As DeepSeek-R1-Distill-Qwen beside Qwen: the same id and role is one token, averaged as all others are.
+    """Check DeepSeek-R1-Distill-Qwen and Qwen: tokens with the same id and role are averaged.
 
-    Tokens of the same id without a role (``<｜User｜>``) are the fine-tune's alone, and keep its row.
+    Tokens of the same id without a role (``<｜User｜>``) exist in the fine-tune only, and keep its row.
     """
     names = {
         "<|endoftext|>": "<｜end▁of▁sentence｜>",
@@ -263,7 +263,7 @@ def test_renamed_special_tokens_pair(tmp_path: Path) -> None:
         torch.testing.assert_close(result[name][:2], (own[:2] + its[:2]) / 2)
         assert torch.equal(rows_of(tmp_path / "out", result, name, (user,)), own[2:3])
         torch.testing.assert_close(result[name][3:], (own[3:] + its[3:]) / 2)
-    [model] = [each for each in read_record(tmp_path / "out")["models"] if each["name"] == str(base)]
+    [model] = [described for described in read_record(tmp_path / "out")["models"] if described["name"] == str(base)]
     assert model["match"]["special renamed"] == 2
 
 
@@ -273,14 +273,14 @@ def test_copy_rows_in_one_space(copy_rows: str, copies: int, models: dict[str, P
     made = recipe("omp_linear", inputs, "union", parameters={"copy_rows": copy_rows})
     result = run(made, tmp_path / "out")
     record = read_record(tmp_path / "out")
-    assert sum(each["tokens"] for each in record["tensors"][0]["copied"]) == copies
+    assert sum(copy["tokens"] for copy in record["tensors"][0]["copied"]) == copies
     assert [solve["targets"] for solve in record["solves"]] == ([] if copies else [2, 2])
     kept = rows_of(models["chat"], tensors_of(models["chat"]), EMBED, TURNS)
     assert torch.equal(rows_of(tmp_path / "out", result, EMBED, TURNS), kept) is bool(copies)
 
 
 def test_copy_rows_across_spaces(models: dict[str, Path], tmp_path: Path) -> None:
-    """``always`` copies between models of one width that have nothing else in common; ``auto`` does not."""
+    """Check that ``always`` copies between unrelated models of one width, and that ``auto`` does not."""
     base, other = models["base"], models["other"]
     own = tensors_of(other)[EMBED]
     forced = run(recipe("omp", [base], other, parameters={"copy_rows": "always"}), tmp_path / "always")
@@ -306,7 +306,7 @@ def test_an_override_wins_and_force_still_approximates(models: dict[str, Path], 
 
 
 def test_inputs_of_two_precisions(models: dict[str, Path], tmp_path: Path) -> None:
-    """Without ``dtype:`` a float32 row stays what it is beside a bfloat16 input, as in mergekit."""
+    """Check that without ``dtype:`` a float32 row is unchanged beside a bfloat16 input, as in mergekit."""
     half = write(tmp_path / "half", models["base"], (), 1, dtype=torch.bfloat16)
     made = recipe("omp_linear", [half, models["chat"]], "union")
     del made["dtype"]
@@ -320,25 +320,23 @@ def test_inputs_of_two_precisions(models: dict[str, Path], tmp_path: Path) -> No
     assert torch.equal(ours, its)
 
 
-def test_the_log_and_inspect_say_what_is_copied(
+def test_the_log_and_inspect_describe_copies(
     models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = recipe("omp_linear", [models["plain"], models["chat"], models["other"]], "union")
     with caplog.at_level(logging.INFO):
         run(made, tmp_path / "out", quiet=False)
     plain, chat, other = (str(models[name]) for name in ("plain", "chat", "other"))
-    said = [
-        line for line in caplog.messages if line.startswith("input embedding matrix: the rows of shared tokens of")
-    ]
-    assert any(plain in line and line.endswith(f"the rows of 2 tokens of {chat} are copied") for line in said)
-    assert any(line.endswith(f"tokens of {other} are not copied") for line in said)
+    lines = [line for line in caplog.messages if line.startswith("input embedding: the rows of shared tokens of")]
+    assert any(plain in line and line.endswith(f"the rows of 2 tokens of {chat} are copied") for line in lines)
+    assert any(line.endswith(f"tokens of {other} are not copied") for line in lines)
 
     path = tmp_path / "recipe.yml"
     path.write_text(yaml.safe_dump(made))
     text = CliRunner().invoke(inspect, [str(path), "--no-time"], env={"COLUMNS": "1000"}).stdout
     assert f"2 tokens that only {chat} has: copied (median similarity of the rows of shared tokens: 1.00)" in text
     found = json.loads(CliRunner().invoke(inspect, [str(path), "--no-time", "--json"]).stdout)
-    copied = {(model["name"], each["model"]): each for model in found["inputs"] for each in model["copied"]}
+    copied = {(model["name"], copy["model"]): copy for model in found["inputs"] for copy in model["copied"]}
     assert copied[plain, chat]["copied"] is True
     assert copied[plain, chat]["similarity"] == pytest.approx(1, abs=0.01)
     assert copied[plain, chat]["tokens"] == 2
@@ -348,10 +346,10 @@ def test_the_log_and_inspect_say_what_is_copied(
 
 
 def test_similarity_of_real_models(smollm2_dir: Path, gemma3_dir: Path) -> None:
-    """A copy with much noise is one space; other tokens, other axes and another model's rows are not.
+    """Check that a noisy copy shares the space, and that other tokens, other axes and other models do not.
 
-    With noise of half the deviation σ of the matrix, the similarity is 2 s² / (2 s² + σ² / 4), where s² is the
-    variance of the rows around their mean.
+    With noise of half the standard deviation σ of the matrix, the similarity is 2 s² / (2 s² + σ² / 4), where s² is
+    the variance of the rows around their mean.
     """
     smollm2, gemma = (tensors_of(folder)[EMBED].float() for folder in (smollm2_dir, gemma3_dir))
     generator = torch.Generator().manual_seed(0)

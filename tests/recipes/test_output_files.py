@@ -1,4 +1,4 @@
-"""The output's files as other programs read them: transformers 4 and 5, gguf's reader of vocabularies."""
+"""Test how other programs read the output's files: transformers 4 and 5, and gguf's reader of vocabularies."""
 
 import copy
 import json
@@ -46,7 +46,7 @@ BODIES = ("llama", "mistral", "qwen2", "gemma3_text")
 
 
 def with_roles(tokenizer: PreTrainedTokenizerBase, **settings: Any) -> PreTrainedTokenizerBase:
-    """A tokenizer that has a chat template and more special tokens than its roles."""
+    """Build a tokenizer with a chat template and more special tokens than roles."""
     backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     roles = {f"{role}_token": getattr(tokenizer, f"{role}_token") for role in ("bos", "eos", "unk", "pad")}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **roles, **settings)
@@ -68,7 +68,7 @@ TOKENIZERS = {
 
 
 def donor_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **stated: Any) -> Path:
-    """A donor's tokenizer files; ``stated`` is what tokenizer_config.json says beside what transformers 5 writes."""
+    """Write a donor's tokenizer files; ``stated`` are additional settings of tokenizer_config.json."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | stated))
@@ -76,7 +76,7 @@ def donor_of(folder: Path, tokenizer: PreTrainedTokenizerBase, **stated: Any) ->
 
 
 def finished(folder: Path, donor: Path, vocabulary: Vocabulary, body: str) -> Path:
-    """What mergekit leaves of a body's config.json and a donor's tokenizer, finished."""
+    """Finish the files that mergekit writes for a body's config.json and a donor's tokenizer."""
     AutoConfig.for_model(body, architectures=["X"], vocab_size=vocabulary.size).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (donor / name).exists():
@@ -92,7 +92,7 @@ def finished(folder: Path, donor: Path, vocabulary: Vocabulary, body: str) -> Pa
 def test_transformers_4_and_5_read_the_same_tokenizer(
     tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
-    """Ids, decoded text, roles, special tokens and chat, of bodies that transformers 5 rebuilds tokenizers for too."""
+    """Compare ids, text, roles, special tokens and chat, also for bodies whose tokenizers transformers 5 rebuilds."""
     tokenizer = TOKENIZERS[name]() if name in TOKENIZERS else load(request.getfixturevalue(f"{name}_dir"))
     donor, vocabulary = donor_of(tmp_path / "donor", tokenizer), read_vocabulary(tokenizer)
     folders = [str(finished(tmp_path / body, donor, vocabulary, body)) for body in BODIES]
@@ -114,8 +114,8 @@ def test_transformers_4_and_5_read_the_same_tokenizer(
 @pytest.mark.network
 @pytest.mark.slow
 @pytest.mark.parametrize("body", ["llama", "qwen2"])
-def test_transformers_4_reads_a_whole_output(tmp_path: Path, body: str) -> None:
-    """From the recipe on: tokenizer, ids and RoPE of an output, the same in both versions."""
+def test_transformers_4_reads_a_complete_output(tmp_path: Path, body: str) -> None:
+    """Compare tokenizer, ids and RoPE of a complete output in both versions."""
     ours, donors = byte_level_tokenizer(ENGLISH), sentencepiece_tokenizer(PYTHON)
     base = save(tmp_path / "base", make_model(ours, architecture=body), ours)
     donor = save(tmp_path / "donor", make_model(donors, rows=512, hidden=24), donors)
@@ -147,7 +147,7 @@ IDS = {"<|endoftext|>": 0, "<|begin|>": 1}
 
 
 def template_of(*, bos: str | None, eos: str | None) -> dict[str, Any]:
-    """A tokenizer.json's post-processor that adds tokens, in its simplest form."""
+    """Return a minimal post-processor of a tokenizer.json that adds tokens."""
     ends = [[{"SpecialToken": {"id": end, "type_id": 0}}] if end else [] for end in (bos, eos)]
     middle = {"Sequence": {"id": "A", "type_id": 0}}
     named = [end for end in (bos, eos) if end]
@@ -159,8 +159,8 @@ def template_of(*, bos: str | None, eos: str | None) -> dict[str, Any]:
     }
 
 
-def two_ends(post_processor: dict[str, Any] | None) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer whose bos is not its eos."""
+def with_distinct_bos_and_eos(post_processor: dict[str, Any] | None) -> PreTrainedTokenizerFast:
+    """Build a byte-level tokenizer whose bos is not its eos."""
     plain = byte_level_tokenizer(special=("<|begin|>",))
     described = json.loads(plain.backend_tokenizer.to_str()) | {"post_processor": post_processor}
     backend = type(plain.backend_tokenizer).from_str(json.dumps(described))
@@ -185,9 +185,9 @@ KEPT = {
 
 @pytest.mark.parametrize("case", KEPT)
 def test_added_bos_and_eos_survive(tmp_path: Path, case: str) -> None:
-    """As keys, which converters to GGUF go by, and in the template, which transformers goes by."""
+    """Check the keys, which converters to GGUF read, and the template, which transformers applies."""
     post_processor, stated, (bos, eos) = KEPT[case]
-    tokenizer = two_ends(post_processor)
+    tokenizer = with_distinct_bos_and_eos(post_processor)
     donor = donor_of(tmp_path / "donor", tokenizer, **stated)
     out = finished(tmp_path / "out", donor, read_vocabulary(tokenizer), "llama")
     settings = json.loads((out / "tokenizer_config.json").read_text())
@@ -198,9 +198,9 @@ def test_added_bos_and_eos_survive(tmp_path: Path, case: str) -> None:
     one, two = tokenizer.encode("one", add_special_tokens=False), tokenizer.encode("two", add_special_tokens=False)
     if case in ("stated, and not in the template", "both stated"):
         assert read["pair"] == [*before, *one, *behind, *before, *two, *behind]
-    seen = SpecialVocab(out)
-    assert (seen.add_special_token["bos"], seen.add_special_token["eos"]) == (bos, eos)
-    assert seen.special_token_ids["eos"] == tokenizer.eos_token_id
+    gguf_vocabulary = SpecialVocab(out)
+    assert (gguf_vocabulary.add_special_token["bos"], gguf_vocabulary.add_special_token["eos"]) == (bos, eos)
+    assert gguf_vocabulary.special_token_ids["eos"] == tokenizer.eos_token_id
 
 
 ROPE = {
@@ -260,7 +260,7 @@ ROPE = {
 
 
 def config_of_transformers_5(model_type: str, stated: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5 writes for a configuration that states these keys of transformers 4."""
+    """Return the configuration that transformers 5 writes for keys of transformers 4."""
     settings: dict[str, Any] = {}
     for key, value in copy.deepcopy(stated).items():  # transformers changes what it is given
         *parents, last = key.split(".")
@@ -273,7 +273,7 @@ def config_of_transformers_5(model_type: str, stated: dict[str, Any]) -> dict[st
 
 
 def rope_parameters(settings: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5 makes of RoPE."""
+    """Return the RoPE parameters of transformers 5."""
     return settings.get("text_config", settings)["rope_parameters"]
 
 
@@ -281,7 +281,7 @@ def rope_parameters(settings: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("from_4", [True, False], ids=["base of 4", "base of 5"])
 def test_transformers_4_reads_the_older_keys(tmp_path: Path, from_4: bool) -> None:
-    """RoPE above all, whether the base's config.json was written by transformers 4 or 5."""
+    """Check RoPE above all, for a base's config.json of transformers 4 or 5."""
     for name, (model_type, stated) in ROPE.items():
         settings = config_of_transformers_5(model_type, stated)
         assert not set(stated) & set(settings) - {"original_max_position_embeddings"}
@@ -326,7 +326,7 @@ def read(path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """An untied model with bos and eos in one."""
+    """Write an untied model with one token for bos and eos."""
     tokenizer = byte_level_tokenizer(ENGLISH, special=("<|im_start|>", "<|im_end|>"))
     return save(tmp_path / "base", make_model(tokenizer), tokenizer)
 
@@ -343,7 +343,7 @@ def donor(tmp_path: Path) -> Path:
     ids=["the donor's", "the recipe's multiple wins", "another multiple", "not fewer than tokens"],
 )
 def test_rows_of_the_donor(tmp_path: Path, base: Path, rows: int, multiple: int | None, expected: int) -> None:
-    """A draft model must have its target's number of rows; those without a token get the mean of the kept rows."""
+    """Check that a draft has its target's number of rows, and that rows without a token are the mean of kept rows."""
     tokenizer = sentencepiece_tokenizer(PYTHON)
     assert len(tokenizer) == 443
     donor = save(tmp_path / "donor", make_model(tokenizer, rows=rows, hidden=24), tokenizer)
@@ -364,7 +364,7 @@ def rows_kept(donor: Path, base: Path) -> list[int]:
 
 
 def test_rows_without_a_donor_model(tmp_path: Path, base: Path, donor: Path) -> None:
-    """A tokenizer alone, the base's own and a union say nothing of rows."""
+    """Check sources that do not determine a number of rows: a tokenizer without a model, ``base`` and ``union``."""
     edit(base / "config.json", vocab_size=len(load(base)))
     alone = donor_of(tmp_path / "alone", load(donor))
     for source, size in ((str(alone), 443), ("base", len(load(base)))):
@@ -373,7 +373,7 @@ def test_rows_without_a_donor_model(tmp_path: Path, base: Path, donor: Path) -> 
 
 
 def test_bos_that_only_the_config_sets(tmp_path: Path, base: Path) -> None:
-    """As Qwen's: the tokenizer has none, config.json names one, and GGUF readers look there."""
+    """Check a bos that only config.json sets, as in Qwen, and that GGUF readers use."""
     tokenizer = byte_level_tokenizer(PYTHON)
     tokenizer.bos_token = None
     donor = save(tmp_path / "donor", make_model(tokenizer, hidden=24), tokenizer)
@@ -382,14 +382,14 @@ def test_bos_that_only_the_config_sets(tmp_path: Path, base: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         assert read(tmp_path / "out" / name)["bos_token_id"] == 0
     assert read(tmp_path / "out/tokenizer_config.json").get("bos_token") is None
-    seen = SpecialVocab(tmp_path / "out")
-    assert seen.special_token_ids["bos"] == 0
-    assert not seen.add_special_token.get("bos")
+    gguf_vocabulary = SpecialVocab(tmp_path / "out")
+    assert gguf_vocabulary.special_token_ids["bos"] == 0
+    assert not gguf_vocabulary.add_special_token.get("bos")
 
 
 @pytest.mark.parametrize("source", ["base", "union", "donor"])
 def test_stop_ids_survive(tmp_path: Path, base: Path, donor: Path, source: str) -> None:
-    """The base's list, under the output's ids; and the donor's, where a model is named."""
+    """Check the base's list with the output's ids, and the donor's if the source is a model."""
     tokenizer = load(base)
     stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     edit(base / "generation_config.json", eos_token_id=stops)
@@ -409,7 +409,7 @@ def test_stop_ids_survive(tmp_path: Path, base: Path, donor: Path, source: str) 
 
 
 def save_like(base: Path, folder: Path) -> Path:
-    """A model with the base's width and another vocabulary."""
+    """Write a model with the base's width and another vocabulary."""
     tokenizer = byte_level_tokenizer(PYTHON, size=380)
     return save(folder, make_model(tokenizer, seed=5), tokenizer)
 
@@ -428,7 +428,7 @@ def test_sentencepiece_file_is_copied_where_the_tokenizer_is_unchanged(
 
 @pytest.mark.parametrize("differs", [True, False])
 def test_a_tied_model_that_stores_a_head(tmp_path: Path, donor: Path, differs: bool) -> None:
-    """Untied where the head is another matrix; no head where it is the embedding once more."""
+    """Check that the output is untied if the head differs, and has no head if it equals the embedding."""
     tokenizer = byte_level_tokenizer(ENGLISH)
     model = make_model(tokenizer)
     if not differs:
@@ -456,7 +456,7 @@ def test_chat_tokens_that_the_output_lacks_are_named(base: Path) -> None:
     assert absent_chat_tokens(tokenizer, read_vocabulary(tokenizer), None) == []
 
 
-def test_converters_that_do_not_know_a_pair(tmp_path: Path) -> None:
+def test_converters_that_do_not_support_a_pair(tmp_path: Path) -> None:
     kinds = {
         "byte": tokenizer_kind(json.loads(byte_level().backend_tokenizer.to_str()), False),
         "pieces": tokenizer_kind(json.loads(sentencepiece_tokenizer().backend_tokenizer.to_str()), False),
@@ -488,7 +488,7 @@ def test_converters_that_do_not_know_a_pair(tmp_path: Path) -> None:
 
 
 def test_a_merge_of_tied_and_untied_models_is_untied(tmp_path: Path) -> None:
-    """The base's config.json would say that it is tied, and engines would ignore the merged head."""
+    """Check config.json: if it were tied as the base's, engines would ignore the merged head."""
     tokenizer = byte_level_tokenizer(ENGLISH)
     tied = save(tmp_path / "tied", make_model(tokenizer, tied=True), tokenizer)
     untied = save(tmp_path / "untied", make_model(tokenizer, seed=1), tokenizer)

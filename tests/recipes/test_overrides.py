@@ -1,4 +1,4 @@
-"""``tokenizer.tokens``, reserved tokens and under-trained ones: rows that are neither kept nor simply approximated."""
+"""Test ``tokenizer.tokens``, reserved and under-trained tokens: rows that are neither kept nor approximated."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def saved(folder: Path, tokenizer: PreTrainedTokenizerFast, **more: Any) -> Path
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base with ChatML's tokens, and a donor with Llama 2's and reserved ones."""
+    """Write a base with ChatML's tokens, and a donor with those of Llama 2 and reserved ones."""
     folder = tmp_path_factory.mktemp("pair")
     base = byte_level_tokenizer(ENGLISH, size=360, special=("<|im_start|>", "<|im_end|>"))
     donor = byte_level_tokenizer(PYTHON, size=330, eos="</s>", special=("<|mine|>", "<unused0>", "<unused1>"))
@@ -40,7 +40,7 @@ def from_text(model: Path, text: str) -> dict:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_text_of_several_tokens(pair: tuple[Path, Path], tmp_path: Path, tied: bool) -> None:
-    """Special tokens in it count as such; the embedding gets the mean of the rows, the head the row of the first."""
+    """Check a text with special tokens: the embedding gets the mean of its rows, the head the first."""
     tokenizer = AutoTokenizer.from_pretrained(pair[0])
     base = saved(tmp_path / "base", tokenizer, tied=tied, seed=1)
     after = transplant((base, pair[1]), tmp_path / "out", {"<|mine|>": from_text(base, "<|im_start|>user\n")})
@@ -55,7 +55,7 @@ def test_a_text_of_several_tokens(pair: tuple[Path, Path], tmp_path: Path, tied:
         assert torch.equal(after[HEAD][row], before[HEAD][ids[0]])
 
 
-def test_force_without_a_source_approximates_what_the_model_has(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_force_without_a_source_approximates_tokens_of_the_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
     kept = transplant(pair, tmp_path / "kept")
     forced = transplant(pair, tmp_path / "forced", {"e": {"force": True}})
     lacking = transplant(pair, tmp_path / "lacking", {"e": {}})
@@ -74,7 +74,7 @@ def test_force_without_a_source_approximates_what_the_model_has(pair: tuple[Path
 def test_reserved_tokens_get_the_mean_of_free_rows(
     pair: tuple[Path, Path], tmp_path: Path, has_free_rows: bool
 ) -> None:
-    """The model's own free rows where it has some: of reserved tokens by another name, and beyond its vocabulary."""
+    """Check rows of reserved tokens with another name, and rows beyond the model's vocabulary."""
     special = ("<|reserved_special_token_0|>",) if has_free_rows else ()
     tokenizer = byte_level_tokenizer(ENGLISH, size=360, special=special)
     size = len(tokenizer.get_vocab())
@@ -91,8 +91,11 @@ def test_reserved_tokens_get_the_mean_of_free_rows(
 
 
 def test_magikarp(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """What the donor has not learnt is no atom and gets the free rows' mean; what the model has not learnt is solved
-    for; what both have learnt, and what only the donor has not, keeps the model's row."""
+    """Check tokens that are under-trained in the donor, in the model, or in both.
+
+    A token that is under-trained in the donor is not an atom, and gets the mean of free rows if it is new. Text that
+    is under-trained in the model only is a target. Other tokens keep the model's row.
+    """
     base_tokenizer, donor_tokenizer = (AutoTokenizer.from_pretrained(path) for path in pair)
     own, new = base_tokenizer.get_vocab(), donor_tokenizer.get_vocab()
     shared = sorted(token for token in new if token in own and token.isalpha() and len(token) == 1)
@@ -121,7 +124,7 @@ def test_magikarp(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_magikarp_is_a_parameter_of_each_model(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """One input with it and one without are each realigned as alone."""
+    """Compare inputs with and without it with separate transplants."""
     again = saved(tmp_path / "again", AutoTokenizer.from_pretrained(pair[0]), seed=2)
     models = [{"model": str(pair[0])}, {"model": str(again), "parameters": {"magikarp": True}}]
     recipe = {"merge_method": "omp_linear", "models": models, "tokenizer": {"source": str(pair[1])}}

@@ -1,4 +1,4 @@
-"""The examples, and recipes of several stages, through the real commands."""
+"""Run the examples, and recipes of several stages, with the real commands."""
 
 import re
 from pathlib import Path
@@ -27,7 +27,7 @@ STAGE = re.compile(r"^name: (\S+)$", re.MULTILINE)
 
 
 def small_checkpoint(hub_id: str, folder: Path, layers: int) -> Path:
-    """A small llama for a Hub id; models of one family share a vocabulary, others do not."""
+    """Write a small llama for a hub id; models of one family share a vocabulary, others do not."""
     family = re.split(r"-Instruct|-Base|-beta|/zephyr|/Wizard|/OpenHermes", hub_id)[0]
     seed = sum(family.encode()) % 5
     special = ("<|im_start|>", "<|im_end|>", "<|eot_id|>")
@@ -40,7 +40,7 @@ def small_checkpoint(hub_id: str, folder: Path, layers: int) -> Path:
 
 
 def with_local_files(recipe: str, folder: Path) -> str:
-    """A recipe whose files, a corpus or word vectors, are small ones that are there."""
+    """Replace the files of a recipe, a corpus or word vectors, by small ones."""
     for key, path in word_files(folder).items():
         recipe = re.sub(rf"^  {key}: [\w.]+", f"  {key}: {path}", recipe, flags=re.MULTILINE)
     if "hypernetwork:" in recipe:
@@ -53,7 +53,7 @@ def with_local_files(recipe: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example(example: Path, tmp_path: Path) -> None:
-    """Every recipe in examples/yaml runs, its Hub ids replaced by small local checkpoints."""
+    """Run every recipe in examples/yaml with small local checkpoints for its hub ids."""
     recipe = example.read_text()
     layers = max([2, *map(int, LAST_LAYER.findall(recipe))])
     for name in set(MODEL.findall(recipe)) - {*STAGE.findall(recipe), "base", "union"}:
@@ -93,8 +93,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def test_stages_feed_each_other(models: dict[str, Path], tmp_path: Path) -> None:
-    """A later stage names an earlier one as model and as tokenizer.source; a lazy re-run keeps what is there."""
+def test_stages_use_earlier_ones(models: dict[str, Path], tmp_path: Path) -> None:
+    """Name an earlier stage as model and as tokenizer.source; a lazy re-run keeps finished stages."""
     stages = [
         {
             "name": "aligned",

@@ -1,4 +1,4 @@
-"""Tasks under mergekit's executor for several GPUs, which makes one of them torch's default device."""
+"""Test tasks under mergekit's executor for several GPUs, which makes one of them torch's default device."""
 
 import threading
 from collections.abc import Callable
@@ -26,13 +26,13 @@ BY_LSTSQ = {"mp_rope", "stb"}
 
 
 def ours(kind: type = Task) -> set[type]:
-    """Every task of this package."""
+    """Return every task of this package."""
     found = {kind} if kind.__module__.startswith("mergekit_omp.") else set()
     return found.union(*map(ours, kind.__subclasses__()))
 
 
 def elsewhere(execute: Callable) -> Callable:
-    """Execute a task with a default device whose tensors hold nothing: none of them may be mixed with others."""
+    """Execute a task with a default device whose tensors have no data: none of them may be combined with others."""
 
     @wraps(execute)
     def placed(*arguments: Any, **named: Any) -> Any:
@@ -74,7 +74,7 @@ def test_the_default_device_does_not_matter(
 
 
 def test_the_executor_for_several_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mergekit's own, with two «GPUs» that are the CPU: what it puts where, in which order and in which thread."""
+    """Run mergekit's own, with two «GPUs» that are the CPU, to check placement, order and threads."""
     for name, value in {
         "get_torch_accelerator_type": lambda: "cpu",
         "get_torch_accelerator_count": lambda: 2,

@@ -1,4 +1,4 @@
-"""A base that reads images keeps its processor."""
+"""Test that a base with image input keeps its processor."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ IMAGE_PROCESSOR = getattr(transformers, "Gemma3ImageProcessorPil", None) or tran
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A small Gemma 3 that reads images, with its processor, and a donor that knows nothing of images."""
+    """Write a small Gemma 3 with image input and its processor, and a text-only donor."""
     folder = tmp_path_factory.mktemp("pair")
     tokenizer = byte_level_tokenizer(ENGLISH, size=350, special=tuple(NAMED.values()))
     tokenizer.save_pretrained(folder / "base")
@@ -70,7 +70,7 @@ def inputs_of(folder: Path) -> dict[str, Any]:
 
 
 def test_processor_loads_and_finds_its_tokens(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """With image tokens that the recipe adds: the same pixels, ids that config.json names, and a model that runs."""
+    """Add image tokens in the recipe: equal pixels, ids as in config.json, and a model that runs."""
     base, donor = pair
     given = recipe(base, donor)
     given["tokenizer"]["tokens"] = {text: {"source": str(base)} for text in NAMED.values()}
@@ -90,26 +90,26 @@ def test_processor_loads_and_finds_its_tokens(tmp_path: Path, pair: tuple[Path, 
         assert torch.isfinite(model(**after).logits).all()
 
 
-def test_lost_image_tokens_are_told(pair: tuple[Path, Path]) -> None:
+def test_missing_image_tokens_are_reported(pair: tuple[Path, Path]) -> None:
     base, donor = pair
 
-    def told(tokens: dict[str, Any] | None) -> list[str]:
+    def warnings_with(tokens: dict[str, Any] | None) -> list[str]:
         config = MergeConfiguration(
             merge_method="omp", models=[{"model": str(base)}], tokenizer={"source": str(donor), "tokens": tokens}
         )
         transplant = resolve(config, MergeOptions())
         return [s for s in warnings_for(transplant.base, transplant) if "processor" in s]
 
-    assert told(None) == [
-        f"{base}: it reads more than text, and its processor needs '<end_of_image>', '<image_soft_token>', "
+    assert warnings_with(None) == [
+        f"{base}: it has image or audio input, and its processor needs '<end_of_image>', '<image_soft_token>', "
         "'<start_of_image>', which the output vocabulary lacks; add them to tokenizer.tokens, such as "
         f"`<end_of_image>: {{source: {base}}}`."
     ]
-    assert told({text: {"source": str(base)} for text in NAMED.values()}) == []
+    assert warnings_with({text: {"source": str(base)} for text in NAMED.values()}) == []
 
 
-def test_a_vocabulary_that_the_model_had_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mergekit copies vocab.json of some architectures beside the new tokenizer.json."""
+def test_the_old_vocabulary_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that vocab.json, which mergekit copies for some architectures, is removed."""
     tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH, size=300), sentencepiece_tokenizer(PYTHON)
     base = save(tmp_path / "base", make_model(tokenizer), tokenizer)
     donor = save(tmp_path / "donor", make_model(donor_tokenizer), donor_tokenizer)

@@ -1,4 +1,4 @@
-"""The main job on real weights: Gemma-3-270M gets SmolLM2's tokenizer."""
+"""Test the main use on real weights: Gemma-3-270M gets SmolLM2's tokenizer."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def transplanted(gemma3_dir: Path, smollm2_dir: Path, tmp_path_factory: pytest.T
 
 @pytest.mark.slow
 def test_anchors_and_body_are_gemmas(transplanted: Path, gemma3_dir: Path) -> None:
-    """Every anchor's row, and every tensor without a vocabulary axis, bit for bit."""
+    """Compare the rows of anchors, and tensors without a vocabulary axis, bit for bit."""
     before, after = tensors_of(gemma3_dir), tensors_of(transplanted)
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before if name != EMBED)
@@ -44,7 +44,7 @@ def test_anchors_and_body_are_gemmas(transplanted: Path, gemma3_dir: Path) -> No
 
 @pytest.mark.slow
 def test_better_than_zero_and_mean(transplanted: Path, gemma3_dir: Path) -> None:
-    """Fewer bits per byte than with the new rows zero, or the mean of Gemma's; and it generates text."""
+    """Compare bits per byte with new rows that are zero or Gemma's mean, and generate text."""
     tokenizer, model = AutoTokenizer.from_pretrained(transplanted), AutoModelForCausalLM.from_pretrained(transplanted)
     model = model.float()
     original = read_vocabulary(AutoTokenizer.from_pretrained(gemma3_dir))

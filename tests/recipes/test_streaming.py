@@ -1,4 +1,4 @@
-"""Peak memory of a transplant: that of the vocabulary matrices and one shard, not of the model."""
+"""Test that peak memory is that of the vocabulary matrices and one shard, not of the model."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def peak_memory(recipe: dict, out: Path, *options: str) -> int:
-    """Bytes that ``mergekit-yaml`` held at most."""
+    """Return the peak memory of ``mergekit-yaml`` in bytes."""
     path = out.with_suffix(".yml")
     path.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-c", MEASURED, str(path), str(out), "--quiet", *options]
@@ -38,7 +38,7 @@ def peak_memory(recipe: dict, out: Path, *options: str) -> int:
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_peak_memory_is_not_that_of_the_model(tmp_path: Path, safe: bool) -> None:
-    """A model of 440 MB in shards of 20 MB, with a donor that is sharded too, takes little more than a tiny model."""
+    """Compare a model of 440 MB in shards of 20 MB, with a sharded donor, with a tiny model."""
     base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     big = make_model(base_tokenizer, hidden=512, intermediate=2048, layers=28)
     size = sum(parameter.numel() * 4 for parameter in big.parameters())

@@ -1,4 +1,4 @@
-"""Inputs and donors are read as their files say, whatever transformers would make of them."""
+"""Test that tokenizers are read as their files declare, whatever class transformers chooses."""
 
 import json
 import logging
@@ -19,7 +19,9 @@ from helpers.checkpoints import (
     tensors_of,
 )
 from helpers.commands import recipe
+from helpers.versions import TRANSFORMERS, since
 from mergekit.common import ModelReference
+from packaging.version import Version
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.integrations.mistral import convert_tekken_tokenizer
@@ -39,7 +41,7 @@ def read(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def twins(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> tuple[Path, Path]:
-    """One tokenizer and one pair of matrices twice: in a qwen2, whose tokenizer transformers rebuilds, and a llama."""
+    """Write one tokenizer and one pair of matrices twice: as a qwen2, whose tokenizer is rebuilt, and as a llama."""
     qwen2, llama = (make_model(tokenizer, architecture=name, seed=seed) for name in ("qwen2", "llama"))
     llama.get_input_embeddings().weight.data.copy_(qwen2.get_input_embeddings().weight)
     llama.get_output_embeddings().weight.data.copy_(qwen2.get_output_embeddings().weight)
@@ -47,18 +49,26 @@ def twins(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> tu
 
 
 @pytest.mark.parametrize(
+    "written_class",
+    ["Qwen2Tokenizer", pytest.param("TokenizersBackend", marks=since("5.8", "rebuilding whatever class is named"))],
+)
+@pytest.mark.parametrize(
     "build",
     [lambda: sentencepiece_tokenizer(ENGLISH, size=520), tt.unigram, tt.word_piece],
     ids=["replaced spaces", "metaspace", "wordpiece"],
 )
-def test_a_qwen2_with_another_familys_tokenizer(build: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_qwen2_with_another_familys_tokenizer(
+    build: Any, written_class: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = build()
     folder, _ = twins(tmp_path, tokenizer)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": written_class}))
     rebuilt = AutoTokenizer.from_pretrained(folder)
     assert not is_read_as_written(rebuilt, folder / "tokenizer.json")
     with caplog.at_level(logging.INFO):
         loaded = read(folder)
-    assert f"{folder}: transformers reads its tokenizer as a Qwen2Tokenizer" in caplog.text
+    assert f"{folder}: transformers loads its tokenizer as a Qwen2Tokenizer" in caplog.text
     assert read_vocabulary(loaded) == read_vocabulary(tokenizer)
     assert read_vocabulary(loaded) != read_vocabulary(rebuilt)
     for text in TEXTS:
@@ -66,19 +76,20 @@ def test_a_qwen2_with_another_familys_tokenizer(build: Any, tmp_path: Path, capl
     assert loaded.special_tokens_map == tokenizer.special_tokens_map
 
 
-def test_what_is_read_as_written_is_left_alone(
+def test_tokenizers_read_as_written_are_unchanged(
     smollm2_dir: Path, gemma3_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        for folder in (smollm2_dir, gemma3_dir):
+        # transformers 5.1 and 5.2 leave Gemma's pre-tokenizer out.
+        for folder in (smollm2_dir, gemma3_dir) if Version("5.3") <= TRANSFORMERS else (smollm2_dir,):
             read_as = type(AutoTokenizer.from_pretrained(folder))
             assert type(read(folder)) is read_as
-    assert "tokenizer.json is read instead" not in caplog.text
+    assert "tokenizer.json is used instead" not in caplog.text
 
 
 @pytest.mark.parametrize("side", ["base", "donor", "inputs"])
 def test_recipes_are_the_same_for_both_bodies(side: str, tmp_path: Path) -> None:
-    """A base, a donor and an input of type qwen2 give what a llama with the same rows and tokenizer gives."""
+    """Compare recipes with bases, donors and inputs of type qwen2 with those of a llama."""
     metaspace, byte_level = sentencepiece_tokenizer(ENGLISH, size=520), byte_level_tokenizer(PYTHON, size=400)
     ours, others = twins(tmp_path / "ours", metaspace), twins(tmp_path / "other", byte_level, seed=5)
     results, anchors = [], []
@@ -103,7 +114,7 @@ def test_recipes_are_the_same_for_both_bodies(side: str, tmp_path: Path) -> None
 
 
 def test_byte_tokens_that_are_flagged_special_are_bytes(tmp_path: Path) -> None:
-    """Llama 2 conversions list ``<0x00>`` to ``<0xFF>`` as special added tokens; they still are single bytes."""
+    """Check Llama 2 conversions that list ``<0x00>`` to ``<0xFF>`` as special added tokens."""
     plain = sentencepiece_tokenizer(ENGLISH, size=520)
     described = json.loads(plain.backend_tokenizer.to_str())
     vocabulary = described["model"]["vocab"]
@@ -125,7 +136,7 @@ def test_byte_tokens_that_are_flagged_special_are_bytes(tmp_path: Path) -> None:
     same = save(tmp_path / "same", make_model(plain), plain)
     donor_tokenizer = byte_level_tokenizer(PYTHON, size=400)
     donor = save(tmp_path / "donor", make_model(donor_tokenizer, hidden=24, seed=3), donor_tokenizer)
-    result, expected = (run(recipe(each, donor), tmp_path / f"out of {each.name}") for each in (base, same))
+    result, expected = (run(recipe(model, donor), tmp_path / f"out of {model.name}") for model in (base, same))
     before = tensors_of(base)[EMBED]
     newline = donor_tokenizer.convert_tokens_to_ids("Ċ")
     assert torch.equal(result[EMBED][newline], before[vocabulary["<0x0A>"]])
@@ -134,10 +145,12 @@ def test_byte_tokens_that_are_flagged_special_are_bytes(tmp_path: Path) -> None:
 
 # Tekken
 
+READS_TEKKEN = since("5.17", "reading a tekken.json with its special tokens")
+
 
 @pytest.fixture(scope="module")
 def small_tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mistral's Tekken file with its first 700 tokens, which are a tokenizer themselves."""
+    """Write Mistral's Tekken file with its first 700 tokens, which are a valid tokenizer."""
     described = json.loads(tt.package_file("mistral_common", "data/tekken_240911.json").read_text())
     described["vocab"] = described["vocab"][:700]
     described["config"]["default_vocab_size"] = described["config"]["default_num_special_tokens"] + 700
@@ -146,6 +159,7 @@ def small_tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@READS_TEKKEN
 def test_tekken_alone_is_the_whole_tokenizer(tmp_path: Path) -> None:
     """The file of Mistral NeMo: the same ids and texts as its conversion, with the roles and bos of mistral-common."""
     source = tt.package_file("mistral_common", "data/tekken_240911.json")
@@ -163,15 +177,18 @@ def test_tekken_alone_is_the_whole_tokenizer(tmp_path: Path) -> None:
     assert read_vocabulary(tokenizer).roles == {"bos": 1, "eos": 2, "unk": 0, "pad": 11}
 
 
-def test_tekken_alone_with_an_old_transformers(small_tekken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tekken_without_tokenizer_json_and_an_old_transformers(
+    small_tekken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tokenizers_module.transformers, "__version__", "5.13.0")
     with pytest.raises(OmpError, match=r"needs transformers 5.17 or newer, and 5.13.0 is installed\); name a model"):
         read(small_tekken)
 
 
+@READS_TEKKEN
 @pytest.mark.parametrize("with_weights", [True, False])
 def test_a_tekken_donor(with_weights: bool, small_tekken: Path, tmp_path: Path) -> None:
-    """A donor with tekken.json gives what the same donor with its tokenizer.json gives; also a tokenizer alone."""
+    """Compare a donor with tekken.json, with or without a model, with the same donor with tokenizer.json."""
     converted = convert_tekken_tokenizer(str(small_tekken / "tekken.json"))
     donor, twin = tmp_path / "donor", tmp_path / "twin"
     for folder in (donor, twin):
@@ -183,7 +200,9 @@ def test_a_tekken_donor(with_weights: bool, small_tekken: Path, tmp_path: Path) 
     tokenizer = byte_level_tokenizer(ENGLISH, size=400)
     base = save(tmp_path / "base", make_model(tokenizer), tokenizer)
     more = {} if with_weights else {"parameters": {"approximation": "subword"}}
-    result, expected = (run(recipe(base, each, **more), tmp_path / f"out of {each.name}") for each in (donor, twin))
+    result, expected = (
+        run(recipe(base, source, **more), tmp_path / f"out of {source.name}") for source in (donor, twin)
+    )
     assert len(result[EMBED]) == 1700
     assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
     written = AutoTokenizer.from_pretrained(tmp_path / "out of donor")
@@ -193,8 +212,8 @@ def test_a_tekken_donor(with_weights: bool, small_tekken: Path, tmp_path: Path) 
     assert torch.equal(result[EMBED][converted.convert_tokens_to_ids("Ġthe")], tensors_of(base)[EMBED][kept])
 
 
-def test_a_folder_with_both_files_is_read_by_tokenizer_json(small_tekken: Path, tmp_path: Path) -> None:
-    """Mistral's own folders have both; transformers prefers mistral-common's class, which declares nothing."""
+def test_tokenizer_json_takes_precedence_over_tekken(small_tekken: Path, tmp_path: Path) -> None:
+    """Check Mistral's own folders, for which transformers prefers mistral-common's class."""
     converted = convert_tekken_tokenizer(str(small_tekken / "tekken.json"))
     converted.save_pretrained(tmp_path)
     (tmp_path / "tekken.json").write_bytes((small_tekken / "tekken.json").read_bytes())

@@ -1,4 +1,4 @@
-"""Tokens that are in a tokenizer while no checkpoint has a row for them: they get the mean row, and a warning."""
+"""Test tokens that no checkpoint has a row for: they get the mean row, and a warning."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ ROWS = 400
 
 
 def checkpoint(folder: Path, *added: str, seed: int, corpus: list[str] = ENGLISH) -> Path:
-    """A model with tokens that were added to its tokenizer, while its matrices were never resized."""
+    """Write a model whose matrices were not resized after tokens had been added to its tokenizer."""
     tokenizer = byte_level_tokenizer(corpus, size=ROWS)
     model = make_model(tokenizer, seed=seed)
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in added])
@@ -27,7 +27,7 @@ def checkpoint(folder: Path, *added: str, seed: int, corpus: list[str] = ENGLISH
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base, a fine-tune with ``[PAD]`` beyond its rows, and a model with Gemma 3's image token beyond its rows."""
+    """Write a base, a fine-tune with ``[PAD]`` beyond its rows, and a model with an image token beyond its rows."""
     folder = tmp_path_factory.mktemp("models")
     return {
         "plain": checkpoint(folder / "plain", seed=1),
@@ -53,10 +53,10 @@ def recipe(method: str, inputs: list[Path], source: Path | str, **more: Any) -> 
 
 
 def test_a_transplant_warns_and_gives_the_mean(models: dict[str, Path], tmp_path: Path) -> None:
-    """The tokenizer of a fine-tune that added ``[PAD]`` and no row for it."""
-    said = merge(recipe("omp", [models["plain"]], models["pad"]), tmp_path / "out")
-    assert f"{models['plain']} has no row for 1 tokens and neither has a donor" in said
-    assert "they get the mean of the kept rows: '[PAD]'" in said
+    """Use the tokenizer of a fine-tune that added ``[PAD]`` without a row."""
+    log = merge(recipe("omp", [models["plain"]], models["pad"]), tmp_path / "out")
+    assert f"{models['plain']} has no row for 1 tokens and neither has a donor" in log
+    assert "they get the mean of the kept rows: '[PAD]'" in log
     result, before = tensors_of(tmp_path / "out"), tensors_of(models["plain"])
     for name in (EMBED, HEAD):
         assert torch.equal(result[name][:ROWS], before[name])
@@ -67,10 +67,10 @@ def test_a_transplant_warns_and_gives_the_mean(models: dict[str, Path], tmp_path
 
 
 @pytest.mark.parametrize("source", ["base", "union"])
-def test_a_merge_with_a_token_that_nobody_has_a_row_for(
+def test_a_merge_with_a_token_without_a_row_in_any_model(
     source: str, models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Gemma 3's text models have 262,144 rows and a token of that id."""
+    """Check Gemma 3's text models, which have 262,144 rows and a token with that id."""
     inputs = [models["image"], models["plain"]]
     result = run(recipe("omp_linear", inputs, source, base_model=str(inputs[0])), tmp_path / "out", quiet=False)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").convert_tokens_to_ids("<image_soft_token>") == ROWS
@@ -80,14 +80,12 @@ def test_a_merge_with_a_token_that_nobody_has_a_row_for(
         torch.testing.assert_close(result[name][ROWS], (own[0].mean(dim=0) + own[1].mean(dim=0)) / 2)
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == ROWS + 1
     for path in inputs:
-        [said] = [line for line in caplog.messages if line.startswith(f"{path} has no row for 1 tokens")]
-        assert said.endswith("'<image_soft_token>'")
+        [log] = [line for line in caplog.messages if line.startswith(f"{path} has no row for 1 tokens")]
+        assert log.endswith("'<image_soft_token>'")
 
 
-def test_beside_tokens_that_are_approximated(
-    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The donor's other tokens are solved for; an override still wins over the mean."""
+def test_with_approximated_tokens(models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check that other tokens of the donor are solved for, and that an override replaces the mean."""
     run(recipe("omp", [models["plain"]], models["other"]), tmp_path / "out", quiet=False)
     assert any(line.endswith("the mean of the kept rows: '[PAD]'") for line in caplog.messages)
     assert all(solve["targets"] > 50 for solve in read_record(tmp_path / "out")["solves"])
@@ -101,7 +99,7 @@ def test_beside_tokens_that_are_approximated(
     assert not any("neither has a donor" in line for line in caplog.messages)
 
 
-def test_a_union_leaves_out_what_another_input_has_no_row_for(models: dict[str, Path], tmp_path: Path) -> None:
-    """As mergekit's: of inputs other than the first, tokens beyond their rows are no part of a union."""
+def test_a_union_omits_tokens_without_a_row_in_another_input(models: dict[str, Path], tmp_path: Path) -> None:
+    """Check that, as in mergekit, a union omits tokens beyond the rows of inputs other than the first."""
     run(recipe("omp_linear", [models["plain"], models["image"]], "union"), tmp_path / "out")
     assert "<image_soft_token>" not in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()

@@ -1,4 +1,4 @@
-"""``merge_method: omp`` through the real ``mergekit-yaml``, on small checkpoints."""
+"""Test ``merge_method: omp`` with the real ``mergekit-yaml``, on small checkpoints."""
 
 import json
 import shutil
@@ -42,13 +42,13 @@ def recipe(base: Path, donor: Path | str, **more: object) -> dict:
 
 
 class Bytes(bytes):
-    """What a token stands for; ``fallback`` where it is a byte-fallback token such as ``<0x30>``."""
+    """The bytes of a token; ``fallback`` for a byte-fallback token such as ``<0x30>``."""
 
     fallback = False
 
 
 def text_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, Bytes]:
-    """The bytes of every token that is text, by the definition of the two kinds of tokenizers made here."""
+    """Return the bytes of every text token, by the definition of the two kinds of tokenizers used here."""
     alphabet = {char: byte for byte, char in enumerate(_byte_alphabet())}
     byte_level = "Ġ" in tokenizer.get_vocab()
     result = {}
@@ -66,25 +66,25 @@ def text_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, Bytes]:
 
 
 def preferred_last(tokens: dict[int, Bytes]) -> list[tuple[int, Bytes]]:
-    """Tokens so that of those with equal bytes the one to use comes last: ordinary ones, and lower ids."""
+    """Sort tokens so that among those with equal bytes the preferred one is last: ordinary, and with a lower id."""
     return sorted(tokens.items(), key=lambda token: (not token[1].fallback, -token[0]))
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's: printable bytes stand for themselves, the others for code points from 256 on."""
+    """Build GPT-2's alphabet: printable bytes are themselves, the others code points from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def never_written(tokens: dict[int, Bytes], anchors: dict[int, int]) -> set[int]:
-    """Byte-fallback tokens whose row another token of the same bytes has: ``<0x35>`` where there is ``5``."""
+def unwritten_tokens(tokens: dict[int, Bytes], anchors: dict[int, int]) -> set[int]:
+    """Return byte-fallback tokens whose row another token with the same bytes has: ``<0x35>`` and ``5``."""
     ordinary = {anchors[id_] for id_, data in tokens.items() if id_ in anchors and not data.fallback}
     return {id_ for id_, data in tokens.items() if id_ in anchors and data.fallback and anchors[id_] in ordinary}
 
 
-def obvious_omp(target: np.ndarray, atoms: np.ndarray, k: int) -> tuple[list[int], np.ndarray]:
-    """OMP as in its definition, in float64: the support and the least-squares coefficients."""
+def naive_omp(target: np.ndarray, atoms: np.ndarray, k: int) -> tuple[list[int], np.ndarray]:
+    """Run OMP by its definition in float64; return the support and the least-squares coefficients."""
     support: list[int] = []
     coefficients = np.zeros(0)
     residual = target
@@ -100,7 +100,7 @@ def obvious_omp(target: np.ndarray, atoms: np.ndarray, k: int) -> tuple[list[int
 def expected_rows(
     base: torch.Tensor, donor: torch.Tensor, base_bytes: dict[int, Bytes], donor_bytes: dict[int, Bytes]
 ) -> tuple[dict[int, int], dict[int, np.ndarray]]:
-    """What a transplant must give: donor id to base row for anchors, donor id to new row for the rest."""
+    """Return the expected rows: donor id to base row for anchors, donor id to new row for new tokens."""
     rows_of = {data: row for row, data in preferred_last(base_bytes)}
     anchors = {id_: rows_of[data] for id_, data in donor_bytes.items() if data in rows_of}
     shared = {id_: data for id_, data in donor_bytes.items() if id_ in anchors}
@@ -108,7 +108,7 @@ def expected_rows(
     donor64, base64 = donor.double().numpy(), base.double().numpy()
     new = {}
     for id_ in donor_bytes.keys() - anchors.keys():
-        support, coefficients = obvious_omp(donor64[id_], donor64[atom_ids], K)
+        support, coefficients = naive_omp(donor64[id_], donor64[atom_ids], K)
         new[id_] = coefficients @ base64[[anchors[atom_ids[atom]] for atom in support]]
     return anchors, new
 
@@ -127,7 +127,7 @@ TOKENIZERS = {
 def test_rows_are_those_of_the_definition(
     tmp_path: Path, base_tied: bool, donor_tied: bool, base_kind: str, donor_kind: str
 ) -> None:
-    """Anchors bit for bit, the rest as a float64 OMP in the donor's space gives it, for input embedding and head."""
+    """Compare anchors bit for bit, and other rows with a float64 OMP, for input embedding and head."""
     base_tokenizer, donor_tokenizer = TOKENIZERS[base_kind](ENGLISH), TOKENIZERS[donor_kind](PYTHON)
     base_model = make_model(base_tokenizer, tied=base_tied, seed=1)
     donor_model = make_model(donor_tokenizer, architecture="mistral", tied=donor_tied, hidden=24, layers=1, seed=2)
@@ -146,7 +146,7 @@ def test_rows_are_those_of_the_definition(
         )
         assert len(new) > 20
         assert after[name].shape == (len(donor_tokenizer.get_vocab()), 32)
-        silent = never_written(text_bytes(donor_tokenizer), anchors)
+        silent = unwritten_tokens(text_bytes(donor_tokenizer), anchors)
         assert (len(silent) > 20) == (donor_kind == "sentencepiece")
         for id_, row in anchors.items():
             kept = torch.equal(after[name][id_], before[name][row])
@@ -161,7 +161,7 @@ def test_rows_are_those_of_the_definition(
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A SentencePiece-style base and a byte-level donor of another architecture."""
+    """Write a SentencePiece-style base and a byte-level donor of another architecture."""
     folder = tmp_path_factory.mktemp("pair")
     base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     donor_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}"
@@ -171,7 +171,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_output_is_a_model_that_loads_and_generates(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """Config, generation config, tokenizer, chat template and card belong together, and every id has a row."""
+    """Check that configurations, tokenizer, chat template and card are consistent, and that every id has a row."""
     base, donor = pair
     out = tmp_path / "out"
     log = merge(recipe(base, donor), out)
@@ -193,8 +193,8 @@ def test_output_is_a_model_that_loads_and_generates(tmp_path: Path, pair: tuple[
     assert "mean relative residual" in log
 
 
-def test_no_warning_of_ids_beyond_the_end_of_a_smaller_vocabulary(tmp_path: Path) -> None:
-    """The base's eos comes last in its vocabulary; the output's ids are right, so there is nothing to tell."""
+def test_no_warning_about_ids_beyond_a_smaller_vocabulary(tmp_path: Path) -> None:
+    """Check a base whose eos has its highest id: the output's ids are right, so there is no warning."""
     base_tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     base_tokenizer.add_tokens([f"filler{i}" for i in range(500)])
     base_tokenizer.add_special_tokens({"eos_token": "<|the very last|>"})
@@ -217,7 +217,7 @@ def test_quiet_silences_bar_and_log(tmp_path: Path, pair: tuple[Path, Path]) -> 
 
 
 def test_pad_to_multiple_of(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """Padding rows are the mean of the kept rows, and config.json counts them."""
+    """Check that padding rows are the mean of kept rows, and that config.json counts them."""
     base, donor = pair
     merge(recipe(base, donor, tokenizer={"source": str(donor), "pad_to_multiple_of": 64}), tmp_path / "out")
     tokens = len(AutoTokenizer.from_pretrained(donor).get_vocab())
@@ -230,7 +230,7 @@ def test_pad_to_multiple_of(tmp_path: Path, pair: tuple[Path, Path]) -> None:
 
 
 def test_ids_with_gaps(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """An output vocabulary whose ids have gaps gets a row for every id up to the highest."""
+    """Check that an output vocabulary with gaps has a row for every id up to the highest."""
     base, _ = pair
     tokenizer = byte_level_tokenizer(PYTHON)
     described = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -255,7 +255,7 @@ def test_ids_with_gaps(tmp_path: Path, pair: tuple[Path, Path]) -> None:
 
 @pytest.mark.parametrize("difference", [40, -40])
 def test_donor_matrix_with_other_rows_than_tokens(tmp_path: Path, pair: tuple[Path, Path], difference: int) -> None:
-    """More rows than tokens: the output has as many. Fewer: tokens without one are named and get the fallback."""
+    """Check more rows than tokens, which are kept, and fewer, for which tokens are named and get the fallback."""
     base, _ = pair
     tokenizer = byte_level_tokenizer(PYTHON)
     tokens = len(tokenizer.get_vocab())
@@ -269,10 +269,10 @@ def test_donor_matrix_with_other_rows_than_tokens(tmp_path: Path, pair: tuple[Pa
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_sharded_inputs_and_output(tmp_path: Path, safe: bool) -> None:
-    """Base and donor in many shards, .safetensors or .bin, give what single files give."""
+    """Compare base and donor in many shards, .safetensors or .bin, with single files."""
     base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     base_model, donor_model = make_model(base_tokenizer, seed=1), make_model(donor_tokenizer, hidden=24, seed=2)
-    whole = [
+    single_files = [
         save(tmp_path / "base", base_model, base_tokenizer),
         save(tmp_path / "donor", donor_model, donor_tokenizer),
     ]
@@ -281,7 +281,7 @@ def test_sharded_inputs_and_output(tmp_path: Path, safe: bool) -> None:
         save(tmp_path / "donor_shards", donor_model, donor_tokenizer, shard_size="20KB", safe=safe),
     ]
     assert len(list(sharded[0].glob("*-of-*"))) > 3
-    merge(recipe(*whole), tmp_path / "one")
+    merge(recipe(*single_files), tmp_path / "one")
     merge(recipe(*sharded), tmp_path / "many", "--out-shard-size", "20K")
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
@@ -290,7 +290,7 @@ def test_sharded_inputs_and_output(tmp_path: Path, safe: bool) -> None:
 
 
 def test_same_vocabulary_changes_nothing(tmp_path: Path) -> None:
-    """A donor with the base's vocabulary is no mistake: the log says that nothing was to be approximated."""
+    """Check that a donor with the base's vocabulary is valid, and that the log says so."""
     tokenizer = byte_level_tokenizer()
     base = save(tmp_path / "base", make_model(tokenizer, seed=1), tokenizer)
     donor = save(tmp_path / "donor", make_model(tokenizer, seed=2), tokenizer)
@@ -308,7 +308,7 @@ def test_k_above_the_number_of_anchors(tmp_path: Path, pair: tuple[Path, Path]) 
 
 @pytest.mark.parametrize(("which", "tensor"), [("base", EMBED), ("donor", HEAD)])
 def test_nan_in_a_tensor(tmp_path: Path, which: str, tensor: str) -> None:
-    """A NaN is refused with the tensor's name and the rows, and leaves no output."""
+    """Check that a NaN is rejected with the names of tensor and rows, without output."""
     tokenizers = {"base": sentencepiece_tokenizer(ENGLISH), "donor": byte_level_tokenizer(PYTHON)}
     folders = {}
     for name, tokenizer in tokenizers.items():
@@ -324,7 +324,7 @@ def test_nan_in_a_tensor(tmp_path: Path, which: str, tensor: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_noise_and_scale_change_new_rows_alone(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_noise_and_scale_change_only_new_rows(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     merge(recipe(*pair, parameters={"k": K}), tmp_path / "plain")
     merge(recipe(*pair, parameters={"k": K, "new_vocab_scale": 0.5}), tmp_path / "scaled")
     merge(recipe(*pair, parameters={"k": K, "new_vocab_noise": 0.1}), tmp_path / "noisy")
@@ -337,7 +337,7 @@ def test_noise_and_scale_change_new_rows_alone(tmp_path: Path, pair: tuple[Path,
 
 
 def test_tokenizer_of_a_body_that_transformers_forces_a_class_on(tmp_path: Path) -> None:
-    """AutoTokenizer gives every qwen2 folder Qwen's pre-tokenizer; the output must be read as the donor's anyway."""
+    """Check a qwen2 folder, for which AutoTokenizer uses Qwen's pre-tokenizer: the output must be read unchanged."""
     base_tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH), sentencepiece_tokenizer(PYTHON)
     base = save(tmp_path / "base", make_model(base_tokenizer, architecture="qwen2"), base_tokenizer)
     donor = save(tmp_path / "donor", make_model(donor_tokenizer, architecture="mistral", hidden=24), donor_tokenizer)
@@ -349,8 +349,8 @@ def test_tokenizer_of_a_body_that_transformers_forces_a_class_on(tmp_path: Path)
         assert loaded.decode(loaded(text)["input_ids"]) == text
 
 
-def test_regression_is_the_default_and_leaves_anchors_alone(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """New rows are predicted from donor row, pieces and codes; the paper's combination stays one word away."""
+def test_regression_is_the_default_and_keeps_anchors(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Check that new rows depend on donor row, pieces and codes, and that `combination` is the paper's."""
     base, donor = pair
     default = run(recipe(base, donor, parameters={"k": K}), tmp_path / "default")
     named = run(recipe(base, donor, parameters={"k": K, "reconstruction": "regression"}), tmp_path / "named")
@@ -364,7 +364,7 @@ def test_regression_is_the_default_and_leaves_anchors_alone(tmp_path: Path, pair
 
 
 def test_generation_stops_at_every_token_with_the_row_of_eos(tmp_path: Path) -> None:
-    """The base has one token for bos and eos; the output's two then have equal logits, and greedy may say either."""
+    """Check a base with one token for bos and eos: the output's two tokens have equal logits."""
     base_tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH), sentencepiece_tokenizer(PYTHON)
     base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
     donor = save(tmp_path / "donor", make_model(donor_tokenizer, hidden=24), donor_tokenizer)
@@ -378,7 +378,7 @@ def test_generation_stops_at_every_token_with_the_row_of_eos(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("which", ["base", "donor"])
 def test_rows_beyond_vocab_size_are_padding(tmp_path: Path, pair: tuple[Path, Path], which: str) -> None:
-    """Where no token has them, a vocab_size below the number of rows changes nothing but the mean of unused rows."""
+    """Check that a vocab_size below the number of rows only changes the mean of unused rows."""
     expected = run(recipe(*pair), tmp_path / "expected")
     changed = {"base": pair[0], "donor": pair[1]}
     folder = tmp_path / "padded"
@@ -394,7 +394,7 @@ def test_rows_beyond_vocab_size_are_padding(tmp_path: Path, pair: tuple[Path, Pa
 
 
 def test_a_tokenizer_that_writes_tokens_without_a_row(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    """Digits, too, which a run looks at: the tokens are new ones, and nothing fails."""
+    """Check digits without rows, which are new tokens."""
     base = tmp_path / "base"
     shutil.copytree(pair[0], base)
     tensors = load_file(base / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Slices that leave layers out, in the recipe that transplants the tokenizer: how draft models are made."""
+"""Test slices that omit layers in a recipe with a transplant, as for draft models."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def gemma3(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
 def test_layers_of_slices(tmp_path: Path, architecture: str) -> None:
-    """The output has those layers, of the kinds that they were, and loads; one is there twice."""
+    """Check that the output has these layers with their types, and loads; one layer is repeated."""
     tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH, size=350), sentencepiece_tokenizer(PYTHON)
     makers = {"gemma3": gemma3}
     model = makers.get(architecture, lambda t: make_model(t, architecture=architecture, layers=len(TYPES)))(tokenizer)

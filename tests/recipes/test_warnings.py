@@ -1,4 +1,4 @@
-"""What the summary tells a user about a pair of tokenizers."""
+"""Test the warnings about a pair of tokenizers."""
 
 import json
 from pathlib import Path
@@ -34,49 +34,51 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("output_has", [True, False])
-def test_a_missing_bos_is_told(tmp_path: Path, output_has: bool) -> None:
+def test_a_missing_bos_is_reported(tmp_path: Path, output_has: bool) -> None:
     base = with_bos(byte_level_tokenizer(size=300))
     donor = byte_level_tokenizer(PYTHON, size=300, eos="</s>")
     donor = with_bos(donor) if output_has else donor
     paths = [save(tmp_path / name, make_model(t), t) for name, t in (("base", base), ("donor", donor))]
     expected = [
         f"{paths[0]}: it was trained with '<|endoftext|>' at the start of every text, and its own tokenizer adds it; "
-        "the output tokenizer does not, so begin prompts with '</s>' yourself."
+        "the output tokenizer does not, so start prompts with '</s>'."
     ]
-    assert [s for s in advice_for(*paths) if "begin prompts" in s] == ([] if output_has else expected)
+    assert [s for s in advice_for(*paths) if "start prompts" in s] == ([] if output_has else expected)
 
 
-def test_other_numerals_are_told(tmp_path: Path, smollm2_dir: Path) -> None:
-    """Llama 3 writes chunks of three digits, SmolLM2 learnt single ones."""
+def test_other_numerals_are_reported(tmp_path: Path, smollm2_dir: Path) -> None:
+    """Check Llama 3, which writes chunks of three digits, and SmolLM2, which learnt single digits."""
     folder = tmp_path / "llama3"
     llama3().save_pretrained(folder)
-    [told] = [s for s in advice_for(smollm2_dir, folder, parameters={"approximation": "subword"}) if "numbers" in s]
-    assert "chunks of up to three digits from the left" in told
-    assert "single digits" in told
+    [warnings] = [
+        s for s in advice_for(smollm2_dir, folder, parameters={"approximation": "subword"}) if "numbers" in s
+    ]
+    assert "chunks of up to three digits from the left" in warnings
+    assert "single digits" in warnings
     assert advice_for(smollm2_dir, smollm2_dir) == []
 
 
-def test_tokens_of_the_chat_template_without_a_row_of_their_own_are_told(tmp_path: Path) -> None:
-    """By name, for the template that ships: not those that the model has, nor those that the recipe gives a row."""
+def test_tokens_of_the_chat_template_without_a_row_are_reported(tmp_path: Path) -> None:
+    """Check the names of the template's tokens without a row, except those that the recipe gives a row."""
     base = byte_level_tokenizer(size=300, special=("<|im_start|>",))
     donor = byte_level_tokenizer(PYTHON, size=300, special=("<|im_start|>", "<|tool|>", "<|role|>", "<|extra_0|>"))
     donor.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|tool|><|role|>{% endfor %}"
     paths = [save(tmp_path / name, make_model(t), t) for name, t in (("base", base), ("donor", donor))]
 
-    def told(**more: object) -> list[str]:
+    def warnings(**more: object) -> list[str]:
         return [s.split(", whose")[0] for s in advice_for(*paths, **more) if "chat template" in s]
 
-    assert told() == [f"{paths[0]}: the chat template writes '<|tool|>', '<|role|>'"]
-    assert told(tokens={"<|tool|>": {"source": {"kind": "zero"}}}) == [
+    assert warnings() == [f"{paths[0]}: the chat template writes '<|tool|>', '<|role|>'"]
+    assert warnings(tokens={"<|tool|>": {"source": {"kind": "zero"}}}) == [
         f"{paths[0]}: the chat template writes '<|role|>'"
     ]
     other = "{% for m in messages %}<|im_start|>{{ m.content }}<|extra_0|>{% endfor %}"
-    assert told(chat_template=other) == [f"{paths[0]}: the chat template writes '<|extra_0|>'"]
-    assert told(chat_template="{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}") == []
+    assert warnings(chat_template=other) == [f"{paths[0]}: the chat template writes '<|extra_0|>'"]
+    assert warnings(chat_template="{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}") == []
 
 
-def test_inputs_with_other_positions_are_told(tmp_path: Path) -> None:
-    """By setting, in the run's warnings and in what ``inspect`` prints; not for a merge of like models."""
+def test_inputs_with_other_positions_are_reported(tmp_path: Path) -> None:
+    """Check the settings in the run's warnings and in ``inspect``, and no warning for equal settings."""
     tokenizer, donor = byte_level_tokenizer(size=300), byte_level_tokenizer(PYTHON, size=300, eos="</s>")
     paths = {name: save(tmp_path / name, make_model(tokenizer), tokenizer) for name in ("base", "like", "other")}
     paths["donor"] = save(tmp_path / "donor", make_model(donor), donor)
@@ -92,16 +94,16 @@ def test_inputs_with_other_positions_are_told(tmp_path: Path) -> None:
         tokenizer={"source": str(paths["donor"])},
     )
     transplant = resolve(config, MergeOptions())
-    told = [s for model in transplant.inputs for s in warnings_for(model, transplant) if "positions" in s]
-    assert told == [
-        f"{paths['other']}: it was trained with other positions than {paths['base']}: rope_type linear instead of "
+    warnings = [s for model in transplant.inputs for s in warnings_for(model, transplant) if "positions" in s]
+    assert warnings == [
+        f"{paths['other']}: its position settings differ from those of {paths['base']}: rope_type linear instead of "
         "default, factor 4.0 instead of None, rope_theta 500000.0 instead of 10000.0, max_position_embeddings 8192 "
-        f"instead of 2048. The output has those of {paths['base']}, so expect what this model adds to suffer, above "
-        "all in long texts."
+        f"instead of 2048. The output has those of {paths['base']}, so the contribution of this model may lose "
+        "quality, above all in long texts."
     ]
     found = forecast(transplant, measure=False)
-    assert told[0] in next(each for each in found["inputs"] if each["name"] == str(paths["other"]))["advice"]
-    assert told[0] in " ".join(render(*describe_forecast(found)).split())
+    assert warnings[0] in next(model for model in found["inputs"] if model["name"] == str(paths["other"]))["advice"]
+    assert warnings[0] in " ".join(render(*describe_forecast(found)).split())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,7 @@ def test_inputs_with_other_positions_are_told(tmp_path: Path) -> None:
         ({"rope_theta": 5e5, "rope_type": "default"}, {"rope_theta": 5e5, "rope_type": "default"}),
     ],
 )
-def test_position_settings_of_models_of_several_kinds_of_layers(
+def test_position_settings_of_models_with_several_types_of_layers(
     rope: dict[str, Any], expected: dict[str, float]
 ) -> None:
     config = PretrainedConfig(max_position_embeddings=512)

@@ -1,4 +1,4 @@
-"""The cache of sparse codes: entries are found by content, and change only how long a solve takes."""
+"""Test the cache of sparse codes: entries are found by content, and do not change results."""
 
 import os
 import sys
@@ -14,16 +14,16 @@ from mergekit_omp.solver import SparseCodes, cache, solve_omp
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache that keeps the smallest solve."""
+    """Configure an empty cache that keeps even the smallest solve."""
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "codes"))
     monkeypatch.delenv(cache.SIZE_VARIABLE, raising=False)
-    monkeypatch.setattr(cache, "WORTH_KEEPING", 0)
+    monkeypatch.setattr(cache, "MIN_CACHED_WORK", 0)
     return tmp_path / "codes"
 
 
 @pytest.fixture
 def solves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The k of every solve that was really made."""
+    """Record k of every solve that is not read from the cache."""
     made: list[int] = []
 
     def counted(targets: torch.Tensor, atoms: torch.Tensor, k: int, **more: object) -> SparseCodes:
@@ -47,16 +47,16 @@ def assert_same(one: SparseCodes, other: SparseCodes) -> None:
 
 
 def test_second_solve_is_read(solves: list[int]) -> None:
-    seen: list[int] = []
+    progress: list[int] = []
     first = cache.solve_with_cache(*problem(), 3)
-    second = cache.solve_with_cache(*problem(), 3, progress=seen.append)
+    second = cache.solve_with_cache(*problem(), 3, progress=progress.append)
     assert solves == [3]
-    assert seen == [20], "the bar is filled"
+    assert progress == [20], "the bar is filled"
     assert_same(first, second)
     assert_same(first, solve_omp(*problem(), 3))
 
 
-def test_whatever_changes_the_codes_is_another_entry(solves: list[int]) -> None:
+def test_everything_that_changes_the_codes_is_in_the_key(solves: list[int]) -> None:
     targets, atoms = problem()
     other = targets.clone()
     other[-1, -1] += 1e-3
@@ -155,7 +155,7 @@ def test_size_variable(monkeypatch: pytest.MonkeyPatch, text: str, size: int) ->
     assert cache.cache_limit() == size
 
 
-def test_size_variable_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_size_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cache.SIZE_VARIABLE, "plenty")
     with pytest.raises(
         OmpError,
@@ -167,7 +167,7 @@ def test_size_variable_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_folder_that_cannot_be_written(folder: Path, caplog: pytest.LogCaptureFixture, solves: list[int]) -> None:
     folder.write_text("a file")
     assert_same(cache.solve_with_cache(*problem(), 3), solve_omp(*problem(), 3))
-    assert "cannot be cached" in caplog.text
+    assert "Cannot cache sparse codes" in caplog.text
 
 
 def test_full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,7 +181,7 @@ def test_full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest
 
 
 def test_many_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that read, write and evict the same entries all get what a solve gives."""
+    """Check results of concurrent runs that read, write and evict the same entries."""
     expected = [solve_omp(*problem(seed), 3) for seed in range(4)]
     monkeypatch.setenv(cache.SIZE_VARIABLE, "5K")
     with ThreadPoolExecutor(8) as pool:

@@ -1,4 +1,4 @@
-"""Evaluation on small random models, where every number has a second way to get it."""
+"""Test the evaluation on small random models, with a second way to compute every number."""
 
 import math
 from pathlib import Path
@@ -24,7 +24,7 @@ TEXT = "one two\nthree été two one\nтри two\n" * 3
 
 
 def byte_tokenizer(merges: tuple[tuple[str, str], ...] = ()) -> PreTrainedTokenizerFast:
-    """GPT-2's bytes, with a few merges and a bos token."""
+    """Build a byte-level tokenizer with a few merges and a bos token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = ["<s>", *alphabet, *("".join(merge) for merge in merges)]
     backend = Tokenizer(models.BPE(vocab={piece: id_ for id_, piece in enumerate(pieces)}, merges=list(merges)))
@@ -53,7 +53,7 @@ def save(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFa
 
 
 def test_bits_are_the_sum_over_windows_of_the_probability_of_every_token() -> None:
-    """The expected value comes from the model's own loss, a mean of natural logarithms over predicted tokens."""
+    """Compare with the model's own loss, the mean of natural logarithms over predicted tokens."""
     tokenizer = byte_tokenizer((("o", "n"), ("t", "w")))
     model = small_model(len(tokenizer))
     expected = 0.0
@@ -63,7 +63,7 @@ def test_bits_are_the_sum_over_windows_of_the_probability_of_every_token() -> No
     assert read_text(model, tokenizer, TEXT, window_bytes=40).bits == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary() -> None:
+def test_a_uniform_model_needs_the_logarithm_of_its_vocabulary() -> None:
     tokenizer = byte_tokenizer()
     model = small_model(len(tokenizer))
     model.lm_head.weight.data.zero_()
@@ -116,7 +116,7 @@ def test_windows_too_short_for_a_character() -> None:
 
 
 def test_evaluate_scores_folders_against_the_first(tmp_path: Path) -> None:
-    """A model agrees fully with its own copy, and hardly with another seed."""
+    """Check that a model agrees with its copy, and hardly with a model of another seed."""
     tokenizer = byte_tokenizer((("t", "w"),))
     first = save(tmp_path / "first", small_model(len(tokenizer), seed=1), tokenizer)
     copy = save(tmp_path / "copy", small_model(len(tokenizer), seed=1), tokenizer)
@@ -166,7 +166,7 @@ def test_ids_without_a_row_are_named() -> None:
         (["no/such/folder"], {"a": "b"}, "no/such/folder cannot be loaded"),
     ],
 )
-def test_requests_that_make_no_sense(models: list[str], texts: dict[str, str], message: str) -> None:
+def test_invalid_requests(models: list[str], texts: dict[str, str], message: str) -> None:
     with pytest.raises(OmpError, match=message):
         evaluate(models, texts, progress=False)
 

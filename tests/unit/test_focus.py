@@ -1,4 +1,4 @@
-"""FOCUS: rows as sparse means of the anchors that static vectors say are similar."""
+"""Test FOCUS: rows are sparse means of the anchors with the most similar static vectors."""
 
 import random
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens
-from mergekit_omp.initializers.focus import check, focus
+from mergekit_omp.initializers.focus import check_focus, focus
 from mergekit_omp.initializers.vectors import check_vectors, read_vectors
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import pose_problem
@@ -30,7 +30,7 @@ D = 7
 def pose(
     model: PreTrainedTokenizerBase, output: PreTrainedTokenizerBase, parameters: dict[str, str | Path]
 ) -> NewTokens:
-    """What a merge of a model with another tokenizer poses."""
+    """Pose the new tokens of a model with another tokenizer."""
     of_model, of_output = read_vocabulary(model), read_vocabulary(output)
     match = match_vocabularies(of_output, of_model)
     problem = pose_problem(match, match_vocabularies(of_output, of_output))
@@ -50,7 +50,7 @@ def matrix(new: Callable[..., NewTokens]) -> torch.Tensor:
 
 
 def sparsemax(scores: list[float]) -> list[float]:
-    """By bisection: the threshold above which the scores' excesses sum to 1."""
+    """Compute sparsemax by bisection of the threshold above which the excesses sum to 1."""
     low, high = min(scores) - 1, max(scores)
     for _ in range(100):
         middle = (low + high) / 2
@@ -77,7 +77,7 @@ def write_vectors(path: Path, vectors: dict[str, np.ndarray], *, header: bool = 
 def test_rows_are_sparsemax_means_of_the_anchors(
     new: Callable[..., NewTokens], matrix: torch.Tensor, tmp_path: Path, header: bool
 ) -> None:
-    """Against a slow computation; some tokens have no vector, an anchor's is zero."""
+    """Compare with a slow computation; some tokens have no vector, and the vector of one anchor is zero."""
     problem, tokens = new().problem, new().output.tokens
     draw = np.random.default_rng(0)
     texts = [tokens[id_].text for id_ in [*problem.atom_ids.tolist(), *problem.target_ids.tolist()]]
@@ -113,10 +113,8 @@ def hash_of(text: str) -> int:
     return sum(text.encode())
 
 
-def test_word_vectors_serve_by_a_tokens_text(
-    new: Callable[..., NewTokens], matrix: torch.Tensor, tmp_path: Path
-) -> None:
-    """A new token that begins with a space has the vector of the word, which is that of one anchor, nearly."""
+def test_word_vectors_are_found_by_text(new: Callable[..., NewTokens], matrix: torch.Tensor, tmp_path: Path) -> None:
+    """Check that a token with a leading space has the vector of its word, close to that of one anchor."""
     problem, tokens = new().problem, new().output.tokens
     target = next(i for i, id_ in enumerate(problem.target_ids.tolist()) if tokens[id_].data == b" vocabulary")
     anchor = next(i for i, id_ in enumerate(problem.atom_ids.tolist()) if tokens[id_].data == b"x")
@@ -128,10 +126,10 @@ def test_word_vectors_serve_by_a_tokens_text(
     assert not torch.allclose(made[target], matrix[new().anchor_rows[other]])
 
 
-def test_fasttext_files_serve_with_n_grams(
+def test_fasttext_files_have_vectors_by_n_grams(
     new: Callable[..., NewTokens], matrix: torch.Tensor, tmp_path: Path
 ) -> None:
-    """A .bin of fastText gives a vector to a token that is none of its words."""
+    """Check that a fastText .bin file has a vector for a token that is not one of its words."""
     from gensim.models import FastText
     from gensim.models.fasttext import save_facebook_model
 
@@ -150,7 +148,7 @@ def test_fasttext_files_serve_with_n_grams(
 
 
 def corpus(path: Path, lines: int = 400) -> Path:
-    """Lines of words of code, and lines of words of nature."""
+    """Write lines of words about code, and lines of words about nature."""
     draw = random.Random(0)
     kinds = (
         (("return", "index", "print", "def"), ("range", "class", "self")),
@@ -164,12 +162,10 @@ def corpus(path: Path, lines: int = 400) -> Path:
     return path
 
 
-def test_a_corpus_teaches_which_tokens_are_alike(
-    new: Callable[..., NewTokens], matrix: torch.Tensor, tmp_path: Path
-) -> None:
-    """Rows from a text: the same in every run, and inside the anchors' range."""
+def test_vectors_trained_on_a_corpus(new: Callable[..., NewTokens], matrix: torch.Tensor, tmp_path: Path) -> None:
+    """Check that rows from a text are reproducible and within the range of the anchors."""
     path = corpus(tmp_path / "corpus.txt")
-    check(new(corpus=path).parameters, "parameters")
+    check_focus(new(corpus=path).parameters, "parameters")
     once, twice = (focus(new(corpus=path))(matrix, False) for _ in range(2))
     assert torch.equal(once, twice)
     assert once.shape == (len(new().problem.target_ids), D)
@@ -191,11 +187,11 @@ def test_the_head_and_half_precision_get_rows_of_their_own(
 
 def test_vectors_of_nothing_shared_are_refused(new: Callable[..., NewTokens], tmp_path: Path) -> None:
     path = write_vectors(tmp_path / "other.vec", {"кот": np.ones(3), "пёс": np.ones(3)})
-    with pytest.raises(OmpError, match=r"other\.vec gives a vector to none of the tokens"):
+    with pytest.raises(OmpError, match=r"other\.vec has vectors for none of the tokens"):
         focus(new(vectors=path))
 
 
-refusal = partial(refusal_by, check)
+refusal = partial(refusal_by, check_focus)
 
 
 def test_one_file_is_needed(tmp_path: Path) -> None:
@@ -203,8 +199,8 @@ def test_one_file_is_needed(tmp_path: Path) -> None:
     assert "both are set" in refusal(corpus=tmp_path / "a", vectors=tmp_path / "b")
 
 
-def test_files_that_will_not_do(tmp_path: Path) -> None:
-    """Missing, a folder, no text, no vectors: one sentence each that begins with the key."""
+def test_invalid_files(tmp_path: Path) -> None:
+    """Check the message for a missing file, a folder, an empty file and a file without vectors."""
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "prose.vec").write_text("This is a text\nand no vectors.\n")
@@ -213,14 +209,14 @@ def test_files_that_will_not_do(tmp_path: Path) -> None:
     assert f"parameters.corpus: {missing} cannot be read (No such file" in refusal(corpus=missing)
     assert "(Is a directory)" in refusal(corpus=tmp_path)
     assert "latin.txt is not in UTF-8" in refusal(corpus=tmp_path / "latin.txt")
-    assert "empty.txt begins with no text" in refusal(corpus=tmp_path / "empty.txt")
+    assert "empty.txt does not start with text" in refusal(corpus=tmp_path / "empty.txt")
     assert f"parameters.vectors: {missing} cannot be read" in refusal(vectors=missing)
     for name in ("prose.vec", "short.vec", "empty.txt"):
         assert f"{name} is neither a fastText .bin file nor a text file" in refusal(vectors=tmp_path / name)
 
 
-def test_a_broken_file_of_vectors_is_told_in_a_sentence(tmp_path: Path) -> None:
-    """What only shows when all is read."""
+def test_a_broken_file_of_vectors_is_reported(tmp_path: Path) -> None:
+    """Check an error that only appears when the complete file is read."""
     (tmp_path / "cut.vec").write_text("3 2\nword 1 2\nother 3\n")
     with pytest.raises(OmpError, match=r"parameters\.vectors: .*cut\.vec cannot be read"):
         read_vectors(str(tmp_path / "cut.vec"), "parameters.vectors")

@@ -1,4 +1,4 @@
-"""The regression initializer on small problems whose answer is known."""
+"""Test the regression initializer on small problems with a known answer."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ N, B = 200, 20
 
 
 class Problem:
-    """Anchors and targets, the anchors in the first rows of the base; truth is linear in donor rows and pieces."""
+    """Anchors and targets with rows linear in donor rows and pieces; the anchors are the first rows of the base."""
 
     def __init__(self, noise: float = 0.0, size: float = 1.0) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -42,14 +42,14 @@ class Problem:
 
 @pytest.mark.parametrize("correction", [0.0, 0.5, 1.0])
 def test_rows_that_are_linear_in_the_features_are_found(correction: float) -> None:
-    """The anchors leave nothing to correct, so that the share of the correction does not matter."""
+    """Check that without residuals of anchors the share of the correction does not matter."""
     problem = Problem()
     found = problem.predict(ridge=1e-7, correction=correction)
     torch.testing.assert_close(found, problem.truth, atol=1e-2, rtol=1e-2)
 
 
 def test_the_regression_is_ridge_regression() -> None:
-    """scikit-learn's Ridge on the same features, with the documented regularisation."""
+    """Compare with scikit-learn's Ridge on the same features, with the documented regularisation."""
     problem = Problem(noise=0.5)
     fitted = problem.fit(ridge=0.01)
     known = fitted.features(problem.anchors, problem.anchor_pieces).numpy()
@@ -60,7 +60,7 @@ def test_the_regression_is_ridge_regression() -> None:
 
 
 def test_a_full_correction_gives_a_copy_of_an_anchor_its_row() -> None:
-    """A target that is an anchor in the donor and in its pieces, whatever the regression says of it."""
+    """Check a target equal to an anchor in donor row and pieces, for any regression."""
     problem = Problem(noise=1.0)
     problem.targets, problem.target_pieces = problem.anchors[:3], problem.anchor_pieces[:3]
     problem.codes = solve_omp(problem.targets, problem.anchors, k=1, normalize_atoms=True)
@@ -75,11 +75,11 @@ def test_the_correction_is_linear_in_its_share() -> None:
 
 
 def test_the_scale_of_the_base_does_not_matter() -> None:
-    """Base rows three times as large give rows three times as large."""
+    """Check that base rows three times as large give rows three times as large."""
     torch.testing.assert_close(Problem(0.5, size=3.0).predict(), 3 * Problem(0.5).predict(), atol=1e-3, rtol=1e-3)
 
 
-def test_a_ridge_of_nothing_is_refused() -> None:
+def test_a_ridge_of_zero_is_refused() -> None:
     with pytest.raises(OmpError, match="The ridge is 0"):
         Problem().fit(ridge=0)
 

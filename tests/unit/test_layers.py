@@ -1,4 +1,4 @@
-"""No module imports itself by way of others."""
+"""Test that there are no import cycles between modules."""
 
 from graphlib import TopologicalSorter
 
@@ -6,9 +6,9 @@ import grimp
 
 
 def test_no_import_cycle() -> None:
-    """Imports within functions, and for type checkers alone, count; graphlib names the modules of a cycle.
+    """Check imports, including those within functions and for type checkers; graphlib names the modules of a cycle.
 
-    The contract in pyproject.toml is about neighbours, and does not see a module that imports from its own package.
+    The contract in pyproject.toml compares sibling modules, and ignores imports of a module from its own package.
     """
     graph = grimp.build_graph("mergekit_omp")
     imported = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}

@@ -1,4 +1,4 @@
-"""The solver against slow, obvious references, and at its edges."""
+"""Test the solver against slow references, and in edge cases."""
 
 import logging
 import subprocess
@@ -42,7 +42,7 @@ GRAM = "gram"
 
 @pytest.fixture(params=[*SCREENS, GRAM])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every way to solve, whatever this machine would choose."""
+    """Force each method, independently of this machine."""
     force(monkeypatch, request.param)
     return request.param
 
@@ -53,7 +53,7 @@ def skip_where_missing(way: str | None) -> None:
 
 
 def force(monkeypatch: pytest.MonkeyPatch, way: str | None = None, chunk: int | None = None) -> None:
-    """Solve by a Gram matrix or a screen, and so many targets at a time."""
+    """Solve with a Gram matrix or a scan, with a given number of targets per chunk."""
     skip_where_missing(way)
     if way == GRAM:
         monkeypatch.setattr(dispatch, "gram_speedup", lambda *_: 2.0)
@@ -75,7 +75,7 @@ def test_supports_are_those_of_a_float64_reference(way: str, common: float, dtyp
 
 
 def test_same_as_scikit_learn(way: str) -> None:
-    """sklearn selects in the same way on unit atoms, and its coefficients are the same least-squares solution."""
+    """Compare with scikit-learn on unit atoms: the same selection and the same least-squares solution."""
     atoms = torch.nn.functional.normalize(random_rows(400, 48, 2))
     targets = random_rows(30, 48, 3)
     codes = solve_omp(targets, atoms, 12)
@@ -86,7 +86,7 @@ def test_same_as_scikit_learn(way: str) -> None:
 
 @pytest.mark.parametrize("model", ["smollm2_dir", "gemma3_dir"])
 def test_real_rows(model: str, way: str, request: pytest.FixtureRequest) -> None:
-    """Real embeddings share strong directions and have near-copies; the supports are still those of float64."""
+    """Check that supports are those of float64 for real embeddings, which share directions and have near-copies."""
     rows = embedding(request.getfixturevalue(model))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     atoms, targets = rows[order[:6000]].float(), rows[order[6000:6008]].float()
@@ -138,7 +138,7 @@ def test_of_equal_atoms_the_first_is_used_and_never_both(way: str) -> None:
 
 
 def test_opposite_atoms_tie_and_the_first_is_used(way: str) -> None:
-    """|⟨r, a⟩| = |⟨r, -a⟩| exactly; the second of the pair is dependent and must not follow the first."""
+    """Check an exact tie, |⟨r, a⟩| = |⟨r, -a⟩|: the second atom is dependent and must not be selected next."""
     atoms = random_rows(200, 40, 10)
     atoms = torch.cat([atoms, -atoms])
     codes = solve_omp(random_rows(20, 40, 11), atoms, 30)
@@ -182,10 +182,10 @@ def test_no_targets() -> None:
     assert codes.apply(torch.ones(5, 3)).shape == (0, 3)
 
 
-def test_chunks_devices_and_ways_give_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_devices_and_methods_give_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     atoms, targets = random_rows(2000, 64, 21, 2.0), random_rows(61, 64, 22, 2.0)
     force(monkeypatch, "float32", 61)
-    whole = solve_omp(targets, atoms, 40)
+    single_chunk = solve_omp(targets, atoms, 40)
     for way, chunk, devices in [
         (GRAM, 1, [CPU]),
         (GRAM, 13, [CPU] * 3),
@@ -197,8 +197,8 @@ def test_chunks_devices_and_ways_give_the_same_codes(monkeypatch: pytest.MonkeyP
         monkeypatch.undo()
         force(monkeypatch, way, chunk)
         codes = solve_omp(targets, atoms, 40, devices=devices)
-        assert torch.equal(codes.indices, whole.indices)
-        torch.testing.assert_close(codes.coefficients, whole.coefficients, rtol=1e-6, atol=1e-6)
+        assert torch.equal(codes.indices, single_chunk.indices)
+        torch.testing.assert_close(codes.coefficients, single_chunk.coefficients, rtol=1e-6, atol=1e-6)
 
 
 def test_devices_share_the_targets_and_progress_adds_up() -> None:
@@ -210,7 +210,7 @@ def test_devices_share_the_targets_and_progress_adds_up() -> None:
     assert torch.equal(codes.indices, solve_omp(targets, atoms, 4).indices)
 
 
-def test_threads_of_torch_are_left_as_they_were() -> None:
+def test_threads_of_torch_are_unchanged() -> None:
     before = torch.get_num_threads()
     solve_omp(random_rows(50, 32, 23), random_rows(200, 32, 24), 4)
     assert torch.get_num_threads() == before
@@ -219,10 +219,10 @@ def test_threads_of_torch_are_left_as_they_were() -> None:
 @pytest.mark.parametrize(
     "setting", ["torch.set_float32_matmul_precision('medium')", "torch.backends.cuda.matmul.allow_tf32 = True"]
 )
-def test_low_precision_settings_of_torch_do_not_reach_the_solver(setting: str) -> None:
-    """«medium» computes float32 products in bfloat16 on CPUs that have it.
+def test_low_precision_settings_do_not_affect_the_solver(setting: str) -> None:
+    """Set «medium» precision, which computes float32 products in bfloat16 on CPUs that support it.
 
-    A process of its own, and an earlier solve: torch tells no more what it is set to where the settings contradict.
+    Runs in a new process after an earlier solve: torch does not return its setting if the backends differ.
     """
     script = f"""
         import torch
@@ -241,29 +241,29 @@ def test_low_precision_settings_of_torch_do_not_reach_the_solver(setting: str) -
 
 
 def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """A fault that is injected: chunks of more than five targets run out of memory, in one thread as on a GPU."""
+    """Inject a fault: chunks of more than five targets run out of memory, in one thread as on a GPU."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     targets, atoms = random_rows(40, 32, 25), random_rows(200, 32, 26)
     expected = solve_omp(targets, atoms, 6)
-    honest = scan_search.find_supports
+    original = scan_search.find_supports
     sizes: list[int] = []
 
-    def short_of_memory(rows: torch.Tensor, *rest: object) -> torch.Tensor:
+    def short_of_memory(rows: torch.Tensor, *arguments: object) -> torch.Tensor:
         sizes.append(len(rows))
         if len(rows) > 5:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (injected)")
-        return honest(rows, *rest)
+        return original(rows, *arguments)
 
     monkeypatch.setattr(scan_search, "find_supports", short_of_memory)
     force(monkeypatch, chunk=40)
     codes = solve_omp(targets, atoms, 6)
     assert torch.equal(codes.indices, expected.indices)
     assert max(sizes) == 40
-    assert "Out of memory with 40 targets at a time: going on with 20" in caplog.text
+    assert "Out of memory with 40 targets per chunk: continuing with 20" in caplog.text
 
 
 def test_any_device_of_torch_has_a_chunk_size() -> None:
-    """mergekit runs on Intel's accelerators too."""
+    """Check other devices, such as Intel's accelerators, which mergekit supports."""
     plan = plan_solve(torch.device("xpu"), ProblemShape(10_000, 39_237, 576, 64), memory_budget=2**34)
     assert (plan.method, plan.dtype, plan.threads) == ("scan", torch.float32, 1)
     assert plan.chunk > 400
@@ -285,9 +285,9 @@ def test_threads_finish_together_and_scans_stay_in_kept_blocks(targets: int, ato
 @pytest.mark.parametrize("rows", ["random", "orthogonal"])
 @pytest.mark.parametrize("way", ["scan", GRAM])
 def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, rows: str, way: str) -> None:
-    """Peak resident memory of a process of its own, above what it held before the solve.
+    """Measure the peak resident memory of a new process, in addition to its memory before the solve.
 
-    Targets that are orthogonal to all atoms are the worst case: every atom may be the best one.
+    Targets orthogonal to all atoms are the worst case: every atom may be the best one.
     """
     if way == GRAM:
         mib += gram_matrix_bytes(ProblemShape(300, atoms, dim, k), 2) // 2**20
@@ -321,7 +321,7 @@ def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, 
     size=st.sampled_from([1e-12, 1.0, 1e12]),
 )
 def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, outlier: float, size: float) -> None:
-    """Every exact score is within its bounds, and the candidates hold the atom with the highest."""
+    """Check that exact correlations are within their bounds, and that candidates include the best atom."""
     skip_where_missing(screen)
     atoms, residuals = random_rows(count, dim, seed, 1.0), size * random_rows(9, dim, seed + 1, 1.0)
     atoms[:, seed % dim] *= outlier
@@ -378,7 +378,7 @@ def test_relative_residual_is_that_of_the_combination() -> None:
     common=st.sampled_from([0.0, 3.0]),
 )
 def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, common: float) -> None:
-    """At most k distinct atoms; the residual is orthogonal to them; more atoms never make it larger."""
+    """Check distinct atoms, at most k, a residual orthogonal to them, and that more atoms never increase it."""
     atoms, targets = random_rows(count, dim, seed, common), random_rows(7, dim, seed + 1, common)
     codes = solve_omp(targets, atoms, k)
     last, zero = torch.full((7,), torch.inf, dtype=torch.float64), 1e-12 * targets.norm(dim=1)
@@ -405,7 +405,7 @@ def gram_of(atoms: torch.Tensor, threads: int = 1) -> Gram:
     size=st.sampled_from([1e-12, 1.0, 1e12]),
 )
 def test_gram_is_the_matrix_of_cosines(count: int, dim: int, seed: int, size: float) -> None:
-    """Within half a unit and the rounding of the product, with zeros for zero atoms and where there is none."""
+    """Check within half a unit and the rounding of the product, with zeros for zero atoms and padding."""
     atoms = size * random_rows(count, dim, seed, 1.0)
     atoms[seed % count] = 0
     unit = torch.nn.functional.normalize(atoms.double() / size)
@@ -424,14 +424,14 @@ def test_gram_is_the_matrix_of_cosines(count: int, dim: int, seed: int, size: fl
 
 @pytest.mark.parametrize("list_length", [1, 200])
 @pytest.mark.parametrize("steps", [1, 2, 8, 30])
-def test_what_was_proposed_is_verified(steps: int, list_length: int) -> None:
-    """With a candidate list too short to hold what OMP takes, most steps are undone, and the answer is the same."""
+def test_proposed_steps_are_verified(steps: int, list_length: int) -> None:
+    """Check that a candidate list that is too short undoes most steps but does not change the result."""
     atoms, targets = random_rows(3000, 96, 80, 1.0), random_rows(12, 96, 81, 1.0)
-    support, _, _ = gram_search.solve(targets, gram_of(atoms), 24, most_steps=steps, list_length=list_length)
+    support, _, _ = gram_search.solve_by_gram(targets, gram_of(atoms), 24, most_steps=steps, list_length=list_length)
     assert torch.equal(support, reference_omp(targets, atoms, 24).indices)
 
 
-def test_the_plan_takes_what_is_fastest_of_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, budget = ProblemShape(10_000, 30_000, 576, 64), 2**33
     plan = plan_solve(CPU, shape, memory_budget=budget)
     assert (plan.method, plan.dtype) == ("gram", torch.int16)
@@ -447,22 +447,22 @@ def test_the_plan_takes_what_is_fastest_of_what_fits(monkeypatch: pytest.MonkeyP
         assert other.method == "scan"
         assert other.speedup == 1
         assert 0 < other.chunk < shape.targets
-    monkeypatch.setattr(dispatch, "gram_search", lambda: None)
+    monkeypatch.setattr(dispatch, "load_gram_search", lambda: None)
     assert plan_solve(CPU, shape, memory_budget=budget).method == "scan", "numba is missing"
 
 
-def test_the_log_says_what_ran(caplog: pytest.LogCaptureFixture, way: str) -> None:
+def test_the_log_names_the_method(caplog: pytest.LogCaptureFixture, way: str) -> None:
     with caplog.at_level(logging.INFO):
         solve_omp(random_rows(50, 32, 23), random_rows(200, 32, 24), 4)
     [line] = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
     how = "gram in int16" if way == GRAM else f"scan in {way}"
     assert line.startswith(f"OMP of 50 targets over 200 atoms, d = 32, k = 4, on cpu: {how}, ")
-    assert "targets at a time" in line
+    assert "threads x" in line
     assert line.endswith("MiB for matrices")
 
 
-def test_a_solve_warns_of_nothing_and_sets_no_filter() -> None:
-    """A process of its own, in which torch has warned of nothing yet and warnings are errors."""
+def test_a_solve_gives_no_warnings_and_sets_no_filter() -> None:
+    """Solve in a new process in which torch has not warned yet and warnings are errors."""
     script = """
         import warnings
         import torch
@@ -479,7 +479,7 @@ def test_a_solve_warns_of_nothing_and_sets_no_filter() -> None:
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), size=st.sampled_from([1e-12, 1.0, 1e12]), normalize=st.booleans())
 def test_reference_is_scikit_learns(seed: int, size: float, normalize: bool) -> None:
-    """Of unit atoms; others are scaled, and the coefficients with them."""
+    """Compare unit atoms with scikit-learn's; other atoms are scaled, and the coefficients with them."""
     atoms, targets = torch.nn.functional.normalize(random_rows(60, 24, seed).double()), random_rows(3, 24, seed + 1)
     scale = size * (0.5 + torch.arange(60)[:, None] % 7) if normalize else size
     codes = reference_omp(targets, scale * atoms, 8, normalize_atoms=normalize)
@@ -491,13 +491,13 @@ def test_reference_is_scikit_learns(seed: int, size: float, normalize: bool) -> 
 def test_a_kernel_that_does_not_compile_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A fault that is injected: Triton is there, and finds no C compiler."""
+    """Inject a fault: Triton is installed but finds no C compiler."""
 
-    def orthogonalize(*_: object) -> None:
+    def launch_orthogonalize(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler. (injected)")
 
     name = "mergekit_omp.solver.scan.gpu_kernel"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(orthogonalize=orthogonalize))
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(launch_orthogonalize=launch_orthogonalize))
     monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "gpu_kernel", sys.modules[name], raising=False)
     assert projection.find_kernel.__wrapped__(CPU) is None
     assert "a fifth longer" in caplog.text

@@ -1,4 +1,4 @@
-"""The ruler of `eval --base`: what the pieces of a base's tokens should cost, against loops over its vocabulary."""
+"""Test the ideal bits of `eval --base` against loops over the vocabulary of the base."""
 
 from math import log2
 from pathlib import Path
@@ -23,8 +23,8 @@ def splits(base: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> dic
 
 
 @pytest.mark.parametrize("other", [byte_level_tokenizer(PYTHON, 300), sentencepiece_tokenizer(PYTHON, 420)])
-def test_ideals_are_sums_over_the_whole_vocabulary(other: PreTrainedTokenizerBase) -> None:
-    """Reference: for each piece, a loop over all tokens of the base for those whose split begins with the same."""
+def test_ideals_are_sums_over_the_vocabulary(other: PreTrainedTokenizerBase) -> None:
+    """Compare each piece with a loop over all tokens of the base whose segmentation starts with the same pieces."""
     base = byte_level_tokenizer(ENGLISH, 420)
     own, theirs = read_vocabulary(base), read_vocabulary(other)
     ids = base(TEXT, add_special_tokens=False).input_ids
@@ -38,7 +38,7 @@ def test_ideals_are_sums_over_the_whole_vocabulary(other: PreTrainedTokenizerBas
     assert len(found) == len(tokens)
 
     split_of = splits(base, other)
-    seen = {kind: 0 for kind in SpanClass}
+    counts = {kind: 0 for kind in SpanClass}
     for place, start in enumerate(starts):
         end = starts[place + 1] if place + 1 < len(starts) else len(TEXT.encode())
         inside = [n for n, at in enumerate(other_starts) if start <= at < end]
@@ -54,14 +54,14 @@ def test_ideals_are_sums_over_the_whole_vocabulary(other: PreTrainedTokenizerBas
             assert found[n].bits == pytest.approx(-log2(more / mass), abs=1e-4)
             expected = SpanClass.LATER if count > 1 else SpanClass.FIRST if len(inside) > 1 else SpanClass.EQUAL
             assert found[n].kind is expected
-            seen[expected] += 1
+            counts[expected] += 1
             mass = more
-    assert min(seen[kind] for kind in (SpanClass.EQUAL, SpanClass.FIRST, SpanClass.LATER)) > 0, seen
+    assert min(counts[kind] for kind in (SpanClass.EQUAL, SpanClass.FIRST, SpanClass.LATER)) > 0, counts
     assert any(token.kind is SpanClass.CROSSING for token in found)
 
 
 def test_spans_add_up(tmp_path: Path) -> None:
-    """All classes together are the model's bits; crossing spans cost what they cost the base."""
+    """Check that all classes add up to the model's bits, and that crossing spans have the base's bits."""
     base_tokenizer, other = byte_level_tokenizer(ENGLISH, 420), byte_level_tokenizer(PYTHON, 300)
     base = save(tmp_path / "base", make_model(base_tokenizer), base_tokenizer)
     model = save(tmp_path / "model", make_model(other, seed=1), other)
@@ -82,7 +82,7 @@ def test_a_base_with_the_same_tokenizer_has_no_spans(tmp_path: Path) -> None:
     assert evaluate([base, model], {"text": TEXT}, progress=False)[1].overall.spans is None
 
 
-def test_rulers_change_no_reading() -> None:
+def test_rulers_do_not_change_readings() -> None:
     base, other = byte_level_tokenizer(ENGLISH, 420), sentencepiece_tokenizer(ENGLISH, 330)
     model = make_model(base).eval()
     ruler = SpanRuler(read_vocabulary(base), other, read_vocabulary(other))

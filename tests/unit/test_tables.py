@@ -1,4 +1,4 @@
-"""Tables and text for a terminal and for a pipe."""
+"""Test tables and text for terminals and pipes."""
 
 import sys
 
@@ -36,7 +36,7 @@ def test_a_markdown_table_can_be_pasted() -> None:
 def test_colours_are_for_terminals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
 ) -> None:
-    """click leaves escape sequences in what a terminal gets, and so does rich if TERM is not dumb."""
+    """Check that click and rich keep escape sequences for terminals only, and rich only if TERM is not dumb."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     show(*parts())
@@ -44,5 +44,5 @@ def test_colours_are_for_terminals(
 
 
 def test_surrogates_are_escaped() -> None:
-    """A path may have bytes that are not UTF-8, and they must not end a command."""
+    """Check that a path with invalid UTF-8 does not end a command."""
     assert render("a\udcff") == "a\\udcff"

@@ -1,4 +1,4 @@
-"""TokAlign: each new token gets the row of one token of the model, by a map that is given or learnt."""
+"""Test TokAlign: each new token gets the row of a token of the model, by a given or a learnt map."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from test_focus import cosine, pose
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers import tokalign as module
 from mergekit_omp.initializers.base import NewTokens
-from mergekit_omp.initializers.tokalign import check, read_token_map, tokalign, token_map, write_token_map
+from mergekit_omp.initializers.tokalign import check_tokalign, read_token_map, tokalign, token_map, write_token_map
 from mergekit_omp.parameters import OmpParameters
 
 pytest.importorskip("gensim")
@@ -37,15 +37,13 @@ def matrix(new: Callable[..., NewTokens]) -> torch.Tensor:
     return torch.randn(new().model.size, D, generator=torch.Generator().manual_seed(0))
 
 
-def test_a_given_map_says_which_rows_are_copied(
-    new: Callable[..., NewTokens], matrix: torch.Tensor, tmp_path: Path
-) -> None:
-    """Bit for bit; the rest gets the mean of the anchors' rows; entries of shared tokens do no harm."""
+def test_rows_are_copied_by_a_given_map(new: Callable[..., NewTokens], matrix: torch.Tensor, tmp_path: Path) -> None:
+    """Check copied rows bit for bit, the mean of the anchors' rows elsewhere, and entries of shared tokens."""
     posed = new()
     ids = posed.problem.target_ids.tolist()
     row_of = {token.text: id_ for id_, token in posed.model.tokens.items()}
-    wanted = {posed.output.tokens[ids[0]].text: "x", posed.output.tokens[ids[2]].text: "Ġthe", "a": "b"}
-    write_token_map(tmp_path / "map.json", wanted)
+    mapping = {posed.output.tokens[ids[0]].text: "x", posed.output.tokens[ids[2]].text: "Ġthe", "a": "b"}
+    write_token_map(tmp_path / "map.json", mapping)
     made = tokalign(new(token_map=tmp_path / "map.json"))(matrix, False)
     assert torch.equal(made[0], matrix[row_of["x"]])
     assert torch.equal(made[2], matrix[row_of["Ġthe"]])
@@ -55,14 +53,14 @@ def test_a_given_map_says_which_rows_are_copied(
 
 
 def test_a_map_survives_its_file(tmp_path: Path) -> None:
-    """Also strings that no text has, which some vocabularies do."""
+    """Check also strings that are not valid text, which some vocabularies contain."""
     mapping = {"Ġthe": "▁the", "\n\n": "<0x0A>", '"': "\\", "\udcff": "é", "日": "🙂"}
     write_token_map(tmp_path / "map.json", mapping)
     assert read_token_map(tmp_path / "map.json", "parameters.token_map") == mapping
 
 
 def test_the_map_is_that_of_a_slow_computation(new: Callable[..., NewTokens], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Vectors that are drawn instead of learnt, with a common direction; a third of the tokens has none."""
+    """Use random vectors with a common direction instead of trained ones; a third of the tokens has none."""
     posed = new(corpus="unused.txt")
     draw = torch.Generator().manual_seed(0)
     drawn = {}
@@ -70,7 +68,7 @@ def test_the_map_is_that_of_a_slow_computation(new: Callable[..., NewTokens], mo
         drawn[vocabulary] = torch.randn(vocabulary.size, 4, generator=draw) + 1
         drawn[vocabulary][torch.rand(vocabulary.size, generator=draw) < 1 / 3] = 0
     monkeypatch.setattr(module, "learn_skipgram_vectors", lambda corpus, vocabulary, tokenizer: drawn[vocabulary])
-    of_output, of_model = (centred(drawn[each].double().numpy()) for each in (posed.output, posed.model))
+    of_output, of_model = (centred(drawn[vocabulary].double().numpy()) for vocabulary in (posed.output, posed.model))
     anchors = zip(posed.problem.atom_ids.tolist(), posed.anchor_rows.tolist(), strict=True)
     shared = [(id_, row) for id_, row in anchors if of_output[id_].any() and of_model[row].any()]
     assert 3 < len(shared) < module.PIVOTS  # all are pivots
@@ -92,14 +90,14 @@ def test_the_map_is_that_of_a_slow_computation(new: Callable[..., NewTokens], mo
 
 
 def centred(vectors: np.ndarray) -> np.ndarray:
-    """Unit vectors less the mean of those that are not zero."""
+    """Normalise vectors and subtract the mean of those that are not zero."""
     units = [vector / np.sqrt(vector @ vector) for vector in vectors if vector.any()]
     mean = sum(units) / len(units)
     return np.stack([vector / np.sqrt(vector @ vector) - mean if vector.any() else vector for vector in vectors])
 
 
-def test_tokens_that_are_used_alike_are_aligned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Shared tokens that are treated as new find themselves, though the tokenizers write and number them otherwise."""
+def test_tokens_with_similar_use_are_aligned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Check that shared tokens treated as new are mapped to themselves, for tokenizers with other strings and ids."""
     monkeypatch.setattr("mergekit_omp.initializers.vectors.ENOUGH_TOKENS", 150_000)  # enough for sixty words
     model, output = byte_level_tokenizer(ENGLISH, size=420), sentencepiece_tokenizer(ENGLISH, size=520)
     posed = pose(model, output, {"corpus": tmp_path / "corpus.txt"})
@@ -128,7 +126,7 @@ def test_tokens_that_are_used_alike_are_aligned(monkeypatch: pytest.MonkeyPatch,
 
 
 def write_walk(path: Path, words: list[str]) -> None:
-    """A text in which each word is followed by one of three others."""
+    """Write a text in which each word is followed by one of three others."""
     draw = random.Random(0)
     after = {word: draw.sample(words, 3) for word in words}
     walk = [words[0]]
@@ -139,7 +137,7 @@ def write_walk(path: Path, words: list[str]) -> None:
     )
 
 
-refusal = partial(refusal_by, check)
+refusal = partial(refusal_by, check_tokalign)
 
 
 def test_one_file_is_needed(tmp_path: Path) -> None:
@@ -147,14 +145,14 @@ def test_one_file_is_needed(tmp_path: Path) -> None:
     assert "both are set" in refusal(corpus=tmp_path / "a", token_map=tmp_path / "b")
 
 
-def test_files_that_will_not_do(tmp_path: Path) -> None:
+def test_invalid_files(tmp_path: Path) -> None:
     (tmp_path / "prose.json").write_text("This is a text.")
     (tmp_path / "list.json").write_text('["a", "b"]')
     (tmp_path / "ids.json").write_text(json.dumps({"a": 12}))
     missing = tmp_path / "missing"
     assert f"parameters.corpus: {missing} cannot be read (No such file" in refusal(corpus=missing)
     assert f"parameters.token_map: {missing} cannot be read (No such file" in refusal(token_map=missing)
-    assert "prose.json is no JSON" in refusal(token_map=tmp_path / "prose.json")
+    assert "prose.json is not JSON" in refusal(token_map=tmp_path / "prose.json")
     assert "does not map strings to strings" in refusal(token_map=tmp_path / "list.json")
     assert "does not map strings to strings" in refusal(token_map=tmp_path / "ids.json")
 
@@ -162,12 +160,12 @@ def test_files_that_will_not_do(tmp_path: Path) -> None:
 def test_a_map_needs_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("mergekit_omp.initializers.vectors.find_spec", lambda name: None)
     write_token_map(tmp_path / "map.json", {"a": "b"})
-    check(OmpParameters(token_map=str(tmp_path / "map.json")), "parameters")
+    check_tokalign(OmpParameters(token_map=str(tmp_path / "map.json")), "parameters")
     assert "needs gensim: pip install 'mergekit-omp[vectors]'" in refusal(corpus=tmp_path)
 
 
 def test_unknown_tokens_of_a_map_are_named(new: Callable[..., NewTokens], tmp_path: Path) -> None:
-    """Of either side, the first three."""
+    """Check unknown tokens on either side, of which three are named."""
     path = tmp_path / "map.json"
     write_token_map(path, {f"unheard{n}": "a" for n in range(5)})
     with pytest.raises(OmpError, match=r"maps 5 tokens that the output tokenizer does not have .*'unheard2'\);"):
@@ -177,9 +175,13 @@ def test_unknown_tokens_of_a_map_are_named(new: Callable[..., NewTokens], tmp_pa
         tokalign(new(token_map=path))
 
 
-def test_a_corpus_of_other_things_is_refused(new: Callable[..., NewTokens], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corpus_without_shared_tokens_is_refused(
+    new: Callable[..., NewTokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(
         module, "learn_skipgram_vectors", lambda corpus, vocabulary, _: torch.zeros(vocabulary.size, 4)
     )
-    with pytest.raises(OmpError, match=r"parameters\.corpus: other\.txt has none of the tokens that both"):
+    with pytest.raises(
+        OmpError, match=r"parameters\.corpus: no token of both vocabularies is frequent enough in other\.txt"
+    ):
         token_map(new(corpus="other.txt"))

@@ -1,4 +1,4 @@
-"""``tokenizer.source: union``, built in one call, beside mergekit's own, which adds one token at a time."""
+"""Compare ``tokenizer.source: union``, built in one call, with mergekit's, which adds one token at a time."""
 
 import json
 import time
@@ -34,7 +34,7 @@ def first() -> PreTrainedTokenizerFast:
 
 
 def second() -> PreTrainedTokenizerFast:
-    """Tokens of the first one with other settings, and some of its own."""
+    """Build a tokenizer with tokens of the first in other settings, and with tokens of its own."""
     return with_added(
         byte_level_tokenizer(PYTHON, size=350, eos="</s>"),
         AddedToken("<|same|>", special=False, normalized=True, rstrip=True),
@@ -50,7 +50,7 @@ def third() -> PreTrainedTokenizerFast:
 
 
 def described(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
-    """Everything that a tokenizer does: its own file, and what transformers adds to it."""
+    """Return everything that determines a tokenizer: its own file, and the additions of transformers."""
     return {
         "file": json.loads(tokenizer.backend_tokenizer.to_str()),
         "added": {id_: repr(token) for id_, token in tokenizer.added_tokens_decoder.items()},
@@ -69,12 +69,12 @@ def described(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
 def test_as_mergekit_builds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizers: Sequence[PreTrainedTokenizerFast], short: int
 ) -> None:
-    """Same tokens, ids and settings, also read back; ``short``: rows that the last model lacks for its last tokens.
+    """Compare tokens, ids and settings, also after loading; ``short``: the last model has fewer rows than tokens.
 
-    mergekit's ids are those of the order in which the vocabulary is listed, which is none; here it is that of the ids.
+    mergekit's ids follow the order in which the vocabulary is listed, which is undefined; here they follow the ids.
     """
     names = [ModelReference.model_validate(f"model{i}") for i in range(len(tokenizers))]
-    rows = {name: len(each) for name, each in zip(names, tokenizers, strict=True)}
+    rows = {name: len(tokenizer) for name, tokenizer in zip(names, tokenizers, strict=True)}
     rows[names[-1]] -= short
     sizes = {name.model: count for name, count in rows.items()}
     monkeypatch.setattr(mergekit.tokenizer.build, "get_vocab_size", lambda model, **_: sizes[model])
@@ -85,10 +85,10 @@ def test_as_mergekit_builds_it(
         lambda self: dict(sorted(unordered(self).items(), key=lambda item: item[1])),
     )
     models = dict(zip(names, tokenizers, strict=True))
-    before = [described(each) for each in tokenizers]
+    before = [described(tokenizer) for tokenizer in tokenizers]
 
     expected, result = build_union_tokenizer(tokenizers[0], models), union_of(models, rows)
-    assert [described(each) for each in tokenizers] == before, "the inputs stay as they are"
+    assert [described(tokenizer) for tokenizer in tokenizers] == before, "the inputs stay as they are"
     assert len(result) > max(map(len, tokenizers))
     assert result.get_vocab() == expected.get_vocab()
     assert described(result) == described(expected)
@@ -103,10 +103,12 @@ def test_as_mergekit_builds_it(
 
 
 def test_two_real_families(capsys: pytest.CaptureFixture[str]) -> None:
-    """Qwen 2.5 and Llama 3: one call instead of the hours of 45,000."""
-    models = {ModelReference.model_validate(name): each for name, each in (("qwen", qwen()), ("llama", llama3()))}
+    """Build the union of Qwen 2.5 and Llama 3 in one call, instead of adding 45,000 tokens in hours."""
+    models = {
+        ModelReference.model_validate(name): tokenizer for name, tokenizer in (("qwen", qwen()), ("llama", llama3()))
+    }
     started = time.perf_counter()
-    union = union_of(models, {name: len(each) for name, each in models.items()})
+    union = union_of(models, {name: len(tokenizer) for name, tokenizer in models.items()})
     with capsys.disabled():
         print(f"\nunion of Qwen 2.5 and Llama 3: {len(union):,} tokens, {time.perf_counter() - started:.1f} s")
     vocabulary = union.get_vocab()
@@ -115,7 +117,7 @@ def test_two_real_families(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(vocabulary[token] == id_ for token, id_ in qwen().get_vocab().items())
 
 
-def test_built_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_built_once_per_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = []
     monkeypatch.setattr(resolve, "union_of", lambda *given: built.append(given) or union_of(*given))
     for name in ("build_tokenizer", "build_union_tokenizer"):

@@ -1,4 +1,4 @@
-"""Of several output tokens with one row, the one that the tokenizer writes keeps it."""
+"""Test that among output tokens with one row, the token that the tokenizer writes keeps it."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 
 def test_gemma_keeps_its_digits(gemma3_dir: Path, smollm2_dir: Path) -> None:
-    """SmolLM2's row of ``5`` goes to Gemma's ``5`` and not to ``<0x35>``; every digit and newline keeps its row."""
+    """Check that Gemma's ``5`` gets SmolLM2's row and ``<0x35>`` does not; digits and newlines keep their rows."""
     gemma, smollm2 = (AutoTokenizer.from_pretrained(path) for path in (gemma3_dir, smollm2_dir))
     output, model = read_vocabulary(gemma), read_vocabulary(smollm2)
     found = match_vocabularies(output, model)

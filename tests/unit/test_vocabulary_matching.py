@@ -1,4 +1,4 @@
-"""Which rows the tokens of an output vocabulary have in a model."""
+"""Test the match of output tokens with the rows of a model."""
 
 import random
 from dataclasses import replace
@@ -18,7 +18,7 @@ ORDINARY, BYTE, SPECIAL, UNUSED = TokenKind.ORDINARY, TokenKind.BYTE, TokenKind.
 
 
 def vocabulary(*tokens: tuple[str, bytes, TokenKind] | tuple[str, bytes, TokenKind, bool], **roles: int) -> Vocabulary:
-    """A vocabulary of (text, bytes, kind[, added]), ids in order."""
+    """Build a vocabulary of (text, bytes, kind[, added]) with ascending ids."""
     return Vocabulary({id_: Token(id_, *token) for id_, token in enumerate(tokens)}, roles)
 
 
@@ -33,7 +33,7 @@ def found(match: VocabularyMatch) -> list[tuple[int, MatchReason]]:
 
 
 def pairs(output: Vocabulary, model: Vocabulary) -> dict[str, str | None]:
-    """Output token -> model token, as strings."""
+    """Return pairs of output token and model token, as strings."""
     rows = match_vocabularies(output, model).rows.tolist()
     return {
         token.text: model.tokens[rows[id_]].text if rows[id_] >= 0 else None for id_, token in output.tokens.items()
@@ -56,7 +56,7 @@ def qwen() -> Vocabulary:
 
 
 def test_digits_of_smollm2_have_gemmas_digit_rows(smollm2: Vocabulary, gemma3: Vocabulary) -> None:
-    """A digit pairs with Gemma's ``0`` and never with its ``<0x30>``; both of Gemma's pair with SmolLM2's ``0``."""
+    """Check that a digit matches Gemma's ``0`` and not ``<0x30>``; both of Gemma's match SmolLM2's ``0``."""
     ids = {token.text: id_ for id_, token in gemma3.tokens.items()}
     back = match_vocabularies(gemma3, smollm2)
     forth_rows, back_rows, atoms = found(match_vocabularies(smollm2, gemma3)), found(back), set(back.atoms().tolist())
@@ -71,8 +71,11 @@ def test_digits_of_smollm2_have_gemmas_digit_rows(smollm2: Vocabulary, gemma3: V
 
 
 def test_anchor_counts_of_real_pairs(smollm2: Vocabulary, gemma3: Vocabulary, qwen: Vocabulary) -> None:
-    """Tokens with the same bytes: 46,138 without Gemma's added runs of tabs and newlines, of which SmolLM2 has 7, and
-    95,934 without those of its added tokens, 34, that Qwen has; 39,237 with the 3 special tokens of equal content."""
+    """Check the numbers of tokens with the same bytes in real pairs.
+
+    These are 46,138 without Gemma's added runs of tabs and newlines, of which SmolLM2 has 7; 95,934 without the 34
+    added tokens that Qwen has; and 39,237 with the 3 special tokens of equal content.
+    """
     assert len(match_vocabularies(smollm2, gemma3).atoms()) == 46_138 + 7
     assert len(match_vocabularies(gemma3, smollm2).atoms()) == 46_138 + 7
     assert len(match_vocabularies(qwen, gemma3).atoms()) == 95_934 + 34
@@ -100,7 +103,7 @@ R1_NAMES = {
 
 
 def renamed(vocabulary: Vocabulary, names: dict[int, str], **roles: int) -> Vocabulary:
-    """The same vocabulary with special tokens under other names."""
+    """Return the same vocabulary with other names of special tokens."""
     tokens = {
         id_: replace(token, text=names[id_], data=names[id_].encode(), kind=SPECIAL) if id_ in names else token
         for id_, token in vocabulary.tokens.items()
@@ -109,7 +112,7 @@ def renamed(vocabulary: Vocabulary, names: dict[int, str], **roles: int) -> Voca
 
 
 def test_renamed_special_tokens_pair_by_id_and_role(qwen: Vocabulary) -> None:
-    """DeepSeek-R1-Distill-Qwen is Qwen with the first special tokens renamed, and a bos where Qwen has none."""
+    """Check DeepSeek-R1-Distill-Qwen: Qwen with the first special tokens renamed, and an additional bos."""
     base = renamed(qwen, {151646: "<|object_ref_start|>"}, eos=151643, pad=151643)
     chat = Vocabulary(base.tokens, {"eos": 151645, "pad": 151643})
     distilled = renamed(qwen, R1_NAMES, bos=151646, eos=151643, pad=151643)
@@ -129,7 +132,7 @@ def test_renamed_special_tokens_pair_by_id_and_role(qwen: Vocabulary) -> None:
 
 
 def test_equal_ids_mean_nothing_in_other_vocabularies(smollm2: Vocabulary) -> None:
-    """Another vocabulary with a special token of the same id and role pairs by role, and says so."""
+    """Check that a different vocabulary with a special token of the same id and role matches by role."""
     shifted = {
         id_: token if token.kind is SPECIAL else replace(smollm2.tokens[49151 - id_ + 17], id=id_)
         for id_, token in smollm2.tokens.items()
@@ -141,14 +144,14 @@ def test_equal_ids_mean_nothing_in_other_vocabularies(smollm2: Vocabulary) -> No
 
 
 def test_control_tokens_that_one_tokenizer_merely_adds(qwen: Vocabulary) -> None:
-    """Qwen does not call its fill-in-the-middle tokens special, Tekken does."""
+    """Check fill-in-the-middle tokens, which are special in Tekken and only added in Qwen."""
     tekken = read_vocabulary(tt.tekken())
     assert pairs(qwen, tekken)["<|fim_middle|>"] == "[MIDDLE]"
     assert pairs(tekken, qwen)["[MIDDLE]"] == "<|fim_middle|>"
 
 
 def test_html_that_gemma_adds_is_text(gemma3: Vocabulary) -> None:
-    """``</s>`` strikes text through in Gemma's vocabulary, and ends it in Mistral's."""
+    """Check ``</s>``, which is an HTML tag in Gemma's vocabulary and the end of text in Mistral's."""
     mistral = read_vocabulary(tt.mistral(1))
     assert pairs(gemma3, mistral)["</s>"] is None
     assert pairs(mistral, gemma3)["</s>"] == "<eos>"
@@ -185,14 +188,14 @@ def test_same_string_then_ordinary_then_byte_token() -> None:
 
 
 def test_the_same_string_for_other_bytes_is_another_token() -> None:
-    """``Ġ`` is a space in byte-level vocabularies and a letter in SentencePiece ones."""
+    """Check ``Ġ``, which is a space in byte-level vocabularies and a letter in SentencePiece ones."""
     output = vocabulary(("Ġ", b" ", ORDINARY))
     model = vocabulary(("Ġ", "Ġ".encode(), ORDINARY), ("▁", b" ", ORDINARY))
     assert found(match_vocabularies(output, model)) == [(1, MatchReason.SAME_BYTES)]
 
 
 def test_one_atom_for_each_row_of_the_model() -> None:
-    """Of tokens that share a row the best match is the atom; special and unused tokens are none."""
+    """Check that the best match of tokens with one row is the atom, and that special and unused tokens are none."""
     output = vocabulary(
         ("<0x41>", b"A", BYTE),
         ("<unused1>", b"<unused1>", UNUSED),
@@ -217,7 +220,7 @@ def test_words_never_pair_with_special_tokens() -> None:
 
 
 def test_special_tokens_pair_by_content_before_role() -> None:
-    """An instruct tokenizer ends turns with a token that its base model has too: it keeps that row."""
+    """Check an instruct tokenizer whose end of turn is a token of its base model: it keeps that row."""
     instruct = special("<|endoftext|>", "<|im_end|>", eos=1, pad=0)
     base = special("<|endoftext|>", "<|im_end|>", eos=0, pad=0)
     assert found(match_vocabularies(instruct, base)) == [
@@ -226,7 +229,7 @@ def test_special_tokens_pair_by_content_before_role() -> None:
     ]
 
 
-def test_special_tokens_pair_by_role_before_thetable() -> None:
+def test_special_tokens_pair_by_role_before_the_table() -> None:
     output = special("<|im_end|>", "<|other|>", eos=0)
     model = special("<end_of_turn>", "<eos>", eos=1)
     assert found(match_vocabularies(output, model)) == [
@@ -236,13 +239,13 @@ def test_special_tokens_pair_by_role_before_thetable() -> None:
 
 
 def test_unknown_and_padding_tokens_pair_last() -> None:
-    """A text separator that serves as unknown token too has the model's separator, not its unknown token."""
+    """Check that a separator that is also the unknown token matches the model's separator."""
     output = special("<|endoftext|>", unk=0)
     assert found(match_vocabularies(output, special("<unk>", "</s>", unk=0))) == [(1, MatchReason.SPECIAL_EQUIVALENT)]
     assert found(match_vocabularies(output, special("<nothing>", unk=0))) == [(0, MatchReason.SPECIAL_ROLE)]
 
 
-def test_an_end_of_text_that_pads_is_no_padding() -> None:
+def test_an_end_of_text_used_as_padding_is_not_padding() -> None:
     output = special("<|stop|>", eos=0, pad=0)
     assert found(match_vocabularies(output, special("[PAD]", pad=0))) == [(-1, MatchReason.MISSING_SPECIAL)]
     assert found(match_vocabularies(output, special("[PAD]", "x", pad=0, eos=1))) == [(1, MatchReason.SPECIAL_ROLE)]
@@ -266,7 +269,7 @@ def test_gaps_truncation_and_counts() -> None:
 
 
 def test_table_of_equivalents_is_sound() -> None:
-    """Every string stands in one list, and none is kept free for later use."""
+    """Check that every string is in one list, and that none is an unused token."""
     assert meaning_of("<|im_end|>") == meaning_of("<|eot_id|>") == "end_of_turn"
     assert "<|im_end|>" in equivalents_of("<end_of_turn>")
     assert equivalents_of("word") == ()
@@ -300,7 +303,7 @@ KINDS = st.sampled_from(list(TokenKind))
 
 @st.composite
 def vocabularies(draw: st.DrawFn) -> Vocabulary:
-    """Unique strings, few different bytes, ids with gaps."""
+    """Generate vocabularies with unique strings, few different bytes, and gaps between ids."""
     texts = draw(st.lists(st.text("abĠ▁<|>", max_size=3), max_size=12, unique=True))
     ids = draw(st.lists(st.integers(0, 30), min_size=len(texts), max_size=len(texts), unique=True))
     tokens = {}
@@ -321,7 +324,7 @@ def test_any_vocabulary_matches_itself(own: Vocabulary) -> None:
 
 @given(vocabularies(), vocabularies())
 def test_matches_are_sound_and_complete(output: Vocabulary, model: Vocabulary) -> None:
-    """Anchors have equal bytes, text pairs with text, and no text that the model has is missing."""
+    """Check that anchors have equal bytes, text matches text, and no text of the model is missing."""
     match = match_vocabularies(output, model)
     has = {token.data for token in model.tokens.values() if token.kind in (ORDINARY, BYTE)}
     for id_, (row, reason) in enumerate(found(match)):
@@ -340,7 +343,7 @@ def test_matches_are_sound_and_complete(output: Vocabulary, model: Vocabulary) -
 
 @given(vocabularies(), vocabularies(), st.randoms())
 def test_the_order_of_ids_does_not_matter(output: Vocabulary, model: Vocabulary, shuffler: random.Random) -> None:
-    """Renumbering both vocabularies renumbers the bytes, kinds and reasons that are paired, and nothing else."""
+    """Check that renumbering vocabularies renumbers the matched bytes, kinds and reasons, and changes nothing else."""
 
     def renumbered(own: Vocabulary) -> tuple[Vocabulary, dict[int, int]]:
         ids = list(own.tokens)
@@ -351,7 +354,7 @@ def test_the_order_of_ids_does_not_matter(output: Vocabulary, model: Vocabulary,
         }
         return Vocabulary(tokens, {role: new[id_] for role, id_ in own.roles.items()}), new
 
-    def said(match: VocabularyMatch, model: Vocabulary, id_: int) -> tuple:
+    def match_of(match: VocabularyMatch, model: Vocabulary, id_: int) -> tuple:
         row, reason = found(match)[id_]
         return (reason, row >= 0 and (model.tokens[row].data, model.tokens[row].kind))
 
@@ -364,4 +367,4 @@ def test_the_order_of_ids_does_not_matter(output: Vocabulary, model: Vocabulary,
         for own, match in ((output, before), (other_output, after))
     ]
     assert written[0] == written[1]
-    assert all(said(before, model, id_) == said(after, other_model, new[id_]) for id_ in output.tokens)
+    assert all(match_of(before, model, id_) == match_of(after, other_model, new[id_]) for id_ in output.tokens)

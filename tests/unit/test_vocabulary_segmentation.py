@@ -1,4 +1,4 @@
-"""How a model's own tokenizer splits foreign tokens, how tokenizers split numbers, and what chat templates use."""
+"""Test the segmentation of foreign tokens, numeral schemes, and the tokens of chat templates."""
 
 import copy
 from functools import cache
@@ -19,14 +19,14 @@ read = cache(read_vocabulary)
 
 
 def strings(output: Vocabulary, model_tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The pieces of one output token, as the model's strings."""
+    """Return the pieces of one output token as strings of the model."""
     id_ = next(id_ for id_, token in output.tokens.items() if token.text == text)
     model = read(model_tokenizer)
     return [model.tokens[piece].text for piece in pieces(output, model_tokenizer, [id_], model)[0]]
 
 
 def unspelled(output: Vocabulary, model_tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
-    """The bytes of the ordinary output tokens that their pieces do not spell."""
+    """Return the bytes of ordinary output tokens that their pieces do not reproduce."""
     model = read(model_tokenizer)
     tokens = [token for token in output.tokens.values() if token.kind in TEXT]
     split = pieces(output, model_tokenizer, [token.id for token in tokens], model)
@@ -38,13 +38,13 @@ def unspelled(output: Vocabulary, model_tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def word_level(texts: list[str]) -> Vocabulary:
-    """A vocabulary whose tokens are these texts, literally."""
+    """Build a vocabulary whose tokens are these texts."""
     backend = Tokenizer(models.WordLevel({text: id_ for id_, text in enumerate(texts)}, unk_token=texts[0]))
     return read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def test_pieces_spell_real_tokens(smollm2_dir: Path, gemma3_dir: Path) -> None:
-    """All 305,000 tokens, both ways; save 24 that have one of the 23 bytes for which SmolLM2 has no token."""
+    """Check all 305,000 tokens in both directions, except 24 with bytes for which SmolLM2 has no token."""
     smollm2, gemma3 = map(tt.load, (smollm2_dir, gemma3_dir))
     assert unspelled(read(smollm2), gemma3) == []
     missing = unspelled(read(gemma3), smollm2)
@@ -54,13 +54,13 @@ def test_pieces_spell_real_tokens(smollm2_dir: Path, gemma3_dir: Path) -> None:
 
 
 def test_pieces_of_real_tokens_in_mistral_and_llama() -> None:
-    """SentencePiece puts no space before the pieces, tokens that are no text are spelled in bytes."""
+    """Check that SentencePiece adds no space before pieces, and that invalid UTF-8 is written in bytes."""
     assert unspelled(read_vocabulary(tt.llama3()), tt.mistral(1)) == []
     assert unspelled(read_vocabulary(tt.mistral(1)), tt.llama3()) == []
 
 
 def test_pieces_are_what_the_models_tokenizer_makes_in_a_text(gemma3_dir: Path) -> None:
-    """Not greedy: the merges of the model decide, as they do between two other words."""
+    """Check that the model's merges decide, as between two other words, and not the longest match."""
     gemma3 = tt.load(gemma3_dir)
     output = word_level([" unbelievableness", "\n\n\n", " 1234", "</h1>x"])
     assert strings(output, gemma3, " unbelievableness") == gemma3.tokenize("a unbelievableness")[1:]
@@ -90,7 +90,7 @@ def test_what_the_model_cannot_write_has_no_pieces() -> None:
     assert strings(word_level(["☃"]), tt.unigram(), "☃") == []
 
 
-def test_special_tokens_are_no_pieces(smollm2_dir: Path) -> None:
+def test_special_tokens_are_not_pieces(smollm2_dir: Path) -> None:
     smollm2 = tt.load(smollm2_dir)
     split = strings(word_level(["<|im_end|>"]), smollm2, "<|im_end|>")
     assert "".join(split) == "<|im_end|>"
@@ -104,14 +104,14 @@ def test_added_tokens_keep_their_ids() -> None:
     assert strings(word_level(["a§§"]), tokenizer, "a§§") == ["a", "§§"]
 
 
-def test_the_tokenizer_is_left_as_it_is() -> None:
+def test_the_tokenizer_is_unchanged() -> None:
     tokenizer = tt.unigram()
     before = tokenizer.backend_tokenizer.to_str()
     pieces(word_level(["word"]), tokenizer, [0])
     assert tokenizer.backend_tokenizer.to_str() == before
 
 
-def test_rows_that_the_model_lacks_are_no_pieces() -> None:
+def test_tokens_without_a_row_are_not_pieces() -> None:
     tokenizer = tt.byte_level()
     model = read_vocabulary(tokenizer).truncated(257)
     (ids,) = pieces(word_level(["the dog"]), tokenizer, [0], model)
@@ -128,7 +128,7 @@ def test_a_tokenizer_without_backend_is_split_by_the_longest_tokens() -> None:
 
 
 def with_number_chunks(pattern: str) -> PreTrainedTokenizerFast:
-    """A tokenizer that has every number of up to three digits and cuts numbers by a pattern."""
+    """Build a tokenizer with all numbers of up to three digits that splits numbers by a pattern."""
     numbers = [str(n) for n in range(10)] + [f"{n:02}" for n in range(100)] + [f"{n:03}" for n in range(1000)]
     vocab = {text: id_ for id_, text in enumerate(dict.fromkeys(["<unk>", *numbers]))}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -150,9 +150,11 @@ def test_numeral_schemes_that_no_package_has() -> None:
     assert numeral_scheme(with_number_chunks(r"\d{1,3}")) is NumeralScheme.CHUNKS_FROM_LEFT
     assert numeral_scheme(with_number_chunks(r"\d{1,2}")) is NumeralScheme.MIXED
     assert numeral_scheme(tt.word_piece()) is NumeralScheme.MIXED
-    whole = Tokenizer(models.WordLevel({str(n): n for n in range(10_000)} | {"<unk>": 10_000}, unk_token="<unk>"))
-    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    assert numeral_scheme(PreTrainedTokenizerFast(tokenizer_object=whole)) is NumeralScheme.WHOLE
+    whole_numbers = Tokenizer(
+        models.WordLevel({str(n): n for n in range(10_000)} | {"<unk>": 10_000}, unk_token="<unk>")
+    )
+    whole_numbers.pre_tokenizer, whole_numbers.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    assert numeral_scheme(PreTrainedTokenizerFast(tokenizer_object=whole_numbers)) is NumeralScheme.WHOLE
 
 
 def test_numeral_warning_names_both_schemes() -> None:
@@ -162,8 +164,8 @@ def test_numeral_warning_names_both_schemes() -> None:
     assert numeral_warning(mixed, mixed) is not None  # varying chunks of two vocabularies are not the same chunks
 
 
-def test_chat_template_tokens_are_found_in_the_template_and_in_what_it_writes(smollm2_dir: Path) -> None:
-    """Also strings that the template puts together, and tokens that it names by role."""
+def test_chat_template_tokens_in_source_and_rendering(smollm2_dir: Path) -> None:
+    """Check also strings that the template concatenates, and tokens that it names by role."""
     tokenizer = copy.deepcopy(tt.load(smollm2_dir))
     vocabulary = read_vocabulary(tokenizer)
 
@@ -184,6 +186,6 @@ def test_chat_template_tokens_are_found_in_the_template_and_in_what_it_writes(sm
 
 
 def test_normalized_text_is_spelled_as_it_is() -> None:
-    """Qwen composes accents before it splits; a token with a combining accent is spelled by bytes instead."""
+    """Check a token with a combining accent, which Qwen composes before it splits: it is written in bytes."""
     decomposed = normalizers.NFD().normalize_str("é")
     assert unspelled(word_level([decomposed]), tt.qwen()) == []

@@ -1,4 +1,4 @@
-"""What tokens of every kind of tokenizer stand for."""
+"""Test the bytes of tokens for every kind of tokenizer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -47,11 +47,11 @@ def spelled(vocabulary: Vocabulary, ids: list[int]) -> bytes:
 
 @pytest.mark.parametrize("name", REAL)
 def test_tokens_of_a_text_spell_it(name: str) -> None:
-    """The bytes of the tokens that a text is encoded as are the text's, in every real vocabulary."""
+    """Check that the tokens of a text have its bytes, in every real vocabulary."""
     tokenizer = REAL[name]()
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
-    said = spelled(read_vocabulary(tokenizer), ids)
-    assert said in (TEXT.encode(), b" " + TEXT.encode())  # SentencePiece puts a space before a text
+    decoded = spelled(read_vocabulary(tokenizer), ids)
+    assert decoded in (TEXT.encode(), b" " + TEXT.encode())  # SentencePiece puts a space before a text
 
 
 def test_tokens_of_a_text_spell_it_in_smollm2_and_gemma(smollm2_dir: Path, gemma3_dir: Path) -> None:
@@ -65,8 +65,8 @@ def test_tokens_of_a_text_spell_it_in_smollm2_and_gemma(smollm2_dir: Path, gemma
 def test_tokens_of_a_text_spell_it_in_trained_vocabularies(build: Callable[[], PreTrainedTokenizerFast]) -> None:
     tokenizer = build()
     text = " ".join(tt.CORPUS[0].split())
-    said = spelled(read_vocabulary(tokenizer), tokenizer.encode(text, add_special_tokens=False))
-    assert said.removeprefix(b" ") == text.encode()
+    decoded = spelled(read_vocabulary(tokenizer), tokenizer.encode(text, add_special_tokens=False))
+    assert decoded.removeprefix(b" ") == text.encode()
 
 
 def test_byte_level_alphabet_is_the_librarys() -> None:
@@ -75,13 +75,13 @@ def test_byte_level_alphabet_is_the_librarys() -> None:
 
 @given(st.binary())
 def test_byte_level_round_trip(data: bytes) -> None:
-    """Any bytes, written in the byte-level alphabet, are read back; valid UTF-8 or not."""
+    """Check that any bytes in the byte-level alphabet are read back, whether they are valid UTF-8 or not."""
     scheme = read_scheme(word_level(["a"], decoder=decoders.ByteLevel()))
     assert scheme.ordinary_bytes(as_text(data)) == data
 
 
 def test_byte_level_added_tokens_are_literal_text() -> None:
-    """``Ġ`` is a space in the model's own tokens, and itself in an added one; runs of spaces are added by GPT-NeoX."""
+    """Check ``Ġ``, a space in ordinary tokens and itself in an added one; GPT-NeoX adds runs of spaces."""
     tokenizer = word_level(["Ġa"], decoder=decoders.ByteLevel())
     tokenizer.add_tokens(["Ġb", "   "])
     assert data_of(tokenizer) == {"Ġa": b" a", "Ġb": "Ġb".encode(), "   ": b"   "}
@@ -92,7 +92,7 @@ def test_strings_outside_the_byte_alphabet_are_literal_text() -> None:
 
 
 def test_byte_fallback_and_spaces_of_sentencepiece(gemma3_dir: Path) -> None:
-    """Gemma has the digit 0 as a token and as a byte token, and many added tokens that are ordinary text."""
+    """Check Gemma, which has the digit 0 as a token and as a byte token, and many added tokens of ordinary text."""
     vocabulary = read_vocabulary(tt.load(gemma3_dir))
     by_text = {token.text: token for token in vocabulary.tokens.values()}
     assert (by_text["0"].data, by_text["0"].kind) == (b"0", TokenKind.ORDINARY)
@@ -111,22 +111,22 @@ def test_byte_fallback_and_spaces_of_sentencepiece(gemma3_dir: Path) -> None:
     }
 
 
-def test_hexadecimal_text_is_no_byte_without_byte_fallback() -> None:
+def test_hexadecimal_text_is_not_a_byte_without_byte_fallback() -> None:
     assert data_of(word_level(["<0x41>"], decoder=decoders.Metaspace())) == {"<0x41>": b"<0x41>"}
     both = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     assert data_of(word_level(["<0x41>"], decoder=both)) == {"<0x41>": b"A"}
 
 
 def test_word_piece_opens_words_with_a_space() -> None:
-    """``the`` is " the" as other kinds write it, ``##ing`` goes on inside a word, marks and ideographs stand alone."""
+    """Check that ``the`` is " the", ``##ing`` continues a word, and marks and ideographs are separate."""
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##ing": 2, ".": 3, "世": 4, "##": 5}))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     for decoder in (None, decoders.WordPiece()):
         if decoder is not None:
             backend.decoder = decoder
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
-        said = data_of(tokenizer)
-        assert said == {
+        decoded = data_of(tokenizer)
+        assert decoded == {
             "[UNK]": b"[UNK]",
             "the": b" the",
             "##ing": b"ing",
@@ -157,7 +157,7 @@ def test_without_a_decoder_the_kind_follows_from_how_text_is_prepared(components
 
 
 def test_roles_name_tokens_of_the_vocabulary_only() -> None:
-    """A role's string that the vocabulary lacks is no role; ``bos_token_id`` would be the unknown token's id."""
+    """Check that a role whose string is not in the vocabulary is omitted, unlike in ``bos_token_id``."""
     tokenizer = tt.byte_level()
     vocabulary = read_vocabulary(tokenizer)
     assert vocabulary.roles == {"bos": 0, "eos": 0}
@@ -193,7 +193,7 @@ def test_ids_may_have_gaps_and_truncation_drops_tokens_and_roles() -> None:
 
 
 def test_fingerprint_is_of_everything_that_matters() -> None:
-    """How text is prepared does not matter, what tokens stand for, their kinds and their roles do."""
+    """Check that bytes, kinds and roles of tokens matter, and that the preparation of text does not."""
     texts = ["a", "▁b", "</s>"]
     same = [
         word_level(texts, decoder=decoders.Metaspace()),
@@ -213,7 +213,7 @@ def test_fingerprint_is_of_everything_that_matters() -> None:
 
 
 def test_slow_sentencepiece_tokenizer_reads_as_the_fast_one() -> None:
-    """A tokenizer that has a SentencePiece model and no ``tokenizers`` backend."""
+    """Check a tokenizer with a SentencePiece model and without a ``tokenizers`` backend."""
     slow = SentencePieceBackend(
         vocab_file=str(tt.package_file("mistral_common", "data/tokenizer.model.v1")),
         bos_token="<s>",
@@ -229,7 +229,7 @@ def test_slow_sentencepiece_tokenizer_reads_as_the_fast_one() -> None:
 
 
 class TiktokenStyle(PythonBackend):
-    """A tokenizer as models with custom code bring it along: its vocabulary lists bytes."""
+    """A tokenizer as in models with custom code: its vocabulary lists bytes."""
 
     ranks = {bytes([byte]): byte for byte in range(256)} | {b" the": 256, b"\xe4\xb8": 257}
 
@@ -257,7 +257,7 @@ def test_tiktoken_style_tokenizer_that_lists_bytes() -> None:
 
 
 class NoKind(PythonBackend):
-    """A tokenizer that does not say how its strings stand for text."""
+    """A tokenizer that does not declare the bytes of its tokens."""
 
     def get_vocab(self) -> dict[str, int]:
         return {"a": 0}
@@ -267,7 +267,7 @@ class NoKind(PythonBackend):
         return 1
 
 
-def test_a_tokenizer_of_no_known_kind_is_refused() -> None:
+def test_a_tokenizer_of_unknown_kind_is_refused() -> None:
     with pytest.raises(OmpError, match=r"'NoKind' has neither a tokenizer\.json, nor a SentencePiece model"):
         read_vocabulary(NoKind())
 
@@ -334,7 +334,7 @@ NORMALIZERS = st.sampled_from(
 
 @st.composite
 def tokenizers(draw: st.DrawFn) -> PreTrainedTokenizerFast:
-    """Whatever a tokenizer.json may hold, sensible or not."""
+    """Generate any content of a tokenizer.json, sensible or not."""
     texts = draw(st.lists(TEXTS, min_size=1, max_size=12, unique=True))
     ids = dict(zip(texts, draw(st.permutations(range(len(texts)))), strict=True))
     backend = Tokenizer(
@@ -367,7 +367,7 @@ def tokenizers(draw: st.DrawFn) -> PreTrainedTokenizerFast:
 def test_any_tokenizer_is_read_matched_and_split_or_refused(
     output_tokenizer: PreTrainedTokenizerFast, model_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Whatever a tokenizer.json declares, the only exception is ``OmpError``, and a match is of equal bytes."""
+    """Check for any tokenizer.json that the only exception is ``OmpError``, and that a match has equal bytes."""
     try:
         output, model = read_vocabulary(output_tokenizer), read_vocabulary(model_tokenizer)
     except OmpError:

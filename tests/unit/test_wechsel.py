@@ -1,4 +1,4 @@
-"""`approximation: wechsel`: rows are means of the rows of tokens of like meaning."""
+"""Test `approximation: wechsel`: rows are means of the rows of tokens with similar meaning."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens
-from mergekit_omp.initializers.wechsel import check, wechsel
+from mergekit_omp.initializers.wechsel import check_wechsel, wechsel
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.vocabulary.tokens import TokenKind
 
@@ -52,7 +52,7 @@ def written(path: Path, vectors: Vectors) -> str:
 
 
 class Languages:
-    """Words of two languages whose vectors are alike but for a rotation and noise, and a dictionary of them."""
+    """Words of two languages whose vectors are equal up to a rotation and noise, and a dictionary of them."""
 
     def __init__(self, folder: Path, noise: float = 0.1, turn: int = 1) -> None:
         random = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def german_tokens(tokenizer: PreTrainedTokenizerFast) -> partial[NewTokens]:
 
 
 def embeddings_by_words(vectors: Vectors, tokenizer: PreTrainedTokenizerFast) -> dict[int, np.ndarray]:
-    """For each token the mean of the words that it is in; a file without counts gives the last of n words 1, … n."""
+    """Compute the mean of the words that contain each token; without counts, the last of n words has 1, … n."""
     sums: dict[int, np.ndarray] = {}
     totals: dict[int, float] = {}
     for index, (word, vector) in enumerate(vectors.items()):
@@ -101,7 +101,7 @@ def embeddings_by_words(vectors: Vectors, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def rotation(english: Vectors, german: Vectors) -> np.ndarray:
-    """Orthogonal Procrustes by its singular value decomposition, each pair once for each form that is there."""
+    """Solve orthogonal Procrustes by singular value decomposition, with each pair once per common form."""
     left, right = [], []
     for ours, theirs in PAIRS.items():
         for a in (ours, ours.lower(), ours.title()):
@@ -116,9 +116,9 @@ def rotation(english: Vectors, german: Vectors) -> np.ndarray:
 def expected_row(
     weight: torch.Tensor, target: np.ndarray, sources: dict[int, np.ndarray], turned: np.ndarray
 ) -> np.ndarray | None:
-    """The softmax-weighted mean of the ten rows whose tokens are nearest; None where the tenth is as near as the next.
+    """Compute the softmax-weighted mean of the ten nearest tokens' rows; None for a tie between the tenth and next.
 
-    Tokens that only one and the same word has are equally near to everything.
+    Tokens that only occur in one common word are equally near to everything.
     """
 
     def cosine(id_: int) -> float:
@@ -155,7 +155,7 @@ def test_rows_are_means_of_the_ten_nearest_tokens(
         assert compared > 20
 
 
-def test_the_turn_between_the_languages_does_not_matter(
+def test_the_rotation_between_the_languages_does_not_matter(
     german_tokens: partial[NewTokens], weights: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
     first, second = (
@@ -164,7 +164,7 @@ def test_the_turn_between_the_languages_does_not_matter(
     torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
 
 
-def test_tokens_without_an_embedding_are_drawn_like_the_models_rows(
+def test_tokens_without_an_embedding_get_samples(
     german_tokens: partial[NewTokens],
     weights: tuple[torch.Tensor, torch.Tensor],
     tmp_path: Path,
@@ -241,28 +241,28 @@ def test_words_of_the_dictionary_are_looked_up_in_other_cases(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """`fuchs` finds `Fuchs`; a byte order mark, empty lines and words of several parts are read as they are meant."""
+    """Check `fuchs` for `Fuchs`, a byte order mark, empty lines and words of several parts."""
     languages = Languages(tmp_path)
     dictionary = Path(languages.parameters["dictionary"])
     caplog.set_level(logging.INFO)
     dictionary.write_text("\ufeffdog\thund\n\nfox\tfuchs\nno such words\tgibt es nicht\n")
     wechsel(german_tokens(languages.parameters))
     # the lower case of `dog` is `dog` itself, so that it counts twice
-    assert "aligned by 4 pairs" in caplog.text
+    assert "aligned with 4 pairs" in caplog.text
 
 
 @pytest.mark.parametrize("missing", ["source_vectors", "vectors", "dictionary"])
 def test_all_three_files_are_needed(tmp_path: Path, missing: str) -> None:
     given = {**Languages(tmp_path).parameters, missing: None}
     with pytest.raises(OmpError, match=f"^parameters: approximation: wechsel needs {missing}; add"):
-        check(OmpParameters(**given), "parameters")
+        check_wechsel(OmpParameters(**given), "parameters")
 
 
 @pytest.mark.parametrize("missing", ["source_vectors", "vectors", "dictionary"])
-def test_a_file_that_is_not_there_is_refused_early(tmp_path: Path, missing: str) -> None:
+def test_a_missing_file_is_refused_early(tmp_path: Path, missing: str) -> None:
     given = {**Languages(tmp_path).parameters, missing: str(tmp_path / "nowhere")}
     with pytest.raises(OmpError, match=f"^parameters.{missing}: .*nowhere cannot be read"):
-        check(OmpParameters(**given), "parameters")
+        check_wechsel(OmpParameters(**given), "parameters")
 
 
 @pytest.mark.parametrize(
@@ -270,19 +270,19 @@ def test_a_file_that_is_not_there_is_refused_early(tmp_path: Path, missing: str)
     [
         (b"dog\tHund\nfox\tder\tFuchs\n", "line 2 of .* has 3 columns; write a word, a tab and its translation"),
         (b"dog\tHund\n\nfox\n", "line 3 of .* has 1 columns"),
-        (b"\n", "is empty; name a file with a word and its translation in each line"),
+        (b"\n", "is empty; name a file with a word and its translation on each line"),
         (b"f\xfcchse foxes\n", "is not in UTF-8"),
     ],
 )
-def test_a_dictionary_that_is_none_is_refused_early(tmp_path: Path, content: bytes, expected: str) -> None:
+def test_an_invalid_dictionary_is_refused_early(tmp_path: Path, content: bytes, expected: str) -> None:
     languages = Languages(tmp_path)
     Path(languages.parameters["dictionary"]).write_bytes(content)
     with pytest.raises(OmpError, match=f"^parameters.dictionary: .*{expected}"):
-        check(OmpParameters(**languages.parameters), "parameters")
+        check_wechsel(OmpParameters(**languages.parameters), "parameters")
 
 
-def test_good_files_pass(tmp_path: Path) -> None:
-    check(OmpParameters(**Languages(tmp_path).parameters), "parameters")
+def test_valid_files_pass(tmp_path: Path) -> None:
+    check_wechsel(OmpParameters(**Languages(tmp_path).parameters), "parameters")
 
 
 def test_a_dictionary_of_other_languages_is_refused(german_tokens: partial[NewTokens], tmp_path: Path) -> None:
@@ -295,14 +295,16 @@ def test_a_dictionary_of_other_languages_is_refused(german_tokens: partial[NewTo
 def test_vectors_of_two_widths_are_refused(german_tokens: partial[NewTokens], tmp_path: Path) -> None:
     languages = Languages(tmp_path)
     written(Path(languages.parameters["vectors"]), {word: np.ones(7) for word in languages.german})
-    with pytest.raises(OmpError, match=r"has vectors of 4 numbers, and vectors: .* of 7; name vectors of one width"):
+    with pytest.raises(
+        OmpError, match=r"has vectors of width 4, but vectors: .* of width 7; name vectors of one width"
+    ):
         wechsel(german_tokens(languages.parameters))
 
 
 def test_a_recipe_makes_the_rows_of_both_matrices(
     tokenizer: PreTrainedTokenizerFast, german_tokens: partial[NewTokens], tmp_path: Path
 ) -> None:
-    """A tokenizer without a model is enough."""
+    """Check a tokenizer without a model as the source."""
     model = make_model(tokenizer)
     base, german = save(tmp_path / "base", model, tokenizer), tmp_path / "german"
     new = german_tokens(Languages(tmp_path).parameters)

@@ -1,4 +1,4 @@
-"""Keep a candidate list: the atoms that one target's next steps are chosen from, until the next scan.
+"""Maintain the candidate list of one target: the atoms that its steps choose from between two scans.
 
 Letters in shapes: M candidates, d dimensions, k sparsity.
 """
@@ -15,18 +15,18 @@ from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.tolerances import TIE
 
 GROUP = 32
-"""Atoms that vector instructions test at once for a candidate; few enough groups have one."""
+"""Atoms that are tested together with vector instructions; few groups contain a candidate."""
 
 
 class Candidates(NamedTuple):
     """The candidate list of one target.
 
     Attributes:
-        length: int64 (1,), M; of the other arrays, so many places count.
-        atoms: int64, their indices.
+        length: int64 (1,), M; only the first M places of the other arrays are valid.
+        atoms: int64, indices of the candidates.
         inner: float32, their cosines with the target.
         correlations: float32, their estimated correlations |⟨residual, atom⟩| in units of the largest norm.
-        cosines: float32 (k, M), of the support's atoms with the candidates, in units of the Gram matrix.
+        cosines: float32 (k, M), cosines of the support's atoms with the candidates, in units of the Gram matrix.
     """
 
     length: ndarray
@@ -37,11 +37,11 @@ class Candidates(NamedTuple):
 
 
 def empty_candidates(k: int) -> Candidates:
-    """Allocate room for a tile of atoms, and for those of one more tile before the list is shortened."""
+    """Allocate room for two tiles of atoms: the list is shortened when it exceeds one."""
     room = 2 * TILE
     return Candidates(
         length=np.zeros(1, np.int64),
-        atoms=np.zeros(room + 1, np.int64),  # one more is written to and not counted
+        atoms=np.zeros(room + 1, np.int64),  # one extra place that append_tile overwrites
         inner=np.zeros(room, np.float32),
         correlations=np.zeros(room, np.float32),
         cosines=np.zeros((k, room), np.float32),
@@ -56,7 +56,7 @@ def exact_correlation(gram: Gram, atom: int, residual: ndarray) -> float:
 
 @compiled
 def beats(correlation: float, atom: int, best: float, choice: int) -> bool:
-    """Tell whether an atom is selected before another: of equal ones, that of the lower index."""
+    """Tell whether an atom is selected before the best one so far; ties go to the lower index."""
     return correlation > best * (1 + TIE) or (correlation >= best * (1 - TIE) and atom < choice)
 
 
@@ -83,7 +83,7 @@ def append_tile(
     start: int,
     least: float | np.floating,
 ) -> None:
-    """Append the atoms of a tile that correlate more than ``least`` with the residual.
+    """Append the atoms of a tile whose correlation with the residual exceeds ``least``.
 
     ``inner`` (P,) are the cosines of the target with all atoms, ``cosines`` float32 (TILE,) those of the residual with
     the atoms from ``start`` on.
@@ -109,7 +109,7 @@ def append_tile(
 
 @compiled
 def shorten(active: ActiveSet, candidates: Candidates, least: float) -> None:
-    """Keep the candidates that correlate more than ``least``."""
+    """Keep the candidates whose correlation exceeds ``least``."""
     kept, size, length = 0, active.size[0], candidates.length[0]
     for place in range(length):
         if candidates.correlations[place] > least:
@@ -126,10 +126,10 @@ def shorten(active: ActiveSet, candidates: Candidates, least: float) -> None:
 def best_candidate(
     gram: Gram, active: ActiveSet, candidates: Candidates, weights: ndarray, residual: ndarray, error: float
 ) -> tuple[int, float]:
-    """Choose the candidate that correlates most with the residual (d,), as float64 arithmetic would.
+    """Choose the candidate with the highest correlation with the residual (d,), with the result of float64 arithmetic.
 
-    ``weights`` float32 (k,) are those of the support's rows in the cosines, which are off by at most ``error``. The
-    rows of all active atoms but the last are in the list. Returns the atom and its correlation.
+    ``weights`` float32 (k,) are the weights of the support's rows in the cosines, whose error is at most ``error``.
+    The list has the rows of all active atoms but the last. Returns the atom and its correlation.
     """
     size, listed, last = active.size[0], candidates.length[0], active.support[active.size[0] - 1]
     if listed == 0:

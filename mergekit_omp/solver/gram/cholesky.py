@@ -14,15 +14,15 @@ from mergekit_omp.solver.tolerances import DEPENDENT
 
 
 class ActiveSet(NamedTuple):
-    """The atoms that were selected, and the Cholesky factor L of their Gram matrix AᵀA = LLᵀ.
+    """Selected atoms and the Cholesky factor L of their Gram matrix AᵀA = LLᵀ.
 
     Attributes:
-        size: int64 (1,), how many there are; of the other arrays, so many places count.
-        support: int64 (k or more, whole ROWS), indices of the atoms.
+        size: int64 (1,), number of atoms; only so many places of the other arrays are valid.
+        support: int64 (k rounded up to a multiple of ROWS,), indices of the atoms.
         atoms: float32 (k, d).
         factor: float64 (k, k), L.
-        solved: float64 (k,), L⁻¹ Aᵀx of the target x.
-        coefficients: float64 (k,), L⁻ᵀ of that.
+        solved: float64 (k,), L⁻¹ Aᵀx for the target x.
+        coefficients: float64 (k,), L⁻ᵀ L⁻¹ Aᵀx.
     """
 
     size: ndarray
@@ -47,7 +47,7 @@ def empty_active_set(dim: int, k: int) -> ActiveSet:
 
 @compiled
 def extend(active: ActiveSet, target: ndarray, index: int, atom: ndarray) -> bool:
-    """Add an atom (d,); return False, and add nothing, where it lies in the span of the others."""
+    """Add an atom (d,); return False, without adding it, if it lies in the span of the others."""
     size = active.size[0]
     row = active.factor[size]
     exact = atom.astype(np.float64)
@@ -67,7 +67,7 @@ def extend(active: ActiveSet, target: ndarray, index: int, atom: ndarray) -> boo
 
 
 @compiled
-def refit(active: ActiveSet, target: ndarray, residual: ndarray) -> float:
+def fit_target(active: ActiveSet, target: ndarray, residual: ndarray) -> float:
     """Fit the target by the active atoms; write the residual (d,) and return its norm."""
     size, coefficients = active.size[0], active.coefficients
     coefficients[:size] = active.solved[:size]

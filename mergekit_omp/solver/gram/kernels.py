@@ -1,4 +1,4 @@
-"""Inner loops of the Gram search, compiled by numba, and the decorators that compile."""
+"""Define the inner loops of the Gram search and the decorators that compile them with numba."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,23 +12,23 @@ from numpy import ndarray
 from mergekit_omp.solver.gram.layout import TILE
 
 ROWS = 4
-"""Rows of the matrix that are added at a time."""
+"""Rows of the matrix that are added together."""
 
 SQUARE = 32
-"""Rows and columns that are transposed at a time, in a core's first cache."""
+"""Rows and columns that are transposed together; they fit into the L1 cache."""
 
-# Sums may be reordered, as all vector instructions need; NaN and infinity keep their meaning.
+# Sums may be reordered, which vectorisation requires; NaN and infinity keep their meaning.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
 
 compiled = njit(**OPTIONS)
-"""Compile a function that only compiled functions call."""
+"""Compiles a function that only compiled functions call."""
 
 
 def entry_point(function: Callable) -> Any:
-    """Compile a function that Python calls, and keep the result on disk.
+    """Compile a function that Python calls, and cache the result on disk.
 
-    numba notices changes of the function's own file only. So the name that it keeps the result under has a digest of
-    every file whose code or constants are compiled in.
+    numba only notices changes of the function's own file. So the name in the cache includes a digest of every file
+    whose code or constants are compiled in.
     """
     function.__qualname__ += f"_{_digest_of_sources()}"
     return njit(cache=True, **OPTIONS)(function)
@@ -42,7 +42,7 @@ def _digest_of_sources() -> str:
 
 @entry_point
 def store_symmetric(product: ndarray, row: int, column: int, cosines: ndarray) -> None:
-    """Round a block of a symmetric matrix to integers, and write it to both of its places."""
+    """Round a block of a symmetric matrix to integers and write it and its transpose."""
     height, width = product.shape
     for i in range(height):
         for j in range(width):
@@ -65,14 +65,14 @@ def dot(one: ndarray, other: ndarray) -> float:
 
 @compiled
 def add_scaled(out: ndarray, factor: float, row: ndarray, count: int) -> None:
-    """Add ``factor`` times the first numbers of a row to those of ``out``."""
+    """Add ``factor`` times the first ``count`` numbers of a row to ``out``."""
     for place in range(count):
         out[place] += factor * row[place]
 
 
 @compiled
 def subtract_rows(residual: ndarray, coefficients: ndarray, rows: ndarray, slot: int) -> None:
-    """Subtract ROWS rows, from ``slot`` on, with their coefficients."""
+    """Subtract ROWS rows from ``slot`` on, times their coefficients."""
     c0, c1, c2, c3 = coefficients[slot], coefficients[slot + 1], coefficients[slot + 2], coefficients[slot + 3]
     row0, row1, row2, row3 = rows[slot], rows[slot + 1], rows[slot + 2], rows[slot + 3]
     for place in range(len(residual)):
@@ -81,21 +81,21 @@ def subtract_rows(residual: ndarray, coefficients: ndarray, rows: ndarray, slot:
 
 @compiled
 def copy_tile(row: ndarray, out: ndarray) -> None:
-    """Copy numbers; an assignment to a slice of an array takes many times as long."""
+    """Copy a tile; numba compiles an assignment to a slice to much slower code."""
     for column in range(TILE):
         out[column] = row[column]
 
 
 @compiled
 def widen_tile(row: ndarray, out: ndarray) -> None:
-    """Convert integers to float32."""
+    """Convert a tile of integers to float32."""
     for column in range(TILE):
         out[column] = np.float32(row[column])
 
 
 @compiled
 def add_rows_to_two(one: ndarray, two: ndarray, rows: ndarray, weights: ndarray, step: int, slot: int) -> None:
-    """Add ROWS rows, weighted for ``step`` and for the step after it, to the sums of these steps."""
+    """Add ROWS rows to the sums of ``step`` and of the next step, with the weights of each step."""
     a0, a1, a2, a3 = weights[step, slot], weights[step, slot + 1], weights[step, slot + 2], weights[step, slot + 3]
     step += 1
     b0, b1, b2, b3 = weights[step, slot], weights[step, slot + 1], weights[step, slot + 2], weights[step, slot + 3]
@@ -108,7 +108,7 @@ def add_rows_to_two(one: ndarray, two: ndarray, rows: ndarray, weights: ndarray,
 
 @compiled
 def add_rows_to_one(one: ndarray, rows: ndarray, weights: ndarray, step: int, slot: int) -> None:
-    """Add ROWS rows, weighted for ``step``, to its sums."""
+    """Add ROWS rows to the sums of ``step``, with its weights."""
     a0, a1, a2, a3 = weights[step, slot], weights[step, slot + 1], weights[step, slot + 2], weights[step, slot + 3]
     row0, row1, row2, row3 = rows[0], rows[1], rows[2], rows[3]
     for column in range(TILE):
@@ -119,9 +119,9 @@ def add_rows_to_one(one: ndarray, rows: ndarray, weights: ndarray, step: int, sl
 def any_may_reach(
     cosines: ndarray, inverse_norms: ndarray, correlation: float | np.floating, error: float | np.floating
 ) -> bool:
-    """Tell whether any atom of a tile may correlate as much, given its cosine and the bound on the cosine's error.
+    """Tell whether any atom of a tile may reach a correlation, given the cosines and the bound on their errors.
 
-    A sum, not a search, which vector instructions do faster.
+    Sums the excess instead of searching, which vectorises.
     """
     correlation, error, excess = np.float32(correlation), np.float32(error), np.float32(0)
     for column in range(TILE):

@@ -1,30 +1,30 @@
 """Batched OMP: propose several steps from a candidate list and verify them in one scan.
 
 After t steps the correlations of a residual with all atoms are ⟨a, x⟩ - Σⱼ cⱼ ⟨a, aⱼ⟩, over the t atoms of the
-support. With the cosines of a :class:`~mergekit_omp.solver.gram.matrix.Gram` that takes t products a correlation, but
-t rows of the matrix have to be read for it, which takes longer than the products. So several steps share one scan, as
-several tokens share one forward pass of the large model in speculative decoding (Leviathan et al. 2023):
+support. With the cosines of a :class:`~mergekit_omp.solver.gram.matrix.Gram` a correlation costs t products, but
+reading the t rows of the matrix takes longer than the products. So several steps share one scan, as several tokens
+share one forward pass of the large model in speculative decoding (Leviathan et al. 2023):
 
     draft = [the best atom for the target]
     repeat:
         # Verify: one scan of all atoms computes the correlations at every drafted step.
         wrong = first step of the draft at which another atom is better, or none
-        candidates = the atoms that correlate most with the last residual
+        candidates = the atoms with the highest correlations with the last residual
         if none is wrong and the draft was complete: return
-        # Undo what came after that step, and put the better atom into it.
+        # Undo the steps after it, and use the better atom in it.
         support = the verified atoms
-        # Propose: the list has what the next steps select, most of the time.
+        # Propose: most of the time the list contains the atoms that the next steps select.
         draft = []
         until the draft is long enough, or complete:
-            support += choice; refit; choice = best of the candidates
+            support += choice; fit; choice = best of the candidates
             draft += [choice]
 
-Long drafts make few scans, and short ones waste less when a step is wrong: the length doubles when all is right, and
-falls back to what was right otherwise.
+Long drafts need fewer scans, and short ones waste less when a step is wrong. The length doubles after a draft without
+a wrong step, and otherwise falls back to the number of right steps.
 
-The support is that of OMP with a scan in each step, since everything that decides is float64: the least-squares fit by
-the Cholesky factor of the active atoms' own inner products, residuals, and the correlations of atoms that compete. The
-scan's cosines, in 16-bit integers and float32, only rule atoms out, by a bound on their error.
+The support is that of OMP with a scan in every step, since all decisions use float64: the least-squares fit with the
+Cholesky factor of the active atoms' inner products, the residuals, and the correlations of competing atoms. The scan's
+cosines, in 16-bit integers and float32, only exclude atoms, by a bound on their error.
 
 Letters in shapes: B targets, N atoms, P atoms padded to whole tiles, d dimensions, k sparsity, n steps of a draft.
 """
@@ -46,28 +46,29 @@ from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.tolerances import ROUNDING, ZERO
 
 MOST_STEPS, FEWEST_STEPS = 8, 4
-"""Steps of the longest draft, as more are undone too often; and of one after a wrong step."""
+"""Steps of the longest draft (more are undone too often), and of the shortest after a wrong step."""
 
 LIST_LENGTH = 200
-"""Candidates that the threshold aims at."""
+"""Target length of the candidate list."""
 
 FIRST_THRESHOLD, HIGHEST_THRESHOLD = 0.6, 0.95
-"""Share of the best correlation that a candidate exceeds: at first, and at most. It adapts from scan to scan."""
+"""Initial and highest value of the share of the best correlation that candidates exceed. It adapts after every
+scan."""
 
 RAISE, LOWER = 1.04, 0.96
-"""Factors on the threshold after a list that was more than 1.5 times as long as it should be, or less than 0.75."""
+"""Factors on the threshold after a list longer than 1.5 times, or shorter than 0.75 times, the target length."""
 
 
 class Draft(NamedTuple):
-    """Proposed steps of one target, which has norm 1.
+    """Proposed steps of one target of norm 1.
 
     Attributes:
-        length: int64 (1,), n; of the other arrays, so many places count.
+        length: int64 (1,), n; only the first n places of the other arrays are valid.
         residuals: float64 (n, d), before each step.
-        weights: float32 (n, k), of the support's rows of the Gram matrix in the cosines of the residual.
-        errors: float32 (n,), the bound on the errors of these cosines.
-        choices: int64 (n,), the atom that the step selects.
-        correlations: float64 (n,), its |⟨residual, atom⟩|, in units of the largest norm.
+        weights: float32 (n, k), weights of the support's rows of the Gram matrix in the cosines of the residual.
+        errors: float32 (n,), bound on the errors of these cosines.
+        choices: int64 (n,), the selected atoms.
+        correlations: float64 (n,), their |⟨residual, atom⟩| in units of the largest norm.
     """
 
     length: ndarray
@@ -79,7 +80,7 @@ class Draft(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """What the solve of one target after the other writes to; ``sums`` (n, TILE) and ``rows`` are of the scan."""
+    """Buffers that are reused for all targets; ``sums`` (n, TILE) and ``rows`` (ROWS, TILE) belong to the scan."""
 
     draft: Draft
     active: ActiveSet
@@ -88,21 +89,21 @@ class Workspace(NamedTuple):
     rows: ndarray
 
 
-def solve(
+def solve_by_gram(
     targets: Tensor, gram: Gram, k: int, *, most_steps: int = MOST_STEPS, list_length: int = LIST_LENGTH
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solve a batch of targets on the CPU.
 
     Args:
         targets: float32 (B, d).
-        gram: of all atoms.
-        k: the sparsity.
-        most_steps: of a draft.
-        list_length: how long candidate lists should be. Neither changes what is found.
+        gram: Gram matrix of all atoms.
+        k: sparsity.
+        most_steps: steps of the longest draft.
+        list_length: target length of the candidate list. Neither changes the result.
 
     Returns:
-        Support int64 (B, k) in the order of selection, -1 where the slot is unused; coefficients float32 (B, k), 0
-        there; relative residuals float32 (B,).
+        Support int64 (B, k) in the order of selection, -1 in unused slots; coefficients float32 (B, k), 0 there;
+        relative residuals float32 (B,).
     """
     norms = targets.double().norm(dim=1)
     units = targets.double() / norms.where(norms > 0, torch.ones_like(norms))[:, None]
@@ -138,7 +139,7 @@ def _solve_all(
     coefficients: ndarray,
     residuals: ndarray,
 ) -> None:
-    """Solve targets (B, d) of norm 1 or 0, whose cosines with all atoms are ``inner`` (B, P); write the last three."""
+    """Solve targets (B, d) of norm 1 or 0, given their cosines ``inner`` (B, P); write the last three arguments."""
     for row in range(len(units)):
         if np.any(units[row]):
             residuals[row] = _solve_one(units[row], inner[row], gram, work, list_length)
@@ -158,11 +159,11 @@ def _solve_one(target: ndarray, inner: ndarray, gram: Gram, work: Workspace, lis
         wrong = _verify(inner, gram, work, threshold)
         if complete and wrong == draft.length[0]:
             break
-        # The choice of this step is right, or was made so; what came after it is undone.
+        # The choice of this step is right, or was corrected; the steps after it are undone.
         last = min(wrong, draft.length[0] - 1)
         undone = wrong < draft.length[0] - 1 or complete
         proposed, active.size[0] = active.size[0], verified + last
-        # The last scan left out what was undone, since it was in the support.
+        # The last scan skipped the undone atoms, since they were in the support.
         candidate_list.append(gram, active, candidates, inner, active.support[active.size[0] : proposed])
         steps = min(max(last + 1, FEWEST_STEPS) if undone else 2 * steps, len(draft.errors))
         if candidates.length[0] > 1.5 * list_length:
@@ -173,7 +174,7 @@ def _solve_one(target: ndarray, inner: ndarray, gram: Gram, work: Workspace, lis
         complete = _propose(target, gram, work, draft.choices[last], draft.correlations[last], steps)
         if draft.length[0] == 0:
             break
-    return cholesky.refit(active, target, draft.residuals[0])
+    return cholesky.fit_target(active, target, draft.residuals[0])
 
 
 @compiled
@@ -188,14 +189,14 @@ def _draft_first_step(target: ndarray, inner: ndarray, gram: Gram, work: Workspa
 
 @compiled
 def _propose(target: ndarray, gram: Gram, work: Workspace, choice: int, correlation: float, steps: int) -> bool:
-    """Select ``choice``, and draft the steps after it from the candidates; return whether no other step is needed."""
+    """Select ``choice`` and draft the next steps from the candidates; return whether the pursuit is complete."""
     draft, active = work.draft, work.active
     draft.length[0] = 0
     for step in range(steps):
         useful = correlation > ZERO * gram.norms[choice]
         if not useful or not cholesky.extend(active, target, choice, gram.atoms[choice]):
-            return step == 0  # nothing helps if this does not, but a drafted choice has to be verified first
-        residual_norm = cholesky.refit(active, target, draft.residuals[step])
+            return step == 0  # no atom reduces the residual; a drafted choice must be verified first
+        residual_norm = cholesky.fit_target(active, target, draft.residuals[step])
         if active.size[0] == len(active.coefficients) or residual_norm <= ZERO:
             return True
         _weigh(gram, work, step)
@@ -209,11 +210,10 @@ def _propose(target: ndarray, gram: Gram, work: Workspace, choice: int, correlat
 
 @compiled
 def _weigh(gram: Gram, work: Workspace, step: int) -> None:
-    """Write the weights of the active atoms' rows of the matrix in a step's cosines, and bound the cosines' errors.
+    """Write the weights of the active atoms' rows of the matrix in a step's cosines, and the bound on the errors.
 
-    A cosine is that of the target less those of the matrix, whose weights have absolute values that add up to
-    ``total``. Each was a sum of d float32 products, those of the matrix were rounded to 1 / UNIT, and the terms are
-    added in float32.
+    A cosine is the target's minus a weighted sum of entries of the matrix; the absolute weights add up to ``total``.
+    Each term was a sum of d float32 products, entries were rounded to 1 / UNIT, and the terms are added in float32.
     """
     draft, active = work.draft, work.active
     size, total = active.size[0], 0.0
@@ -228,17 +228,17 @@ def _weigh(gram: Gram, work: Workspace, step: int) -> None:
 
 @compiled
 def _verify(inner: ndarray, gram: Gram, work: Workspace, threshold: float) -> int:
-    """Scan all atoms for the drafted steps, and put the best ones into their choices.
+    """Scan all atoms for the drafted steps and correct their choices.
 
-    The new candidates are the atoms that correlate more than ``threshold`` times what the last step's choice does.
-    Returns the first step whose choice was another one, or how many steps there are.
+    The new candidates are the atoms whose correlation exceeds ``threshold`` times that of the last step's choice.
+    Returns the first step with a wrong choice, or the number of steps if there is none.
     """
     draft, active, candidates = work.draft, work.active, work.candidates
     wrong = count = draft.length[0]
     least = np.float32(threshold * draft.correlations[count - 1])
     candidates.length[0] = 0
     support, sums = active.support[: -(-active.size[0] // ROWS) * ROWS], work.sums[:count]
-    support[active.size[0] :] = active.support[0]  # whole ROWS are added, these with weight 0
+    support[active.size[0] :] = active.support[0]  # padding to a multiple of ROWS, with weight 0
     for start in range(0, len(inner), TILE):
         _scan_tile(inner, gram.cosines, support, draft.weights, start, sums, work.rows)
         inverse_norms = gram.inverse_norms[start : start + TILE]
@@ -260,7 +260,7 @@ def _scan_tile(
 ) -> None:
     """Compute the cosines ``sums`` (n, TILE) of the atoms from ``start`` on with the residual of each drafted step.
 
-    (Of many arrays only those that are used: a call for each tile is slow with more.)
+    Takes individual arrays instead of their tuples, since passing tuples for every tile is slow.
     """
     count = len(sums)
     for step in range(count):
@@ -276,9 +276,9 @@ def _scan_tile(
 
 @compiled
 def _correct(gram: Gram, draft: Draft, cosines: ndarray, step: int, start: int) -> int:
-    """Replace a step's choice by a better atom of a tile; return the step where there is one, or else their number.
+    """Replace a step's choice by a better atom of a tile; return the step, or the number of steps if there is none.
 
-    Atoms that the bound on their cosines does not rule out are correlated again in float64.
+    Atoms that the error bound does not exclude are correlated again in float64.
     """
     before, error = draft.choices[step], draft.errors[step]
     for column in range(TILE):

@@ -1,4 +1,4 @@
-"""Orthogonalise on a GPU in one kernel, which reads the basis once: each row is used twice while it is in registers.
+"""Orthogonalise on a GPU in one Triton kernel, which reads the basis once and uses each row twice from registers.
 
 Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
 """
@@ -13,16 +13,16 @@ from torch import Tensor
 from mergekit_omp.solver.tolerances import CANCELLED, DEPENDENT
 
 LARGEST = 2**14
-"""Dimensions up to which a row fits into the registers of a program."""
+"""Largest dimension at which a row fits into the registers of one program."""
 
 COMPILING = threading.Lock()
-"""Each GPU has a thread; Triton does not promise that two of them may compile at once."""
+"""Serialises compilation: each GPU has its own thread, and Triton does not document thread safety."""
 
 
-def orthogonalize(
+def launch_orthogonalize(
     atoms: Tensor, choice: Tensor, atom_norm: Tensor, useful: Tensor, basis: Tensor, size: int, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`mergekit_omp.solver.scan.projection.orthogonalize`."""
+    """Launch the kernel; see :func:`mergekit_omp.solver.scan.projection.orthogonalize`."""
     count, dim = residual.shape
     length, weight = torch.empty_like(atom_norm), torch.empty_like(atom_norm)
     width = max(16, triton.next_power_of_2(dim))
@@ -81,7 +81,7 @@ def _orthogonalize(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Work on one target a program."""
+    """Process one target per program."""
     target = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, WIDTH)
     inside = columns < dim

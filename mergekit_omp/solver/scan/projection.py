@@ -18,26 +18,26 @@ LOG = logging.getLogger(__name__)
 def orthogonalize(
     atoms: Tensor, choice: Tensor, atom_norm: Tensor, useful: Tensor, basis: Tensor, size: int, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Append the direction of one atom to the basis of each target, and project it out of the residual.
+    """Orthogonalise one atom per target against its basis, append the direction and project it out of the residual.
 
     Args:
         atoms: float32 (N, d).
-        choice: int64 (B,), an atom for each target.
-        atom_norm: float32 (B,), its norm.
-        useful: bool (B,), whether the target takes it.
-        basis: float32 (B, k, d), of which the first ``size`` rows are orthonormal. The next row is written: the
-            direction of the atom's component outside their span; zero where the target does not take the atom, or it
-            lies in the span.
-        size: how many rows there are.
-        residual: float32 (B, d), modified: its component in that direction is subtracted.
+        choice: int64 (B,), the selected atom of each target.
+        atom_norm: float32 (B,), norms of the selected atoms.
+        useful: bool (B,), whether to add the atom to the target's support.
+        basis: float32 (B, k, d), of which the first ``size`` rows are orthonormal. Row ``size`` is written: the
+            direction of the atom's component outside their span, or zero where the atom is not useful or lies in the
+            span.
+        size: number of rows so far.
+        residual: float32 (B, d), modified in place: its component in that direction is subtracted.
 
     Returns:
-        For each target the length (B,) of the atom's component outside the span, and the weight (B,) of the direction
-        in the residual as it was; both are 0 where the direction is.
+        The length (B,) of the atom's component outside the span, and the weight (B,) of the direction in the residual
+        before the update; both are 0 where the direction is zero.
     """
     kernel = find_kernel(residual.device) if residual.device.type == "cuda" else None
     if kernel is not None and residual.shape[1] <= kernel.LARGEST:
-        return kernel.orthogonalize(atoms, choice, atom_norm, useful, basis, size, residual)
+        return kernel.launch_orthogonalize(atoms, choice, atom_norm, useful, basis, size, residual)
     component, span = atoms.index_select(0, choice), basis[:, :size]
     component[:, None].baddbmm_(torch.bmm(component[:, None], span.transpose(1, 2)), span, alpha=-1)
     length = component.norm(dim=1)
@@ -57,7 +57,7 @@ def orthogonalize(
 
 @cache
 def find_kernel(device: torch.device) -> ModuleType | None:
-    """Return the Triton kernel's module, or None where Triton is missing or does not compile for this GPU.
+    """Return the module of the Triton kernel, or None if Triton is missing or cannot compile for this GPU.
 
     Triton comes with torch for CUDA on Linux.
     """
@@ -68,8 +68,8 @@ def find_kernel(device: torch.device) -> ModuleType | None:
     row, norm = torch.ones(1, 16, device=device), torch.full((1,), 4.0, device=device)
     first, basis = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, 1, 16, device=device)
     try:
-        gpu_kernel.orthogonalize(row, first, norm, norm > 0, basis, 0, row.clone())
-    except Exception as error:  # there is no C compiler, or a GPU that Triton does not know
-        LOG.warning("Solves take a fifth longer without Triton's kernels: %s", error)
+        gpu_kernel.launch_orthogonalize(row, first, norm, norm > 0, basis, 0, row.clone())
+    except Exception as error:  # no C compiler, or a GPU that Triton does not support
+        LOG.warning("Solving without Triton's kernels, which takes a fifth longer: %s", error)
         return None
     return gpu_kernel

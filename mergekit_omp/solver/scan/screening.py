@@ -15,32 +15,32 @@ from torch import Tensor
 from mergekit_omp.solver.tolerances import ROUNDING
 
 TINY = 1e-37
-"""Added to the squares of errors, so that none is rounded to zero."""
+"""Added to squared errors so that none is rounded to zero."""
 
 SHORTEST = 1e-30
-"""Rows that are shorter are scaled as a row of this norm."""
+"""Smallest norm used for scaling; shorter rows are scaled as if they had it."""
 
 LENGTH = 128.0
-"""Norm to which rows are scaled before they are rounded: in float16 their correlations are finite, and next to no
-coordinate is lost."""
+"""Norm to which rows are scaled before rounding: their float16 correlations are finite, and hardly any coordinate
+underflows."""
 
 
 def group_size(device: torch.device) -> int:
-    """Return M: a group of so many atoms is ruled out by its highest correlation alone."""
+    """Return M, the number of atoms per group; a group is excluded by its highest correlation alone."""
     return 128 if device.type == "cuda" else 64
 
 
 @dataclass(frozen=True)
 class Correlations:
-    """Estimates of the correlations |⟨rᵦ, aₙ⟩| of B residuals, which differ from unitᵦ |valueᵦₙ| by no more than
+    """Estimated correlations of B residuals with all atoms, with an error bound.
 
-        unitᵦ (rounding · |valueᵦₙ| + errorᵦₙ)
+    The exact |⟨rᵦ, aₙ⟩| differs from unitᵦ |valueᵦₙ| by at most unitᵦ (rounding · |valueᵦₙ| + errorᵦₙ).
 
     Attributes:
-        values: (B, M, G) in a floating dtype. Signs are not kept where it is faster to drop them first.
-        errors: float32 (B, G), the same for all atoms of a group; or (1, G), the same for all residuals too.
-        unit: float32 (B,). Correlations of one residual are compared in its own.
-        order: int64 (M, G), the atom of each place; -1 for none.
+        values: (B, M, G) of a floating dtype; signs may be dropped.
+        errors: float32 (B, G), the bound for all atoms of a group; (1, G) if it is the same for all residuals.
+        unit: float32 (B,), unit of the values of each residual.
+        order: int64 (M, G), the atom at each place, -1 for padding.
     """
 
     values: Tensor
@@ -50,28 +50,28 @@ class Correlations:
 
     @property
     def rounding(self) -> float:
-        """Half of the distance to the next value, relative to it, and a little for the arithmetic here."""
+        """Relative rounding error of the values: half their spacing, and a margin for the arithmetic here."""
         return 0.501 * torch.finfo(self.values.dtype).eps
 
-    def candidates(self, most: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Find all pairs of a residual and an atom that may have its highest correlation, some residuals at a time.
+    def candidates(self, max_pairs: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Find all pairs of a residual and an atom that may have its highest correlation, in slices of residuals.
 
         Args:
-            most: the most pairs at a time, where one residual has not got more.
+            max_pairs: the number of pairs per slice; a slice of a single residual may have more.
 
         Yields:
-            Which of the residuals, all of them one after the other; and of each pair, in their order, the residual
-            (Q,), counted from the first of these, and the atom (Q,).
+            The slice of residuals; for each pair, in ascending order, the residual int64 (Q,) relative to the slice
+            and the atom int64 (Q,). The slices cover all residuals in order.
         """
         peaks = self._peaks()
         needed = self._needed(peaks)
         rows, groups = (peaks >= needed).nonzero(as_tuple=True)
         count, size = len(peaks), self.values.shape[1]
         spans: Iterable[tuple[int, int, int, int]]
-        if len(rows) * size <= most:
+        if len(rows) * size <= max_pairs:
             spans = [(0, count, 0, len(rows))]
         else:
-            spans = _spans(rows.bincount(minlength=count).cumsum(0).tolist(), most // size)
+            spans = _spans(rows.bincount(minlength=count).cumsum(0).tolist(), max_pairs // size)
         for start, stop, first, last in spans:
             row, group = rows[first:last], groups[first:last]
             high = self.values[row, :, group].abs() >= needed[row, group, None]
@@ -79,73 +79,73 @@ class Correlations:
             yield slice(start, stop), row[pair] - start, self.order[member, group[pair]]
 
     def _peaks(self) -> Tensor:
-        """The highest magnitude float32 (B, G) of each group."""
+        """Return the highest magnitude float32 (B, G) of each group."""
         if self.values.device.type == "cuda":
             return torch.linalg.vector_norm(self.values, torch.inf, dim=1).float()
-        # Floating numbers that are not negative are in the order of their bits, and integers are compared faster.
+        # Non-negative floating point numbers are ordered as their bits are, and integers compare faster.
         bits = torch.int16 if self.values.element_size() == 2 else torch.int32
         return self.values.abs_().view(bits).amax(1).view(self.values.dtype).float()
 
     def _needed(self, peaks: Tensor) -> Tensor:
-        """The magnitude (B, G) from which on an atom may be the best, given the peaks (B, G)."""
+        """Return the magnitude (B, G) above which an atom may be the best, given the peaks (B, G)."""
         level = (peaks * (1 - self.rounding) - self.errors).amax(1, keepdim=True)
         return (level - self.errors).div_(1 + self.rounding)
 
 
-def _spans(ends: list[int], most: int) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a list of pairs, of which those of row i end at ``ends[i]``, between rows.
+def _spans(ends: list[int], max_pairs: int) -> Iterator[tuple[int, int, int, int]]:
+    """Split a list of pairs, in which the pairs of row i end at ``ends[i]``, between rows.
 
-    Yields the rows and the pairs of each span, which has at most ``most`` pairs, or one row.
+    Yields the range of rows and the range of pairs of each span: at most ``max_pairs`` pairs, or a single row.
     """
     start = first = 0
     while start < len(ends):
-        stop = max(start + 1, bisect_right(ends, first + most))
+        stop = max(start + 1, bisect_right(ends, first + max_pairs))
         yield start, stop, first, ends[stop - 1]
         start, first = stop, ends[stop - 1]
 
 
 class Screen(ABC):
-    """Atoms (N, d), and a rounded copy of them that is faster to multiply with."""
+    """Atoms (N, d) with a rounded copy that multiplies faster."""
 
     def __init__(self, atoms: Tensor, norms: Tensor) -> None:
-        """Sort the atoms; ``norms`` (N,) are theirs."""
+        """Sort the atoms (N, d) by their norms (N,)."""
         self.atoms, self.norms = atoms, norms
-        # Groups of about the same norm: their bounds are as tight as those of each atom.
+        # Groups of atoms with similar norms: the bound of a group is about as tight as that of one atom.
         order = norms.argsort(stable=True)
         group = group_size(atoms.device)
         empty = order.new_full((-len(order) % group,), -1)
         self.order = torch.cat([empty, order]).view(-1, group).T.contiguous()
-        # Error of float32 sums of d products, relative to the norms.
+        # Error of float32 sums of d products, relative to the norms of the factors.
         self.summing = (atoms.shape[1] + 16) * ROUNDING
 
     @abstractmethod
     def scan(self, residuals: Tensor, norms: Tensor) -> Correlations:
-        """Estimate the correlations of float32 residuals (B, d), of norms (B,) above zero, with all atoms."""
+        """Estimate the correlations of residuals float32 (B, d), with norms (B,) above zero, with all atoms."""
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some places at a time, and the atoms (n, d) that stand there; zeros for none."""
+        """Yield slices of places with the atoms (n, d) at these places, zero rows for padding."""
         for start in range(0, self.order.numel(), 1024):
             places = slice(start, start + 1024)
             atoms = self.order.flatten()[places]
             yield places, self.atoms[atoms] * (atoms >= 0)[:, None]
 
     def _largest(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest norm (G,) of the atoms of each group, and its largest ``loss``, of which each place has one."""
+        """Return the largest norm (G,) and the largest ``loss`` (G,) of each group, given the loss of every place."""
         return self.norms[self.order].amax(0), loss.view_as(self.order).amax(0)
 
 
 class FloatScreen(Screen):
     """Atoms rounded to a floating dtype.
 
-    A correlation ⟨r, a⟩ is estimated as ⟨r̂, â⟩. By Cauchy and Schwarz it is off by at most ‖r - r̂‖ ‖a‖ + ‖r̂‖ ‖a - â‖;
-    nothing is assumed of how the errors fall. All residuals are brought to the same length, and the atoms to lengths
-    near it, so that neither they nor the correlations leave the range of float16, and the bounds are the same for all
-    residuals.
+    A correlation ⟨r, a⟩ is estimated as ⟨r̂, â⟩. By the Cauchy-Schwarz inequality its error is at most
+    ‖r - r̂‖ ‖a‖ + ‖r̂‖ ‖a - â‖, whatever the distribution of the rounding errors. Residuals are scaled to one norm and
+    the atoms to norms near it, so that neither they nor the correlations leave the range of float16, and the bound is
+    the same for all residuals.
     """
 
     def __init__(self, atoms: Tensor, norms: Tensor, dtype: torch.dtype) -> None:
         super().__init__(atoms, norms)
-        # A power of two, with which rows that were bfloat16 in the checkpoint are rounded by none of the dtypes.
+        # A power of two: rows that are bfloat16 in the checkpoint are then exact in every dtype.
         longest = max(norms.max().item(), SHORTEST)
         self._scale = 2.0 ** math.floor(math.log2(LENGTH / longest))
         self.rounded = atoms.new_empty(self.order.numel(), atoms.shape[1], dtype=dtype)
@@ -155,11 +155,11 @@ class FloatScreen(Screen):
             self.rounded[places] = part
             loss[places] = (part - self.rounded[places]).norm(dim=1)
         norm, loss = self._largest(loss)
-        numbers = torch.finfo(dtype)
-        smallest = numbers.smallest_normal * numbers.eps  # what numbers near 0 are off by
-        length = 1.001 * LENGTH  # of rounded residuals, on the safe side
-        lost = length * (numbers.eps / 2 + self.summing) + math.sqrt(atoms.shape[1]) * smallest
-        self._errors = (lost * self._scale * norm + length * loss + smallest)[None]
+        finfo = torch.finfo(dtype)
+        smallest = finfo.smallest_normal * finfo.eps  # absolute error of numbers near 0
+        length = 1.001 * LENGTH  # upper bound on the norm of rounded residuals
+        relative_error = length * (finfo.eps / 2 + self.summing) + math.sqrt(atoms.shape[1]) * smallest
+        self._errors = (relative_error * self._scale * norm + length * loss + smallest)[None]
 
     def scan(self, residuals: Tensor, norms: Tensor) -> Correlations:
         """See :meth:`Screen.scan`."""

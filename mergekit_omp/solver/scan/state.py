@@ -1,4 +1,4 @@
-"""State of the pursuit of a batch of targets: supports, orthonormal bases and residuals, extended one atom at a time.
+"""Hold the state of a pursuit: supports, orthonormal bases and residuals, extended by one atom at a time.
 
 Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
 """
@@ -15,15 +15,15 @@ PER_TARGET = ("targets", "norm", "support", "residual", "residual_norm", "basis"
 
 
 class PursuitState:
-    """State of B targets in float32, all after the same number of steps.
+    """State of B targets in float32 after a common number of steps.
 
     Attributes:
-        support: int64 (B, k), atoms in the order of selection, -1 where there is none yet.
-        size: steps that were taken.
-        residual: (B, d), the target less its projection on the span of its support.
+        support: int64 (B, k), atoms in the order of selection, -1 in unused slots.
+        size: number of steps so far.
+        residual: (B, d), the target minus its projection on the span of its support.
         residual_norm: (B,).
-        basis: (B, k, d), orthonormal rows that span the support; the first ``size`` count.
-        done: bool (B,), nothing is left to select. Such a target is not to be extended.
+        basis: (B, k, d), orthonormal rows that span the support; only the first ``size`` are valid.
+        done: bool (B,), whether the pursuit of the target has ended; such a target must not be extended.
     """
 
     def __init__(self, targets: Tensor, atoms: Tensor, atom_norms: Tensor, k: int) -> None:
@@ -35,10 +35,10 @@ class PursuitState:
         self.residual = targets.clone()
         self.basis = targets.new_empty(count, k, dim)
         self.done = self.norm == 0
-        self._squared_error = self.norm**2  # of the rounding error in the residual, in units of ROUNDING
+        self._squared_error = self.norm**2  # rounding error of the residual in units of ROUNDING
 
     def view(self, rows: Tensor | slice) -> "PursuitState":
-        """Return the state of some targets only: a copy for a mask, and the same memory for a slice."""
+        """Return the state of selected targets: a copy for a mask, a view for a slice."""
         part = copy(self)
         for name in PER_TARGET:
             setattr(part, name, getattr(self, name)[rows])
@@ -49,10 +49,10 @@ class PursuitState:
         return 8 * ROUNDING * self._squared_error.sqrt()
 
     def extend(self, choice: Tensor, correlation: Tensor) -> None:
-        """Add the atom ``choice`` (B,), of ``correlation`` (B,) with the residual, to each support.
+        """Add the atom ``choice`` (B,), with ``correlation`` (B,) with the residual, to each support.
 
-        Where it is orthogonal to the residual, or in the support's span already, nothing is left that helps: the
-        target is done.
+        A target is done if the atom is orthogonal to the residual or lies in the span of the support: no other atom
+        would reduce the residual.
         """
         atom_norm = self.atom_norms[choice]
         useful = correlation > ZERO * self.norm * atom_norm

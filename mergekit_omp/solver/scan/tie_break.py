@@ -1,4 +1,4 @@
-"""Choose the atom of the highest correlation among candidates, as float64 arithmetic would.
+"""Choose the atom with the highest correlation among candidates, with the result of float64 arithmetic.
 
 Letters in shapes: B targets, N atoms, d dimensions, Q pairs of a target and an atom.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mergekit_omp.solver.least_squares import block_numbers, least_squares
+from mergekit_omp.solver.least_squares import block_values, least_squares
 from mergekit_omp.solver.scan.state import PursuitState
 from mergekit_omp.solver.tolerances import TIE
 
@@ -22,12 +22,12 @@ def choose(state: PursuitState, rows: Tensor, atoms: Tensor) -> tuple[Tensor, Te
     """Choose the best atom of each target.
 
     Args:
-        state: of B targets.
-        rows: int64 (Q,), the target of each pair, in ascending order; each has one pair at least.
+        state: state of B targets.
+        rows: int64 (Q,), the target of each pair, in ascending order; every target has at least one pair.
         atoms: int64 (Q,), the atom of each pair.
 
     Returns:
-        The atom int64 (B,) of the highest correlation |⟨residual, atom⟩| for each target, and its correlation (B,).
+        The atom int64 (B,) with the highest correlation |⟨residual, atom⟩| for each target, and its correlation (B,).
     """
     correlations = _correlations(state.residual, state.atoms, rows, atoms)
     best = _highest(correlations, rows, len(state.residual))
@@ -43,11 +43,11 @@ def choose(state: PursuitState, rows: Tensor, atoms: Tensor) -> tuple[Tensor, Te
 
 
 def _choose_in_float64(state: PursuitState, rows: Tensor, atoms: Tensor, choice: Tensor) -> None:
-    """Write the choices among pairs (Q,) of targets and atoms whose correlations float32 cannot tell apart."""
+    """Write the choices among pairs (Q,) of targets and atoms that float32 cannot distinguish."""
     targets, at = rows.unique(return_inverse=True)
     _, residual = least_squares(state.targets[targets], state.atoms, state.support[targets, : state.size])
     correlations = torch.empty(len(at), dtype=torch.float64, device=at.device)
-    step = max(1, block_numbers(residual.device) // (3 * residual.shape[1]))  # residuals, atoms and products
+    step = max(1, block_values(residual.device) // (3 * residual.shape[1]))  # residuals, atoms and products
     for start in range(0, len(at), step):
         part = slice(start, start + step)
         correlations[part] = (residual[at[part]] * state.atoms[atoms[part]].double()).sum(1).abs()
@@ -57,7 +57,7 @@ def _choose_in_float64(state: PursuitState, rows: Tensor, atoms: Tensor, choice:
 
 
 def _correlations(vectors: Tensor, atoms: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """|⟨vector, atom⟩| (Q,) for pairs, in ascending order, of a row of vectors (B, d) and one of atoms (N, d)."""
+    """Compute |⟨vector, atom⟩| (Q,) for ascending pairs of rows of ``vectors`` (B, d) and ``atoms`` (N, d)."""
     _silence_sparse_warnings()
     starts = torch.searchsorted(rows, torch.arange(len(vectors) + 1, device=rows.device))
     size = (len(vectors), len(atoms))
@@ -67,9 +67,9 @@ def _correlations(vectors: Tensor, atoms: Tensor, rows: Tensor, columns: Tensor)
 
 @cache
 def _silence_sparse_warnings() -> None:
-    """Make a first CSR tensor without its warnings, which torch gives once a process.
+    """Create a first CSR tensor to consume the warnings that torch gives once per process.
 
-    (That they are in beta, and that their invariants are not checked.)
+    They say that CSR support is in beta and that invariants are not checked.
     """
     index, value = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
     with _FIRST_SPARSE_TENSOR, warnings.catch_warnings():
@@ -78,5 +78,5 @@ def _silence_sparse_warnings() -> None:
 
 
 def _highest(values: Tensor, rows: Tensor, count: int) -> Tensor:
-    """The highest value (B,) of each row among pairs (Q,)."""
+    """Return the highest value (B,) of each row among pairs (Q,)."""
     return values.new_zeros(count).scatter_reduce_(0, rows, values, "amax", include_self=False)

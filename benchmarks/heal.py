@@ -1,0 +1,216 @@
+"""How much of the gap between a transplanted model and its base a healing closes, in how many minutes.
+
+    python -m benchmarks.heal --minutes 10
+
+gives Gemma-3-270M the tokenizer of SmolLM2-135M and the other way round, heals each in several ways, and prints a
+Markdown table: bits per byte of texts that no healing saw, before and after, and the share of the gap that is closed.
+``--pairs`` and ``--runs`` choose some of it. The models are kept under ``--out``, and what is there is not made again.
+
+The training texts are Python's standard library (code), Debian's installation guide in twenty languages and its
+reference in English (prose), and seeded sums. They come from Debian's archive by ``apt-get download``. The test texts
+are the built-in held-out ones, and a part of Debian's reference in German.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+
+from mergekit_omp.errors import OmpError
+from mergekit_omp.evaluation.bits_per_byte import ModelScore, builtin_texts, evaluate
+from mergekit_omp.evaluation.spans import SpanClass
+from mergekit_omp.healing.heal import heal
+from mergekit_omp.healing.options import make_options
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import demo
+import real_weights
+
+PAIRS = {"gemma3-smollm2": 64, "smollm2-gemma3": 8}
+"""Base and donor, and the k of the transplant: 210,000 new tokens take a quarter of an hour with 64."""
+
+GUIDE, REFERENCE = "installation-guide-amd64", "debian-reference"
+DEBIAN = (GUIDE, f"{REFERENCE}-en", f"{REFERENCE}-de")
+ALL_TEXTS = ("code", "sums", "prose", "languages")
+TEST_BYTES = 3000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to heal: the training texts (none: the base writes them) and options."""
+
+    texts: tuple[str, ...]
+    options: Mapping[str, object]
+
+
+RUNS = {
+    "text": Run(ALL_TEXTS, {}),
+    "generate": Run((), {}),
+    "next-token": Run(ALL_TEXTS, {"objective": "next-token"}),
+    "english-and-code": Run(("code", "prose"), {}),
+    "rows": Run(ALL_TEXTS, {"train": "rows"}),
+    "lora": Run(ALL_TEXTS, {"train": "lora"}),
+    "full": Run(ALL_TEXTS, {"train": "full"}),
+}
+
+
+def main() -> None:
+    """Heal in every way that was asked for, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10, help="of training: %(default)s")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), help="base and donor (default: all)")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="ways to heal (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("out/heal"), help="where models go: %(default)s")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, and make nothing")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    training, test = make_texts(arguments.out / "texts")
+    for pair in arguments.pairs:
+        base, donor = (real_weights.checkpoint(name) for name in pair.split("-"))
+        folder = arguments.out / pair
+        transplanted = folder / "transplanted"
+        if not transplanted.exists():
+            transplant(base, donor, PAIRS[pair], transplanted)
+        for name in [] if arguments.table else arguments.runs:
+            out = folder / name
+            if not out.exists():
+                run = RUNS[name]
+                texts = [str(training[text]) for text in run.texts]
+                options = {"model": str(transplanted), "out": str(out), "text": texts, "minutes": arguments.minutes}
+                heal(make_options(options | run.options, name))
+        print("\n".join(table(pair, base, transplanted, [folder / name for name in arguments.runs], test)), flush=True)
+
+
+def transplant(base: Path, donor: Path, k: int, out: Path) -> None:
+    """Run a recipe with ``mergekit-yaml``."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    recipe = {
+        "merge_method": "omp",
+        "models": [{"model": str(base)}],
+        "tokenizer": {"source": str(donor)},
+        "parameters": {"k": k},
+        "dtype": "bfloat16",
+    }
+    path = out.with_suffix(".yml")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    demo.transplant(path, out)
+
+
+def make_texts(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Write the training texts by name; returns their files, and the test texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    documents = debian_documents(folder)
+    texts = {
+        "code": "".join(shuffled_library())[:400_000],
+        "sums": "".join(sums(random.Random(5), 6000)),
+        "prose": documents["reference.en"][30_000:330_000],
+        "languages": "\n".join(documents[name][20_000:60_000] for name in documents if name.startswith("guide.")),
+    }
+    files = {name: folder / f"{name}.txt" for name in texts}
+    for name, text in texts.items():
+        files[name].write_text(text, encoding="utf-8")
+    test = builtin_texts("held_out") | {"german": documents["reference.de"][100_000 : 100_000 + TEST_BYTES]}
+    return files, test
+
+
+def debian_documents(folder: Path) -> dict[str, str]:
+    """Fetch Debian's guide in every language ("guide.de", …), and its reference ("reference.en", "reference.de").
+
+    Raises:
+        OmpError: Debian's tools or its archive are not at hand.
+    """
+    unpacked = folder / "debian"
+    try:
+        if not unpacked.exists():
+            subprocess.run(["apt-get", "download", *DEBIAN], cwd=folder, check=True, capture_output=True)
+            for package in sorted(folder.glob("*.deb")):
+                subprocess.run(["dpkg", "-x", str(package), str(unpacked)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise OmpError(
+            f"Debian's packages {', '.join(DEBIAN)} cannot be downloaded ({error}); this needs apt."
+        ) from error
+    share = unpacked / "usr" / "share"
+    guides = sorted((share / "doc" / GUIDE).glob("*/install.*.txt.gz"))
+    references = [share / REFERENCE / f"{REFERENCE}.{language}.txt.gz" for language in ("en", "de")]
+    named = [(f"guide.{path.name.split('.')[1]}", path) for path in guides]
+    named += [(f"reference.{path.name.split('.')[1]}", path) for path in references]
+    return {name: gzip.decompress(path.read_bytes()).decode(errors="ignore") for name, path in named}
+
+
+def shuffled_library() -> Iterator[str]:
+    """Yield Python's standard library, module by module."""
+    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    random.Random(0).shuffle(modules)
+    for path in modules[:60]:
+        yield path.read_text(encoding="utf-8", errors="ignore")
+
+
+def sums(numbers: random.Random, count: int) -> Iterator[str]:
+    """Yield lines such as ``3417 - 209 = 3208``."""
+    for _ in range(count):
+        one, other = int(10 ** numbers.uniform(0, 5)), int(10 ** numbers.uniform(0, 4))
+        sign = numbers.choice("+-*")
+        other = other % 100 if sign == "*" else other
+        result = {"+": one + other, "-": one - other, "*": one * other}[sign]
+        yield f"{one} {sign} {other} = {result}\n"
+
+
+def table(
+    pair: str, base: Path, transplanted: Path, healed: Sequence[Path], texts: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield the lines of a Markdown table, and of one by span class."""
+    healed = [out for out in healed if out.exists()]
+    scores = evaluate([base, transplanted, *healed], texts, base=base, dtype=torch.bfloat16, progress=False)
+    original, before, *after = scores
+    yield f"\n**{pair.replace('-', ' with the tokenizer of ')}**\n"
+    yield f"| | tokens | seconds | {' | '.join(texts)} | mean | gap closed |"
+    yield "|---|" + "---:|" * (len(texts) + 4)
+    yield f"| original | | | {numbers(original)} | {mean(original):.3f} | |"
+    yield f"| transplanted | | | {numbers(before)} | {mean(before):.3f} | 0 % |"
+    for out, score in zip(healed, after, strict=True):
+        told = json.loads((out / "omp_record.json").read_text(encoding="utf-8"))["heal"]
+        closed = (mean(before) - mean(score)) / (mean(before) - mean(original))
+        yield (
+            f"| {out.name} | {told['written']['tokens']:,} | {told['seconds']:.0f} | {numbers(score)} "
+            f"| {mean(score):.3f} | {closed:.0%} |"
+        )
+    yield f"\n| gap in bits per byte, all texts | {' | '.join(kind.value for kind in SpanClass)} |"
+    yield "|---|" + "---:|" * len(SpanClass)
+    for name, score in zip(["transplanted", *(out.name for out in healed)], [before, *after], strict=True):
+        spans, size = score.overall.spans, score.overall.n_bytes
+        assert spans is not None
+        cells = [f"{(spans[kind].bits - spans[kind].ideal_bits) / size:.3f}" for kind in SpanClass]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield "\n| bits per byte of held-out windows, while training | |"
+    yield "|---|---|"
+    for out in healed:
+        told = json.loads((out / "omp_record.json").read_text(encoding="utf-8"))["heal"]
+        steps = [f"{c['tokens']:,} tokens, {c['seconds']:.0f} s: {c['bits_per_byte']:.3f}" for c in told["checks"]]
+        yield f"| {out.name} (base {told['base_bits_per_byte']:.3f}) | {'; '.join(steps)} |"
+
+
+def mean(score: ModelScore) -> float:
+    """The mean of the texts' bits per byte."""
+    return sum(text.bits_per_byte for text in score.texts) / len(score.texts)
+
+
+def numbers(score: ModelScore) -> str:
+    """The texts' bits per byte, as cells."""
+    return " | ".join(f"{text.bits_per_byte:.3f}" for text in score.texts)
+
+
+if __name__ == "__main__":
+    main()

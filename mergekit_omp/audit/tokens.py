@@ -1,0 +1,102 @@
+"""Checks of a tokenizer: what it can write, what it cuts out of a text, and whether it gives a text back."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_omp.audit.scripts import SCRIPTS
+from mergekit_omp.vocabulary.segmentation import text_encoder, text_of
+from mergekit_omp.vocabulary.special import is_html, table
+from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
+
+_CONTEXTS = ("{}", "a{}", "{}a", "a{}a", " {}", "{} ", ".{}", "{}.", "1{}", "{}1", "{}\n", "\n{}")
+
+
+@dataclass(frozen=True)
+class TokenChecks:
+    """What is odd about a tokenizer.
+
+    Attributes:
+        unreachable: tokens of the model's own vocabulary that it makes of no text.
+        control: added tokens with a chat control string in them, which a text can hold where they are not special.
+        changed_scripts: the scripts of which a text is not given back by encoding and decoding it.
+    """
+
+    unreachable: tuple[Token, ...]
+    control: tuple[Token, ...]
+    changed_scripts: tuple[str, ...]
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> TokenChecks:
+    """Check a tokenizer.
+
+    Args:
+        tokenizer: left as it is.
+        vocabulary: its vocabulary.
+    """
+    return TokenChecks(
+        tuple(_unreachable(tokenizer, vocabulary)),
+        tuple(token for token in vocabulary.tokens.values() if token.added and _holds_control(token)),
+        tuple(name for name, text in SCRIPTS.items() if not _is_given_back(text, tokenizer)),
+    )
+
+
+def _unreachable(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> Iterator[Token]:
+    """Tokens that the tokenizer makes of their own text in no context; of those that are no text, what no merge makes.
+
+    Within a token's text the merges are the same whatever stands around it, so that a few contexts, which are there
+    for the pre-tokenizer, suffice.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return
+    ordinary = [
+        token
+        for token in vocabulary.tokens.values()
+        if token.kind is TokenKind.ORDINARY and not token.added and token.data
+    ]
+    texts = {token.id: text for token in ordinary if (text := text_of(token.data)) is not None}
+    encode = text_encoder(tokenizer, vocabulary)
+    remaining = dict(texts)
+    for context in _CONTEXTS:
+        encoded = encode([context.replace("{}", text) for text in remaining.values()])
+        found = {id_ for id_, ids in zip(remaining, encoded, strict=True) if id_ in ids}
+        remaining = {id_: text for id_, text in remaining.items() if id_ not in found}
+    merged = _merged_tokens(tokenizer)
+    for token in ordinary:
+        is_no_text = token.id not in texts and merged is not None and len(token.data) > 1
+        if token.id in remaining or (is_no_text and token.text not in (merged or ())):
+            yield token
+
+
+def _merged_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
+    """The strings that BPE's merges make; None for another model."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if "merges" not in described:
+        return None
+    return {"".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in described["merges"]}
+
+
+def _holds_control(token: Token) -> bool:
+    """Whether an added token has a control string in it, other than a special token that is just that string."""
+    found = _control_pattern().search(token.text)
+    if found is None or is_html(token.text):
+        return False
+    return token.kind is not TokenKind.SPECIAL or found.group() != token.text
+
+
+@cache
+def _control_pattern() -> re.Pattern[str]:
+    listed = {text for texts in table()["equivalents"].values() for text in texts if not is_html(text)}
+    longest_first = sorted(listed, key=lambda text: (-len(text), text))
+    return re.compile("|".join([*map(re.escape, longest_first), r"<[|｜][^<>\s|｜]+[|｜]>"]))
+
+
+def _is_given_back(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether encoding and decoding gives a text back, but for a space before it."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return decoded in (text, f" {text}")

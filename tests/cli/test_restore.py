@@ -1,0 +1,132 @@
+"""``mergekit-omp restore``: the way back, bit for bit where nothing was trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from helpers.checkpoints import (
+    ENGLISH,
+    PYTHON,
+    byte_level_tokenizer,
+    make_model,
+    save,
+    sentencepiece_tokenizer,
+    tensors_of,
+)
+from helpers.commands import merge_here, recipe
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mergekit_omp.cli.main import main
+from mergekit_omp.report.record import pack_rows, unpack_rows
+
+EMBED = "model.embed_tokens.weight"
+
+
+def call(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: str | Path) -> str:
+    result = call(*arguments)
+    assert result.exit_code == 1, result.output
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base, in several shards where it is untied, and its transplant."""
+    folder = tmp_path_factory.mktemp("restore")
+    tied, tokenizer = request.param == "tied", sentencepiece_tokenizer(ENGLISH)
+    base = save(
+        folder / "base", make_model(tokenizer, tied=tied, rows=600), tokenizer, shard_size="5GB" if tied else "100KB"
+    )
+    other = byte_level_tokenizer(PYTHON)
+    donor = save(folder / "donor", make_model(other, hidden=24, seed=3), other)
+    options = () if tied else ("--out-shard-size", "50000")
+    result = merge_here(recipe(base, donor), folder / "out", "--quiet", *options)
+    assert result.exit_code == 0, result.output
+    return base, folder / "out"
+
+
+def test_an_untouched_transplant_comes_back_bit_for_bit(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, model = pair
+    result = call("restore", model, tmp_path / "back")
+    assert result.exit_code == 0, result.output
+    assert "rows as they are now" in result.stdout
+    before, after = tensors_of(base), tensors_of(tmp_path / "back")
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert tensors_of(model)[EMBED].shape != before[EMBED].shape
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    original = AutoModelForCausalLM.from_pretrained(base)
+    tokenizer, own = AutoTokenizer.from_pretrained(tmp_path / "back"), AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(ENGLISH[0], return_tensors="pt").input_ids
+    assert ids.tolist() == own(ENGLISH[0], return_tensors="pt").input_ids.tolist()
+    assert torch.equal(loaded(ids).logits, original(ids).logits)
+    for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(loaded.config, key) == getattr(original.config, key), key
+
+
+def test_what_training_did_to_shared_rows_is_carried_over(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """Every row of the model is turned by one small linear map, which a regression finds."""
+    base, model = pair
+    trained = shutil.copytree(model, tmp_path / "trained")
+    turn = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=torch.Generator().manual_seed(0))
+    for path in trained.glob("*.safetensors"):
+        tensors = load_file(path)
+        save_file({n: t @ turn if n == EMBED else t for n, t in tensors.items()}, path, {"format": "pt"})
+    result = call("restore", trained, tmp_path / "back")
+    assert result.exit_code == 0, result.output
+    assert f"{EMBED}: " in result.stdout
+    assert "moved as training moved the others" in result.stdout
+    before, after = tensors_of(base)[EMBED], tensors_of(tmp_path / "back")[EMBED]
+    expected = before @ turn
+    record = json.loads((model / "omp_record.json").read_text())
+    origins = unpack_rows(next(each for each in record["models"] if "origins" in each)["origins"])
+    shared = origins[origins >= 0].unique()
+    dropped = torch.tensor(sorted(set(range(len(before))) - set(shared.tolist())))
+    assert len(dropped) > 50
+    torch.testing.assert_close(after[shared], expected[shared])
+    left = (after[dropped] - expected[dropped]).norm() / (before[dropped] - expected[dropped]).norm()
+    assert left < 0.1, "nine tenths of the change are carried over"
+
+
+def test_rows_that_an_override_forces_are_not_the_models_own(tmp_path: Path) -> None:
+    tokenizer, other = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(tokenizer), tokenizer)
+    donor = save(tmp_path / "donor", make_model(other, seed=3), other)
+    forced = {"Ġthe": {"source": {"kind": "model_token", "model": str(base), "token": "▁river"}, "force": True}}
+    given = recipe(base, donor, tokenizer={"source": str(donor), "tokens": forced})
+    assert merge_here(given, tmp_path / "out", "--quiet").exit_code == 0
+    assert call("restore", tmp_path / "out", tmp_path / "back").exit_code == 0
+    assert torch.equal(tensors_of(base)[EMBED], tensors_of(tmp_path / "back")[EMBED])
+
+
+def test_what_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, model = pair
+    assert "there is no omp_record.json in it" in refused("restore", base, tmp_path / "back")
+    donor = model.parent / "donor"
+    assert "--base: " in refused("restore", model, tmp_path / "back", "--base", tmp_path / "none")
+    assert f"{donor} has another tokenizer than {base}" in refused(
+        "restore", model, tmp_path / "back", "--base", donor
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    wider = save(tmp_path / "wider", make_model(tokenizer, hidden=64, rows=600), tokenizer)
+    assert "name the model that this one was made from" in refused("restore", model, tmp_path / "b", "--base", wider)
+    old = shutil.copytree(model, tmp_path / "old")
+    record = json.loads((old / "omp_record.json").read_text())
+    for each in record["models"]:
+        each.pop("origins", None)
+    (old / "omp_record.json").write_text(json.dumps(record))
+    assert "does not say where its rows come from" in refused("restore", old, tmp_path / "back")
+    assert "is not empty" in refused("restore", model, base)
+    assert not (tmp_path / "back").exists()
+
+
+def test_rows_are_packed_and_unpacked() -> None:
+    rows = torch.tensor([5, -1, 0, 2**20])
+    assert torch.equal(unpack_rows(pack_rows(rows)), rows)

@@ -1,0 +1,118 @@
+"""The parts of the audit, against loops and on tokenizers with faults that were put in."""
+
+import json
+
+import pytest
+import torch
+from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, sentencepiece_tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from mergekit_omp.audit.audit import check_rows_of
+from mergekit_omp.audit.bounds import ByteBounds, excess_over_bounds
+from mergekit_omp.audit.scripts import SCRIPTS
+from mergekit_omp.audit.states import States, last_states, logits_of
+from mergekit_omp.audit.tokens import check_tokens
+from mergekit_omp.errors import OmpError
+from mergekit_omp.vocabulary.matching import match_vocabularies
+from mergekit_omp.vocabulary.tokens import TokenKind, read_vocabulary
+
+
+def test_bounds_are_sums_over_the_tokens_that_agree() -> None:
+    """Reference: for each token, a loop over all of the base's."""
+    base = read_vocabulary(sentencepiece_tokenizer(ENGLISH, 420))
+    other = read_vocabulary(byte_level_tokenizer(PYTHON, 400))
+    data = [token.data for token in other.tokens.values()] + [None, b"\xff", b" the quick brown fox jumps"]
+    probabilities = torch.rand(3, base.size, generator=torch.Generator().manual_seed(0)).double()
+    found = ByteBounds(base, data)(probabilities)
+    text = [token for token in base.tokens.values() if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE)]
+    for index, one in enumerate(data):
+        agreeing = [
+            token.id
+            for token in text
+            if one is not None and (token.data.startswith(one) or one.startswith(token.data))
+        ]
+        assert found[:, index].tolist() == pytest.approx(probabilities[:, agreeing].sum(dim=1).tolist(), abs=1e-9)
+
+
+def test_excess_counts_states_over_ten_times_the_bound() -> None:
+    base = read_vocabulary(byte_level_tokenizer(ENGLISH, 300))
+    probabilities = torch.full((4, base.size), 1e-4).double()
+    letter = next(token.id for token in base.tokens.values() if token.data == b"q")
+    probabilities[:, letter] = torch.tensor([1e-3, 1e-2, 0.1, 1e-9]).double()
+    probabilities[:, 0] += 1 - probabilities.sum(dim=1)
+    wanted = torch.tensor([[0.02], [0.02], [0.02], [1e-6]]).double()
+    excess = excess_over_bounds(ByteBounds(base, [b"q"]), probabilities.log(), wanted.log())
+    assert excess.share.tolist() == [0.25]
+    assert excess.ratio.item() == pytest.approx(20)
+    assert excess.probability.item() == pytest.approx(0.02)
+
+
+@pytest.fixture(scope="module")
+def states() -> States:
+    tokenizer = byte_level_tokenizer(ENGLISH, 420)
+    return last_states(make_model(tokenizer).eval(), tokenizer, ENGLISH, progress=False)
+
+
+@torch.inference_mode()
+def test_states_are_what_the_head_reads(states: States) -> None:
+    model = make_model(byte_level_tokenizer(ENGLISH, 420)).eval()
+    assert states.hidden.shape[1] == 32
+    assert torch.allclose(model.lm_head(states.hidden), states.logits, atol=1e-5)
+    assert torch.allclose(logits_of(model, states.hidden), states.logits, atol=1e-5)
+
+
+def test_states_of_another_width(states: States) -> None:
+    wider = make_model(byte_level_tokenizer(ENGLISH, 420), hidden=64)
+    with pytest.raises(OmpError, match="--base: it is 32 wide, and the model 64"):
+        logits_of(wider, states.hidden)
+
+
+def test_what_all_rows_moved_by_is_nobodys_doing(states: States) -> None:
+    """A model whose logits are all one higher is judged as if they were not."""
+    base, output = (read_vocabulary(byte_level_tokenizer(corpus, 420)) for corpus in (ENGLISH, PYTHON))
+    match = match_vocabularies(output, base)
+    logits = torch.randn(len(states.logits) + 1, output.size, generator=torch.Generator().manual_seed(0))
+    kept = (match.rows >= 0).nonzero().flatten()
+    logits[:-1, kept] = states.logits[:, match.rows[kept]]
+    found, changed = check_rows_of(logits, states, output, match, base)
+    moved, moved_changed = check_rows_of(logits + 1, states, output, match, base)
+    assert [check.id for check in found] == [check.id for check in moved]
+    assert [check.ratio for check in found] == pytest.approx([check.ratio for check in moved], rel=1e-4)
+    assert (changed, moved_changed) == (0, len(kept))
+    assert {check.id for check in found} == set((match.rows < 0).nonzero().flatten().tolist())
+
+
+def with_vocabulary(tokenizer: PreTrainedTokenizerFast, **added: int) -> PreTrainedTokenizerFast:
+    """The tokenizer with tokens that no merge makes."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["model"]["vocab"] |= added
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)))
+
+
+@pytest.mark.parametrize("tokenizer", [byte_level_tokenizer(ENGLISH), sentencepiece_tokenizer(ENGLISH)])
+def test_tokens_of_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert not check_tokens(tokenizer, read_vocabulary(tokenizer)).unreachable
+    size = len(tokenizer)
+    changed = with_vocabulary(tokenizer, xqzj=size, ÿþ=size + 1)
+    found = check_tokens(changed, read_vocabulary(changed)).unreachable
+    assert [token.id for token in found] == [size, size + 1]
+
+
+def test_added_tokens_with_control_strings() -> None:
+    tokenizer = byte_level_tokenizer(ENGLISH, special=("<|im_end|>",))
+    assert not check_tokens(tokenizer, read_vocabulary(tokenizer)).control
+    tokenizer.add_tokens(["<|im_start|>", "Hello<|im_end|>", "<my_tag>", "[INST] go"])
+    tokenizer.add_tokens([AddedToken("x<|eot_id|>", special=True), AddedToken("<|fine|>", special=True)])
+    found = check_tokens(tokenizer, read_vocabulary(tokenizer)).control
+    assert [token.text for token in found] == ["<|im_start|>", "Hello<|im_end|>", "[INST] go", "x<|eot_id|>"]
+
+
+def test_scripts_that_are_not_given_back() -> None:
+    tokenizer = byte_level_tokenizer(ENGLISH)
+    assert not check_tokens(tokenizer, read_vocabulary(tokenizer)).changed_scripts
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    cased = {name for name, text in SCRIPTS.items() if text != text.lower()}
+    assert set(check_tokens(tokenizer, read_vocabulary(tokenizer)).changed_scripts) == cased
+    assert {"Latin", "Greek", "Cyrillic", "Armenian"} <= cased
+    assert len(SCRIPTS) >= 20
