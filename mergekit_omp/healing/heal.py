@@ -3,6 +3,7 @@
 import logging
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from mergekit_omp.errors import OmpError, explained
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.checks import Check, Checker
 from mergekit_omp.healing.generation import generate
-from mergekit_omp.healing.models import base_of, check_bodies, check_rows, load_model, load_reader
+from mergekit_omp.healing.models import check_bodies, check_rows, load_model, load_reader, teacher_of
 from mergekit_omp.healing.options import HealOptions
 from mergekit_omp.healing.output import folder_of, read_json, write_model
 from mergekit_omp.healing.student import Student
@@ -37,7 +38,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
 
     Args:
         options: what to heal, and how.
-        progress: show a progress bar.
+        progress: show a progress bar where the error stream is a terminal, and print each check there.
 
     Returns:
         What the record of the output tells of the healing, under "heal".
@@ -48,7 +49,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
     """
     texts = read_texts(options.text, options.seed) if options.text else None
     record = read_json(folder_of(options.model) / RECORD_FILE)
-    base_name = base_of(options, record)
+    base_name = teacher_of(options, record)
     check_bodies(options.model, base_name, options.trust_remote_code)
     base_reader = load_reader(base_name, options.trust_remote_code, "base")
     reader = load_reader(options.model, options.trust_remote_code, "model")
@@ -64,7 +65,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
         written_dtype, rows = model.dtype, model.get_input_embeddings().get_parameter("weight").shape[0]
         student = Student(model.to(dtype), options)
         budget = Budget(options.seconds, options.tokens)
-        with tqdm(total=options.tokens, unit="tok", unit_scale=True, disable=not progress) as bar:
+        with tqdm(total=options.tokens, unit="tok", unit_scale=True, disable=None if progress else True) as bar:
             if texts is None:
                 texts = _written_by(base, base_reader, options, bar)
                 bar.reset(options.tokens)
@@ -79,7 +80,8 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
 
             def check(tokens: int) -> Check:
                 found = checker.check(student.logits, tokens, time.monotonic() - started)
-                _tell(found, checker, bar)
+                if progress:
+                    _tell(found, checker)
                 return found
 
             with _interruption() as interrupted:
@@ -134,12 +136,13 @@ def _changed_texts() -> OmpError:
     )
 
 
-def _tell(check: Check, checker: Checker, bar: tqdm) -> None:
-    if not bar.disable:
-        bar.write(
-            f"{check.tokens:>9,} tokens, {check.seconds:4.0f} s: {check.bits_per_byte:.3f} bits per byte of held-out "
-            f"text (base with its own tokenizer: {checker.base_bits_per_byte:.3f})"
-        )
+def _tell(check: Check, checker: Checker) -> None:
+    """Print a check above the progress bar."""
+    tqdm.write(
+        f"{check.tokens:>9,} tokens, {check.seconds:4.0f} s: {check.bits_per_byte:.3f} bits per byte of held-out text "
+        f"(base with its own tokenizer: {checker.base_bits_per_byte:.3f})",
+        file=sys.stderr,
+    )
 
 
 def _describe(

@@ -17,7 +17,7 @@ from mergekit_omp.report.record import RECORD_FILE
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 
-def base_of(options: HealOptions, record: Mapping[str, Any] | None) -> str:
+def teacher_of(options: HealOptions, record: Mapping[str, Any] | None) -> str:
     """Name the base: as the options say, or the one input of the merge that made the model.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedModel
 
+from mergekit_omp.report.fingerprints import fingerprints
 from mergekit_omp.report.record import FORMAT, RECORD_FILE
 
 CARD = "README.md"
@@ -33,6 +34,8 @@ def write_model(folder: Path, model: PreTrainedModel, origin: str, heal: Mapping
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in _LEFT_OUT:
             shutil.copyfile(path, folder / path.name)
     record = (read_json(source / RECORD_FILE) or {"format": FORMAT}) | {"heal": heal}
+    if "sha256" in record:
+        record["sha256"] = fingerprints(folder, record["sha256"]["tensors"])
     text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
     (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
     card = folder / CARD

@@ -114,6 +114,8 @@ def test_what_is_written_is_an_ordinary_model(models: dict[str, Path], tmp_path:
     assert "### Healing" in card
     assert "### Tokenizer transplantation" in card
     assert not out.with_name("out.unfinished").exists()
+    verified = CliRunner().invoke(main, ["audit", str(out), "--verify"])
+    assert verified.exit_code == 0, verified.output
 
 
 def test_only_what_is_asked_for_is_trained(models: dict[str, Path], tmp_path: Path) -> None:
@@ -208,9 +210,10 @@ def test_interrupted(models: dict[str, Path], tmp_path: Path, number: int, save_
     assert process.stderr is not None
     os.set_blocking(process.stderr.fileno(), False)
     written, deadline = b"", time.monotonic() + 120
-    while b"loss" not in written and time.monotonic() < deadline:
+    while b"bits per byte" not in written and time.monotonic() < deadline:
         written += process.stderr.read() or b""
         time.sleep(0.2)
+    time.sleep(2)
     process.send_signal(number)
     _, rest = process.communicate(timeout=120)
     if save_it:

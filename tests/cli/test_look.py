@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(path / "donor", make_model(donor, hidden=24), donor)
     asked = recipe(path / "base", path / "donor")
     (path / "recipe.yml").write_text(yaml.safe_dump(asked))
-    (path / "text.txt").write_text("\n".join([*ENGLISH, *PYTHON]))
+    (path / "text.txt").write_text("\n".join([*ENGLISH, *PYTHON]) * 3)
     learning = {"approximation": "tokalign", "corpus": str(path / "text.txt")}
     (path / "learning.yml").write_text(yaml.safe_dump({**asked, "parameters": learning}))
     assert merge_here(asked, path / "out", "--quiet").exit_code == 0
@@ -44,17 +44,20 @@ def arguments(command: str, folder: Path, scratch: Path) -> list[str]:
     """A call of a command that succeeds in a few seconds."""
     return {
         "align": ["align", f"{folder}/learning.yml", f"{scratch}/map.json"],
+        "audit": ["audit", f"{folder}/out"],
         "compare": ["compare", f"{folder}/recipe.yml", "--approximations", "mean", "--text", f"{folder}/text.txt"],
         "doctor": ["doctor"],
         "eval": ["eval", f"{folder}/base", f"{folder}/out", "--text", f"{folder}/text.txt"],
+        "heal": ["heal", f"{folder}/out", f"{scratch}/healed", "--text", f"{folder}/text.txt", "--tokens", "500"],
         "init": ["init", f"{folder}/base", f"{folder}/donor", "-o", f"{scratch}/recipe.yml"],
         "inspect": ["inspect", f"{folder}/recipe.yml"],
         "report": ["report", f"{folder}/out", "--html", f"{scratch}/page.html"],
+        "restore": ["restore", f"{folder}/out", f"{scratch}/restored"],
         "tokens": ["tokens", f"{folder}/out", "--text", f"{folder}/text.txt"],
     }[command]
 
 
-COMMANDS = ["align", "compare", "doctor", "eval", "init", "inspect", "report", "tokens"]
+COMMANDS = ["align", "audit", "compare", "doctor", "eval", "heal", "init", "inspect", "report", "restore", "tokens"]
 
 
 def test_every_command_reports_as_json() -> None:
