@@ -62,7 +62,7 @@ def last_states(
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     step = max(1, n_tokens // count)
     hidden, logits = [], []
-    for ids in tqdm(encoded, desc="Base", unit="window", disable=not progress):
+    for ids in tqdm(encoded, desc="Base", unit="window", disable=None if progress else True):
         read: list[Tensor] = []
         with _Hook(model, read.append):
             batch = torch.tensor([ids if start is None else [start, *ids]], device=model.device)
