@@ -1,9 +1,10 @@
 """Compute a token-level distillation loss with a teacher that has the student's tokenizer.
 
-    python examples/distillation_loss.py --student small/ --teacher big/
+    python examples/distillation_loss.py --student small/ --teacher big/ --heal-minutes 10
 
 Both models read the same ids, so KL(teacher ‖ student) is a sum over one vocabulary. It is printed for the
-transplanted teacher, and for a teacher whose rows of new tokens are zero.
+transplanted teacher, for the same after a short training (``--heal-minutes M``, or ``--healed FOLDER``), and for a
+teacher whose rows of new tokens are zero.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ def distillation_loss(teacher: PreTrainedModel, student: PreTrainedModel, ids: T
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the loss for two teachers, and the size of the gradient that reaches the student."""
+    """Print the loss for each teacher, and the size of the gradient that reaches the student."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     one_vocabulary.add_arguments(parser, keeps="student", changes="teacher")
+    one_vocabulary.add_healing(parser, changes="teacher")
     parser.add_argument(
         "--text", type=Path, help="text of which both read the beginning (default: four built-in texts)"
     )
     options = parser.parse_args(arguments)
     student_folder, teacher_folder = one_vocabulary.folders(options)
+    healed_folder = one_vocabulary.healed(options, teacher_folder)
     zeros = options.out.with_name(options.out.name + "-zeros")
     one_vocabulary.transplant(one_vocabulary.changes(options), student_folder, zeros, {"approximation": "zero"})
 
@@ -55,8 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     texts = {options.text.name: options.text.read_text(encoding="utf-8")} if options.text else builtin_texts()
     ids = [one_vocabulary.with_start(tokenizer, windows(text, WINDOW_BYTES)[0]) for text in texts.values()]
     print(f"\n{'nats a token':<24}" + "".join(f"{name:>14}" for name in texts))
-    for name, folder in (("transplanted teacher", teacher_folder), ("zeros for new rows", str(zeros))):
-        teacher, _ = one_vocabulary.load(folder)
+    teachers = {"transplanted teacher": teacher_folder, "healed teacher": healed_folder, "zeros for new rows": zeros}
+    for name, folder in teachers.items():
+        if folder is None:
+            continue
+        teacher, _ = one_vocabulary.load(str(folder))
         student.zero_grad()
         losses = []
         for text_ids in ids:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from mergekit_omp.report.record import RECORD_FILE
+
 
 def add_arguments(parser: argparse.ArgumentParser, keeps: str, changes: str) -> None:
     """Add ``--<keeps>`` and ``--<changes>``, folders or hub ids, and options for the transplanted model."""
@@ -23,6 +28,22 @@ def add_arguments(parser: argparse.ArgumentParser, keeps: str, changes: str) -> 
     parser.add_argument("--transplanted", type=Path, help=f"the {changes} if it has that tokenizer already")
     parser.add_argument("--out", type=Path, default=Path(f"out/{changes}"), help="the transplant: %(default)s")
     parser.add_argument("-k", type=int, default=64, help="sparsity of the transplant: %(default)s")
+
+
+def add_healing(parser: argparse.ArgumentParser, changes: str) -> None:
+    """Add options for a model that was trained after the transplant."""
+    parser.add_argument("--healed", type=Path, help=f"the {changes} after transplant and `mergekit-omp heal`")
+    parser.add_argument(
+        "--heal-minutes", type=float, default=0, metavar="M", help="heal the transplant for M minutes: %(default)g"
+    )
+    parser.add_argument(
+        "--heal-text",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="text to train on; may be repeated (default: the model writes texts before the transplant)",
+    )
 
 
 def folders(options: argparse.Namespace) -> tuple[str, str]:
@@ -35,8 +56,49 @@ def folders(options: argparse.Namespace) -> tuple[str, str]:
 
 
 def changes(options: argparse.Namespace) -> str:
-    """Return the model that gets the other's tokenizer, before the transplant."""
-    return options.changes or str(real_weights.checkpoint("gemma3").resolve())
+    """Return the model that gets the other's tokenizer, before the transplant.
+
+    If the transplanted model is given without it, its record names it.
+    """
+    if options.changes:
+        return options.changes
+    if not options.transplanted:
+        return str(real_weights.checkpoint("gemma3").resolve())
+    path = options.transplanted / RECORD_FILE
+    models = json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else []
+    inputs = [model["name"] for model in models if "input" in model["roles"]]
+    if len(inputs) != 1:
+        raise SystemExit(f"{path} does not name the model before the transplant; give that model too.")
+    return inputs[0]
+
+
+def healed(options: argparse.Namespace, transplanted: str) -> str | None:
+    """Return the healed model, made if ``--heal-minutes`` is given; without the two options print how to get it."""
+    if options.healed:
+        return str(options.healed)
+    if not options.heal_minutes:
+        print(
+            "\nNo healed model: add --heal-minutes 10 to train the transplant for ten minutes, or --healed healed/ "
+            f"after\n  mergekit-omp heal {transplanted} healed/"
+        )
+        return None
+    out = options.out.with_name(options.out.name + "-healed")
+    length = ("--base", changes(options), "--minutes", f"{options.heal_minutes:g}")
+    return str(heal(transplanted, out, *length, *text_options(options.heal_text)))
+
+
+def text_options(files: Sequence[Path]) -> list[str]:
+    """Return the options of ``mergekit-omp heal`` for training texts; without any, the base writes them."""
+    return [part for path in files for part in ("--text", str(path))]
+
+
+def heal(transplanted: str | Path, out: Path, *options: str) -> Path:
+    """Run ``mergekit-omp heal`` on a transplanted model, and return ``out``."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    command = [str(Path(sys.executable).parent / "mergekit-omp"), "heal", str(transplanted), str(out), *options]
+    print(f"\n$ {' '.join(command)}", flush=True)
+    subprocess.run(command, check=True)
+    return out
 
 
 def transplant(model: str, source: str | Path, out: Path, parameters: Mapping[str, Any]) -> Path:

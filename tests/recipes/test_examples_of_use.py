@@ -6,31 +6,77 @@ from pathlib import Path
 import assisted_generation
 import distillation_loss
 import domain_vocabulary
+import heal_then_merge
 import logit_ensemble
 import one_vocabulary
 import pytest
 import torch
-from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
+import yaml
+from click.testing import CliRunner
+from helpers.checkpoints import (
+    ENGLISH,
+    PYTHON,
+    byte_level_tokenizer,
+    make_model,
+    save,
+    sentencepiece_tokenizer,
+    tensors_of,
+)
 from helpers.commands import merge_here, recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mergekit_omp.evaluation.bits_per_byte import read_text
+from mergekit_omp.cli.main import main as omp
+from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, read_text, windows
 
 TEXT = "The river and the hills, the dog and the fox, and 12 numbers."
+LONG_TEXT = "\n".join([*ENGLISH, *PYTHON]) + "\n"
+
+
+def trained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Train a small model on a text, so that a transplant loses something."""
+    ids = torch.tensor([tokenizer(LONG_TEXT).input_ids])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(80):
+        start = (step * 37) % (ids.shape[1] - 128)
+        part = ids[:, start : start + 128]
+        optimizer.zero_grad()
+        model(input_ids=part, labels=part).loss.backward()
+        optimizer.step()
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Write two models with different tokenizers, and the second with the tokenizer of the first."""
+    """Write two models with different tokenizers, and the second, a trained one, with the tokenizer of the first."""
     folder = tmp_path_factory.mktemp("models")
     tokenizers = {"a": byte_level_tokenizer(ENGLISH), "b": sentencepiece_tokenizer(PYTHON)}
-    made = {
-        name: save(folder / name, make_model(tokenizer, seed=seed, hidden=32 + 16 * seed), tokenizer)
+    models = {
+        name: make_model(tokenizer, seed=seed, hidden=32 + 16 * seed)
         for seed, (name, tokenizer) in enumerate(tokenizers.items())
     }
+    trained(models["b"], tokenizers["b"])
+    made = {name: save(folder / name, models[name], tokenizers[name]) for name in models}
     result = merge_here(recipe(made["b"], made["a"]), folder / "b-like-a")
     assert result.exit_code == 0, result.output
     return made | {"b-like-a": folder / "b-like-a"}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a text that is long enough to train on."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(LONG_TEXT * 8)
+    return path
+
+
+@pytest.fixture(scope="module")
+def healed(folders: dict[str, Path], text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train the transplanted model for some steps."""
+    out = tmp_path_factory.mktemp("healed") / "out"
+    options = ["--text", str(text), "--tokens", "4000", "--dtype", "float32"]
+    result = CliRunner().invoke(omp, ["heal", str(folders["b-like-a"]), str(out), *options])
+    assert result.exit_code == 0, result.output
+    return out
 
 
 def near_copy(model: PreTrainedModel, scale: float) -> PreTrainedModel:
@@ -115,15 +161,72 @@ def test_a_target_with_more_rows_than_tokens(folders: dict[str, Path]) -> None:
     assert assisted.proposed > 0
 
 
+@pytest.mark.parametrize("own", ["a", "b"])
+def test_a_draft_with_its_own_tokenizer(folders: dict[str, Path], own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check the counts against the number of rounds, also for a draft with as many rows as the target."""
+    target, tokenizer = one_vocabulary.load(str(folders["a"]))
+    draft, own_tokenizer = one_vocabulary.load(str(folders[own]))
+    assisted_generation.prepare(draft, target, draft_tokens=3, own_tokenizer=True)
+    rounds: list[int] = []
+    count = assisted_generation.count
+    monkeypatch.setattr(assisted_generation, "count", lambda *given: (rounds.append(len(given[0])), count(*given))[1])
+    accepted = 0
+    for text in (TEXT, "def", "Every piece"):
+        prompt = one_vocabulary.with_start(tokenizer, text)
+        run = assisted_generation.generate(target, prompt, 17, draft, (tokenizer, own_tokenizer))
+        assert torch.equal(run.ids, assisted_generation.generate(target, prompt, 17).ids)
+        new = len(run.ids) - prompt.shape[1]
+        # Each round adds what it accepts and one more token, but for a last one whose proposal ends the text.
+        assert run.accepted + rounds[-2] - new in (0, 1)
+        assert run.proposed >= run.accepted
+        accepted += run.accepted
+    assert accepted > 0 or own == "b"
+
+
+def table(output: str) -> dict[str, list[str]]:
+    """Return the cells of the table at the end of a script's output, by draft."""
+    _, _, rows = output.partition("\ndraft  ")
+    return {name: cells.split() for name, cells in re.findall(r"^(\S.*?)  +(.*)$", rows, re.MULTILINE)}
+
+
 def test_assisted_generation(folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Run the script, with its own transplant by mergekit's command."""
     models = ["--target", str(folders["a"]), "--draft", str(folders["b"]), "--out", str(tmp_path / "out")]
     assisted_generation.main([*models, "-k", "5", "--tokens", "10"])
     output = capfd.readouterr().out
-    assert "equal texts 4 of 4" in output
-    assert output.count("the target's own text: yes") == 4
+    rows = table(output)
+    assert list(rows) == ["none", "own tokenizer, across vocabularies", "transplanted"]
+    assert [cells[-3:] for cells in rows.values()][1:] == [["4", "of", "4"]] * 2
+    assert output.count("the target's own text: yes") == 8
+    assert f"mergekit-omp heal {tmp_path / 'out'} healed/" in output
     vocabulary = AutoTokenizer.from_pretrained(folders["a"]).get_vocab()
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == vocabulary
+
+
+def test_assisted_generation_with_a_healed_draft(
+    folders: dict[str, Path], healed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Check the table against the lines above it; the record of the transplant names the draft before it."""
+    models = ["--target", str(folders["a"]), "--transplanted", str(folders["b-like-a"]), "--healed", str(healed)]
+    assisted_generation.main([*models, "--tokens", "10"])
+    output = capfd.readouterr().out
+    rows = table(output)
+    assert list(rows) == ["none", "own tokenizer, across vocabularies", "transplanted", "healed"]
+    assert "No healed model" not in output
+    for name in list(rows)[1:]:
+        counts = re.findall(rf"^  {name}: accepted (\d+) of (\d+) draft tokens", output, re.MULTILINE)
+        accepted, proposed = (sum(map(int, column)) for column in zip(*counts, strict=True))
+        assert len(counts) == 4
+        assert proposed > 0
+        assert rows[name][:4] == [f"{accepted / proposed:.3f}", f"({accepted}", "of", f"{proposed})"]
+        assert rows[name][5:] == ["4", "of", "4"]
+    assert all(float(cells[-4]) > 0 for cells in list(rows.values())[1:])
+
+
+def test_a_transplant_without_a_record_does_not_name_its_base(folders: dict[str, Path]) -> None:
+    models = ["--target", str(folders["a"]), "--transplanted", str(folders["b"])]
+    with pytest.raises(SystemExit, match="does not name the model before the transplant"):
+        assisted_generation.main(models)
 
 
 def test_loss_is_the_divergence(folders: dict[str, Path]) -> None:
@@ -162,17 +265,70 @@ def test_padding_does_not_count(folders: dict[str, Path]) -> None:
     assert torch.allclose(mixed, one(ids).logits.log_softmax(dim=-1), atol=1e-5)
 
 
+def losses(output: str) -> dict[str, list[float]]:
+    """Return the losses that the script printed, by teacher."""
+    rows = re.findall(r"^(\w+ teacher|zeros for new rows) +(.*)$", output, re.MULTILINE)
+    return {name: [float(loss) for loss in cells.split()] for name, cells in rows}
+
+
 def test_distillation_loss(folders: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     models = ["--student", str(folders["a"]), "--teacher", str(folders["b"]), "--out", str(tmp_path / "out")]
     distillation_loss.main([*models, "--transplanted", str(folders["b-like-a"])])
     output = capfd.readouterr().out
-    teachers = [
-        row.split() for row in re.findall(r"^(?:transplanted teacher|zeros for new rows) +(.*)$", output, re.M)
-    ]
-    assert [len(losses) for losses in teachers] == [4, 4]
-    assert all(float(loss) > 0 for losses in teachers for loss in losses)
-    assert teachers[0] != teachers[1]
+    teachers = losses(output)
+    assert list(teachers) == ["transplanted teacher", "zeros for new rows"]
+    assert [len(row) for row in teachers.values()] == [4, 4]
+    assert all(loss > 0 for row in teachers.values() for loss in row)
+    assert teachers["transplanted teacher"] != teachers["zeros for new rows"]
     assert output.count("21 of 21 tensors") == 2
+    assert f"mergekit-omp heal {folders['b-like-a']} healed/" in output
+
+
+def test_distillation_loss_of_a_healed_teacher(
+    folders: dict[str, Path], text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Check that the script heals the teacher, and that its row is the loss of the model that was written."""
+    models = ["--student", str(folders["a"]), "--transplanted", str(folders["b-like-a"])]
+    out = ["--out", str(tmp_path / "out"), "--text", str(text)]
+    distillation_loss.main([*models, *out, "--heal-minutes", "0.1", "--heal-text", str(text)])
+    teachers = losses(capfd.readouterr().out)
+    assert list(teachers) == ["transplanted teacher", "healed teacher", "zeros for new rows"]
+    student, tokenizer = one_vocabulary.load(str(folders["a"]))
+    teacher, _ = one_vocabulary.load(str(tmp_path / "out-healed"))
+    ids = one_vocabulary.with_start(tokenizer, windows(text.read_text(), WINDOW_BYTES)[0])
+    loss = distillation_loss.distillation_loss(teacher, student, ids, len(tokenizer)).item()
+    assert teachers["healed teacher"] == [pytest.approx(loss, abs=1e-4)]
+    assert teachers["healed teacher"] != teachers["transplanted teacher"]
+
+
+def test_heal_then_merge(
+    folders: dict[str, Path], text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Check that the merge is of the healed model and the partner, and that healing matters to it."""
+    tokenizer = AutoTokenizer.from_pretrained(folders["a"])
+    partner = save(tmp_path / "partner", make_model(tokenizer, seed=7, hidden=48), tokenizer)
+    out = tmp_path / "out"
+    models = ["--model", str(folders["b"]), "--partner", str(partner), "--out", str(out), "-k", "5"]
+    heal_then_merge.main([*models, "--tokens", "4000", "--text", str(text)])
+    commands = re.findall(r"^\$ \S+/(mergekit-\w+) ", capfd.readouterr().out, re.MULTILINE)
+    assert commands == ["mergekit-yaml", "mergekit-omp", "mergekit-yaml"]
+
+    merge = yaml.safe_load((out / "merged.yml").read_text())
+    assert merge["models"][0]["model"] == str(out / "healed")
+    merge["models"][0]["model"] = str(out / "transplanted")
+    result = merge_here(merge, tmp_path / "without")
+    assert result.exit_code == 0, result.output
+    merged, without = tensors_of(out / "merged"), tensors_of(tmp_path / "without")
+    parts = [tensors_of(out / "healed"), tensors_of(partner)]
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"):
+        assert not torch.equal(merged[name], without[name])
+        mean = (parts[0][name].float() + parts[1][name].float()) / 2
+        torch.testing.assert_close(merged[name].float(), mean, rtol=0.02, atol=1e-3)
+
+    merged_tokenizer = AutoTokenizer.from_pretrained(out / "merged")
+    assert merged_tokenizer.get_vocab() == tokenizer.get_vocab()
+    model = AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert torch.isfinite(model(**merged_tokenizer(TEXT, return_tensors="pt")).logits).all()
 
 
 def test_an_ensemble_of_a_model_with_itself_is_the_model(folders: dict[str, Path]) -> None:
@@ -246,7 +402,7 @@ def test_domain_vocabulary(folders: dict[str, Path], tmp_path: Path, capfd: pyte
 
 
 def test_a_tokenizer_that_cannot_encode_every_text_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="needs byte-level BPE"):
+    with pytest.raises(SystemExit, match="use a model with byte-level BPE"):
         domain_vocabulary.train_tokenizer(str(folders["b"]), "".join(PYTHON), 300, tmp_path / "tokenizer")
     with pytest.raises(SystemExit, match="too few lines"):
         domain_vocabulary.split("one line")

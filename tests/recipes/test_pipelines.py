@@ -20,7 +20,11 @@ from helpers.checkpoints import (
 from helpers.tiny_hypernetwork import save_hypernetwork
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples/yaml").glob("*.yml"))
+from mergekit_omp.healing.options import LEARNING_RATES, make_options
+
+FOLDER = Path(__file__).parents[2] / "examples/yaml"
+HEAL = FOLDER / "heal.yml"
+EXAMPLES = sorted(set(FOLDER.glob("*.yml")) - {HEAL})
 MODEL = re.compile(r"(?:model|source|base_model): ([\w./-]+)$", re.MULTILINE)
 LAST_LAYER = re.compile(r"layer_range: \[\d+, (\d+)\]")
 STAGE = re.compile(r"^name: (\S+)$", re.MULTILINE)
@@ -71,6 +75,16 @@ def test_example(example: Path, tmp_path: Path) -> None:
     ids = tokenizer("the river and 12 numbers", return_tensors="pt").input_ids
     assert int(ids.max()) < model.config.vocab_size
     assert torch.isfinite(model(ids).logits).all()
+
+
+def test_heal_file() -> None:
+    """Check heal.yml, which is not a merge recipe: its keys, its base, and the folder that it reads."""
+    options = make_options(yaml.safe_load(HEAL.read_text()), str(HEAL))
+    transplant = (FOLDER / "transplant.yml").read_text()
+    assert options.base == yaml.safe_load(transplant)["models"][0]["model"]
+    assert f"mergekit-yaml examples/yaml/transplant.yml {options.model}\n" in transplant
+    assert options.seconds == 600
+    assert options.learning_rate == LEARNING_RATES[options.train]
 
 
 def multi(recipe: str, stages: Path, out: Path, *options: str) -> object:
