@@ -72,7 +72,7 @@ def test_audit_needs_a_base(planted: tuple[Path, Path, Path, list[int]], tmp_pat
     base, good, _, _ = planted
     result = call("audit", base)
     assert result.exit_code == 1
-    assert "there is no omp_record.json in it" in result.stderr
+    assert "has no omp_record.json" in result.stderr
     assert "name the base" not in result.stderr
     result = call("audit", good, "--base", tmp_path / "none")
     assert "--base: no tokenizer can be read from" in " ".join(result.stderr.split())

@@ -392,7 +392,7 @@ def test_eval_bad_arguments(pair: tuple[Path, Path], transplanted: Path, tmp_pat
         folder = pair[0] if command == "eval" else transplanted
         assert "binary.txt cannot be read (not UTF-8)" in sentence(command, folder, "--text", tmp_path / "binary.txt")
     assert "The text empty is empty" in sentence("eval", pair[0], "--text", tmp_path / "empty.txt")
-    assert "no tokenizer can be read from" in sentence("eval", tmp_path)
+    assert "cannot read a tokenizer from" in sentence("eval", tmp_path)
     AutoTokenizer.from_pretrained(pair[0]).save_pretrained(tmp_path / "tokenizer")
     assert "cannot be loaded as a causal language model" in sentence("eval", tmp_path / "tokenizer")
 
@@ -443,4 +443,4 @@ def test_help(command: str | None) -> None:
     text = answer(*([command] if command else []), "--help")
     assert "Usage: " in text
     for line in re.findall(r"^  (-\S.*)$", text, flags=re.MULTILINE):
-        assert re.search(r"\S {2,}\S", line) or line.strip().endswith(("PATH", "[float32|bfloat16|float16]")), line
+        assert re.search(r"\S {2,}\S", line) or line.strip().endswith(("PATH", "]")), line

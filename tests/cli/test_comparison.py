@@ -66,7 +66,7 @@ def test_a_failing_method_is_a_row_and_the_plot_has_the_others(written: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--approximations", "omp,subwrod"], "unknown approximation 'subwrod' (did you mean subword?)"),
         (["--approximations", ","], "no name in ','"),

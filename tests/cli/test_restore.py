@@ -108,7 +108,7 @@ def test_rows_that_an_override_forces_are_not_the_models_own(tmp_path: Path) -> 
 
 def test_what_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     base, model = pair
-    assert "there is no omp_record.json in it" in refused("restore", base, tmp_path / "back")
+    assert "has no omp_record.json" in refused("restore", base, tmp_path / "back")
     donor = model.parent / "donor"
     assert "--base: " in refused("restore", model, tmp_path / "back", "--base", tmp_path / "none")
     assert f"{donor} has another tokenizer than {base}" in refused(
