@@ -75,7 +75,7 @@ def test_audit_needs_a_base(planted: tuple[Path, Path, Path, list[int]], tmp_pat
     assert "has no omp_record.json" in result.stderr
     assert "name the base" not in result.stderr
     result = call("audit", good, "--base", tmp_path / "none")
-    assert "--base: no tokenizer can be read from" in " ".join(result.stderr.split())
+    assert "--base: cannot read a tokenizer from" in " ".join(result.stderr.split())
     wider = byte_level_tokenizer(ENGLISH)
     save(tmp_path / "wider", make_model(wider, hidden=64), wider)
     result = call("audit", good, "--base", tmp_path / "wider")
