@@ -1,7 +1,9 @@
 """Forecast the work and the resources of a run from tokenizers and configurations."""
 
+import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -225,12 +227,25 @@ def _timed(solve: Solve, device: str | None) -> Solve:
         solve_omp(rows[atoms : atoms + targets], rows[:atoms], solve.k)
         return time.perf_counter() - started
 
-    seconds(1)  # warm-up
-    one, many = seconds(1), seconds(_PROBE_TARGETS)  # both include the same setup time
+    with _quiet_solver():
+        seconds(1)  # warm-up
+        one, many = seconds(1), seconds(_PROBE_TARGETS)  # both include the same setup time
     per_target = max(0.0, many - one) / (_PROBE_TARGETS - 1)
     # The probe is too small for a Gram matrix.
     scale = solve.matrices * solve.atoms / atoms / _plan(solve, rows.device).speedup
     return Solve(**asdict(solve) | {"seconds": (one + per_target * solve.targets) * scale})
+
+
+@contextmanager
+def _quiet_solver() -> Iterator[None]:
+    """Leave the lines of a measurement out of the log, where they would look like those of the run."""
+    log = logging.getLogger("mergekit_omp.solver")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _plan(solve: Solve, device: torch.device) -> SolvePlan:

@@ -181,7 +181,7 @@ def next_commands(out: str, base: str) -> list[tuple[list[str], str]]:
     commands = [
         (["report", out], "what the transplant did"),
         (["eval", out, "--base", base], "how well it predicts texts, beside its base"),
-        (["heal", out, f"{out.rstrip('/')}-healed"], "a short training, which takes back much of the loss"),
+        (["heal", out, f"{out.rstrip('/')}-healed"], "a short training, which takes back part of the loss"),
     ]
     return [(["mergekit-omp", *arguments], purpose) for arguments, purpose in commands]
 
