@@ -94,7 +94,7 @@ def test_inputs_with_other_positions_are_reported(tmp_path: Path) -> None:
         tokenizer={"source": str(paths["donor"])},
     )
     transplant = resolve(config, MergeOptions())
-    warnings = [s for model in transplant.inputs for s in warnings_for(model, transplant) if "positions" in s]
+    warnings = [s for model in transplant.inputs for s in warnings_for(model, transplant) if "position settings" in s]
     assert warnings == [
         f"{paths['other']}: its position settings differ from those of {paths['base']}: rope_type linear instead of "
         "default, factor 4.0 instead of None, rope_theta 500000.0 instead of 10000.0, max_position_embeddings 8192 "
