@@ -114,7 +114,12 @@ class _Span:
 
 
 class SpanRuler:
-    """Computes the ideal bits of another tokenizer's tokens from a base model's predictions for the same text."""
+    """Computes the ideal bits of another tokenizer's tokens from a base model's predictions for the same text.
+
+    Attributes:
+        splits: the other tokenizer's pieces of every token of the base that it can spell, sorted.
+        ids: (N,) int64, the base's token of each split.
+    """
 
     def __init__(self, base: Vocabulary, tokenizer: PreTrainedTokenizerBase, output: Vocabulary) -> None:
         """Segment every token of the base with the other tokenizer.
@@ -128,8 +133,8 @@ class SpanRuler:
         ids = [id_ for id_, token in base.tokens.items() if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE)]
         splits = zip(map(tuple, pieces(base, tokenizer, ids, output)), ids, strict=True)
         by_split = sorted((split, id_) for split, id_ in splits if split)
-        self._splits = [split for split, _ in by_split]
-        self._ids = torch.tensor([id_ for _, id_ in by_split], dtype=torch.int64)
+        self.splits = [split for split, _ in by_split]
+        self.ids = torch.tensor([id_ for _, id_ in by_split], dtype=torch.int64)
 
     def measure(
         self, window: str, logits: Tensor, base_starts: Sequence[int], base_bits: Sequence[float]
@@ -190,7 +195,7 @@ class SpanRuler:
         return bits
 
     def _log_masses(self, logits: Tensor, places: Tensor, ranges: Sequence[slice]) -> Tensor:
-        """Logarithms (P,), float64, of sums of exp(logits) over P ranges of ``_ids``, each in a row of logits (T, V).
+        """Logarithms (P,), float64, of sums of exp(logits) over P ranges of ``ids``, each in a row of logits (T, V).
 
         They are sums of the terms themselves, not differences of a cumulative sum, in which a small mass would vanish.
         """
@@ -202,7 +207,7 @@ class SpanRuler:
             size = sizes[part]
             segment = torch.arange(len(size)).repeat_interleave(size)
             within = torch.arange(len(segment)) - (size.cumsum(0) - size)[segment]
-            ids = self._ids[starts[part][segment] + within]
+            ids = self.ids[starts[part][segment] + within]
             terms = logits[places[part][segment].to(device), ids.to(device)].double()
             segment = segment.to(device)
             top = terms.new_full((len(size),), -torch.inf).scatter_reduce(0, segment, terms, "amax")
@@ -213,13 +218,18 @@ class SpanRuler:
 
     def _ranges(self, split: tuple[int, ...]) -> list[slice]:
         """Where the tokens are that begin with each start of a split; [] where no token of the base is split so."""
-        ranges = [self._range(split[:count]) for count in range(1, len(split) + 1)]
+        ranges = [self.range_of(split[:count]) for count in range(1, len(split) + 1)]
         return ranges if all(one.start < one.stop for one in ranges) else []
 
-    def _range(self, prefix: tuple[int, ...]) -> slice:
+    def is_known(self, split: tuple[int, ...]) -> bool:
+        """Whether the segmentation of a token of the base starts with these pieces."""
+        found = self.range_of(split)
+        return found.start < found.stop
+
+    def range_of(self, prefix: tuple[int, ...]) -> slice:
         """Return the range of the tokens whose segmentation starts with these pieces."""
         after = (*prefix[:-1], prefix[-1] + 1)
-        return slice(bisect_left(self._splits, prefix), bisect_left(self._splits, after))
+        return slice(bisect_left(self.splits, prefix), bisect_left(self.splits, after))
 
 
 def _log_totals(logits: Tensor, places: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Checker:
     """Held-out windows, with what the base says of them."""
 
     def __init__(
-        self, windows: Sequence[AlignedWindow], base: PreTrainedModel, reader: Reader, output: Reader
+        self, windows: Sequence[AlignedWindow], base: PreTrainedModel, reader: Reader, output: Reader, ruler: SpanRuler
     ) -> None:
         """Run the base over the windows, once.
 
@@ -58,11 +58,11 @@ class Checker:
             base: the base model.
             reader: its tokenizer.
             output: the output's tokenizer.
+            ruler: how that splits the base's tokens.
         """
         self._windows, self._output, self._device = windows, output, base.device
         self.n_bytes = sum(len(window.text.encode()) for window in windows)
         self._ideals: list[Sequence[IdealToken]] = []
-        ruler = SpanRuler(reader.vocabulary, output.tokenizer, output.vocabulary)
         base_bits = 0.0
         for window in windows:
             logits = _run(

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from mergekit_omp.errors import OmpError, explained
+from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.checks import Check, Checker
 from mergekit_omp.healing.generation import generate
@@ -74,8 +75,9 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
             if not held_out:
                 raise _changed_texts()
             bar.set_description("Training")
-            checker = Checker(held_out, base, base_reader, reader)
-            trainer = Trainer(student, Teacher(base, base_reader, reader, rows), reader, options)
+            ruler = SpanRuler(base_reader.vocabulary, reader.tokenizer, reader.vocabulary)
+            checker = Checker(held_out, base, base_reader, reader, ruler)
+            trainer = Trainer(student, Teacher(base, ruler, base_reader, reader, rows), reader, options)
             started = budget.started
 
             def check(tokens: int) -> Check:

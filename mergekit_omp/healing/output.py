@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedModel
 
 from mergekit_omp.report.fingerprints import fingerprints
-from mergekit_omp.report.record import FORMAT, RECORD_FILE
+from mergekit_omp.report.record import FORMAT, RECORD_FILE, write_record
 
 CARD = "README.md"
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json")
@@ -36,8 +36,7 @@ def write_model(folder: Path, model: PreTrainedModel, origin: str, heal: Mapping
     record = (read_json(source / RECORD_FILE) or {"format": FORMAT}) | {"heal": heal}
     if "sha256" in record:
         record["sha256"] = fingerprints(folder, record["sha256"]["tensors"])
-    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-    (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_record(folder, record)
     card = folder / CARD
     before = card.read_text(encoding="utf-8") if card.exists() else f"# {folder.name}\n"
     card.write_text(f"{before.rstrip()}\n\n{card_section(heal)}", encoding="utf-8")

@@ -8,7 +8,6 @@ distribution is exact. In a span with several tokens of the base there is none, 
 Byte-prefix marginalisation (arXiv 2607.22334) gives the same quantities from the same single pass.
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader
 from mergekit_omp.healing.chunks import log_totals, row_chunks
-from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import ROLES, TokenKind, Vocabulary
 
 Split = tuple[int, ...]
@@ -54,24 +53,21 @@ class Continuations:
 class Teacher:
     """A base model that says what the output's tokens should be predicted with."""
 
-    def __init__(self, model: PreTrainedModel, base: Reader, output: Reader, output_rows: int) -> None:
-        """Split every token of the base as the output's tokenizer does.
+    def __init__(
+        self, model: PreTrainedModel, ruler: SpanRuler, base: Reader, output: Reader, output_rows: int
+    ) -> None:
+        """Find the first piece of every token of the base.
 
         Args:
             model: the base, in evaluation mode.
+            ruler: how the output's tokenizer splits the base's tokens.
             base: its tokenizer.
             output: the output's tokenizer.
             output_rows: the number of rows of the healed model, at least as many as tokens.
         """
-        self._model, self._start_id, self._rows = model, base.start_id, output_rows
-        text_kinds = (TokenKind.ORDINARY, TokenKind.BYTE)
-        ids = [id_ for id_, token in base.vocabulary.tokens.items() if token.kind in text_kinds]
-        splits = zip(map(tuple, pieces(base.vocabulary, output.tokenizer, ids, output.vocabulary)), ids, strict=True)
-        by_split = sorted((split, id_) for split, id_ in splits if split)
-        self._splits: list[Split] = [split for split, _ in by_split]
-        self._ids = [id_ for _, id_ in by_split]
+        self._model, self._ruler, self._start_id, self._rows = model, ruler, base.start_id, output_rows
         first_pieces = torch.full((_head_rows(model),), output_rows)
-        first_pieces[self._ids] = torch.tensor([split[0] for split in self._splits])
+        first_pieces[ruler.ids] = torch.tensor([split[0] for split in ruler.splits])
         for base_id, output_id in _shared_special(base.vocabulary, output.vocabulary).items():
             first_pieces[base_id] = output_id
         self._first_pieces = first_pieces.to(model.device)
@@ -99,7 +95,7 @@ class Teacher:
         ended: tuple[int, Split] | None = None  # the base token before this span, where it is one, and its split
         for span in window.spans():
             split = tuple(window.output_ids[place] for place in span.output)
-            if len(span.base) == 1 and self._range(split):
+            if len(span.base) == 1 and self._ruler.is_known(split):
                 first_places.append(span.output[0])
                 first_base.append(span.base[0])
                 if ended is not None:
@@ -154,18 +150,11 @@ class Teacher:
         known.view(-1).index_add_(0, places[~ends] * self._rows + next_pieces[~ends], shares[~ends])
         return unknown
 
-    def _range(self, split: Split) -> range:
-        """Where the base tokens are whose split begins with these pieces."""
-        after = (*split[:-1], split[-1] + 1)
-        return range(bisect_left(self._splits, split), bisect_left(self._splits, after))
-
     def _find_continuations(self, split: Split) -> Continuations:
-        found = self._range(split)
-        depth = len(split)
-        next_pieces = [
-            self._splits[place][depth] if len(self._splits[place]) > depth else self._rows for place in found
-        ]
-        return Continuations(torch.tensor(self._ids[found.start : found.stop]), torch.tensor(next_pieces))
+        found, depth = self._ruler.range_of(split), len(split)
+        splits = self._ruler.splits[found]
+        next_pieces = [split[depth] if len(split) > depth else self._rows for split in splits]
+        return Continuations(self._ruler.ids[found], torch.tensor(next_pieces))
 
 
 def _head_rows(model: PreTrainedModel) -> int:

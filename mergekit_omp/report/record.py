@@ -151,8 +151,7 @@ class Record:
         if not self.is_complete:
             return  # the failure has been logged
         record = self._complete(folder, seconds)
-        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_record(folder, record)
         card = folder / "README.md"
         if card.exists():
             card.write_text(card.read_text(encoding="utf-8") + "\n" + card_section(record), encoding="utf-8")
@@ -182,6 +181,12 @@ class Record:
             "sha256": fingerprints(folder, [tensor["name"] for tensor in self.tensors]),
             "samples": with_neighbours(self.tensors, self.solves, folder, transplant),
         }
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a record beside a model."""
+    text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+    (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.chunks import row_chunks
 from mergekit_omp.healing.objective import cross_entropy, next_token
@@ -27,6 +28,10 @@ TEXT = "The river and the hills, while 12 foxes print(index) the über-dog.\n" *
 def reader(tokenizer: PreTrainedTokenizerBase) -> Reader:
     vocabulary = read_vocabulary(tokenizer)
     return Reader(tokenizer, vocabulary, vocabulary.roles["bos"])
+
+
+def ruler(base: Reader, output: Reader) -> SpanRuler:
+    return SpanRuler(base.vocabulary, output.tokenizer, output.vocabulary)
 
 
 def expected_targets(window: AlignedWindow, probabilities: list[list[float]], base: Reader, output: Reader) -> dict:
@@ -98,7 +103,7 @@ def test_targets_are_sums_over_the_whole_vocabulary(output_tokenizer: PreTrained
     rows = output.vocabulary.size + 5
     window = align(TEXT, base, output)
     assert window is not None
-    targets = Teacher(model, base, output, rows).targets(window)
+    targets = Teacher(model, ruler(base, output), base, output, rows).targets(window)
 
     with torch.no_grad():
         logits = model(torch.tensor([[base.start_id, *window.base_ids[:-1]]])).logits[0]
@@ -124,7 +129,7 @@ def test_the_base_teaches_itself_to_stay_as_it_is() -> None:
     model = make_model(tokenizer, seed=3).eval()
     window = align(ENGLISH[0], base, base)
     assert window is not None
-    targets = Teacher(model, base, base, base.vocabulary.size).targets(window)
+    targets = Teacher(model, ruler(base, base), base, base, base.vocabulary.size).targets(window)
     with torch.no_grad():
         logits = model(torch.tensor([[base.start_id, *window.base_ids[:-1]]])).logits[0]
     torch.testing.assert_close(targets.known, logits.softmax(1))
@@ -233,6 +238,6 @@ def test_perplexity_of_the_teacher_is_finite() -> None:
     model.lm_head.weight.data *= 1e4
     window = align(TEXT, base, output)
     assert window is not None
-    targets = Teacher(model, base, output, output.vocabulary.size).targets(window)
+    targets = Teacher(model, ruler(base, output), base, output, output.vocabulary.size).targets(window)
     assert targets.known.isfinite().all()
     assert targets.unknown.isfinite().all()
