@@ -139,7 +139,7 @@ def _rows(name: ModelReference, config: PretrainedConfig | None, key: str) -> in
         raise OmpError(
             f"{key}: config.json of {name} has no vocab_size, so the rows of its embedding are unknown; add it."
         )
-    if rows < 1:
+    if not isinstance(rows, int) or rows < 1:  # older versions of transformers do not check types
         raise OmpError(f"{key}: vocab_size in config.json of {name} is {rows}; download the model again.")
     return rows
 

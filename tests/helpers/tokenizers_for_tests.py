@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase,
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.integrations.mistral import MistralConverter
 
+from helpers.versions import has
+
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -101,6 +103,8 @@ def llama4() -> PreTrainedTokenizerFast:
 @cache
 def tekken() -> PreTrainedTokenizerFast:
     """Tekken of Mistral Nemo: byte-level BPE after 1,000 special tokens, most of them reserved."""
+    if not has("5.17"):
+        pytest.skip("transformers converts a tekken.json with its special tokens from 5.17 on")
     backend = MistralConverter(str(package_file("mistral_common", "data/tekken_240911.json"))).converted()
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 

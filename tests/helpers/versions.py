@@ -7,6 +7,11 @@ from packaging.version import Version
 TRANSFORMERS = Version(transformers.__version__)
 
 
+def has(version: str) -> bool:
+    """Tell whether transformers is of this version or a newer one."""
+    return Version(version) <= TRANSFORMERS
+
+
 def since(version: str, what: str) -> pytest.MarkDecorator:
     """Skip a test before the first version of transformers that does what it is about."""
-    return pytest.mark.skipif(Version(version) > TRANSFORMERS, reason=f"{what} begins with transformers {version}")
+    return pytest.mark.skipif(not has(version), reason=f"{what} begins with transformers {version}")

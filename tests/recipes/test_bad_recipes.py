@@ -24,6 +24,7 @@ from helpers.checkpoints import (
     sentencepiece_tokenizer,
 )
 from helpers.commands import merge_here, refusal
+from helpers.versions import has
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -651,6 +652,8 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         (
             "models[0].model: config.json of {bad} cannot be read (Validation error for field 'vocab_size': "
             "TypeError: Field 'vocab_size' expected int, got str (value: 'many')); download the model again."
+            if has("5.5")
+            else "models[0].model: vocab_size in config.json of {bad} is many; download the model again."
         ),
     ),
     "config.json: a negative vocab_size": (
@@ -713,8 +716,13 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "tokenizer.json: of the donor, missing": (
         lambda w: w.bad_donor(remove("tokenizer.json", "tokenizer_config.json")),
         (
-            "tokenizer.source: cannot read a tokenizer from {bad} (Couldn't instantiate the backend tokenizer "
-            "from one of: ); name a model with a tokenizer."
+            "tokenizer.source: cannot read a tokenizer from {bad} ("
+            + (
+                "Couldn't instantiate the backend tokenizer from one of: "
+                if has("5.16")
+                else "No tokenizer file found."
+            )
+            + "); name a model with a tokenizer."
         ),
     ),
     "weights: missing": (

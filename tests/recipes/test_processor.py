@@ -1,6 +1,7 @@
 """Test that a base with image input keeps its processor."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     torch.manual_seed(0)
     Gemma3ForConditionalGeneration(config).save_pretrained(folder / "base")
     tensors = load_file(folder / "base/model.safetensors")  # named as published checkpoints name them
-    named = {name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in tensors.items()}
+    named = {
+        re.sub(r"vision_tower\.(?!vision_model)", "vision_tower.vision_model.", name): tensors[name]
+        for name in tensors
+    }
     save_file(named, folder / "base/model.safetensors", {"format": "pt"})
     images = IMAGE_PROCESSOR(size={"height": 28, "width": 28})
     Gemma3Processor(images, tokenizer, image_seq_length=SOFT_TOKENS).save_pretrained(folder / "base")
