@@ -91,3 +91,10 @@ def _raised_by_mergekit(error: Exception) -> bool:
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
     module = frame.f_globals.get("__name__", "")
     return module == "mergekit" or module.startswith("mergekit.")
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, without the advice that follows."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    heading = lines[:1] if not lines or not lines[0].endswith(":") else lines[:2]
+    return " ".join(heading).rstrip(" .:") or type(error).__name__

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import OmpError, first_line
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weight files in mergekit's order of preference."""
@@ -210,13 +210,6 @@ def is_tokenizer_alone(model: ModelReference) -> bool:
     except Exception:  # no such name, no network or no access
         return False
     return False
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, without the advice that follows."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    heading = lines[:1] if not lines or not lines[0].endswith(":") else lines[:2]
-    return " ".join(heading).rstrip(" .:") or type(error).__name__
 
 
 def _may_be_on_the_hub(path: str) -> bool:

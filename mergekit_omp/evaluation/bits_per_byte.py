@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import OmpError, first_line
 from mergekit_omp.evaluation.spans import IdealToken, SpanRuler, SpanScores, add_scores, score_spans, token_starts
 from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
@@ -393,16 +393,19 @@ def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> No
             raise OmpError(f"The text {title} is empty: name a file that is not empty.")
 
 
-def load_model(name: str, device: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def load_model(
+    name: str, device: str, dtype: torch.dtype | str, trust_remote_code: bool, key: str | None = None
+) -> PreTrainedModel:
     """Load a causal language model, in evaluation mode.
 
     Raises:
-        OmpError: it cannot be loaded.
+        OmpError: it cannot be loaded; the message begins with the ``key`` that names it.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise OmpError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        named = f"{key}: {name}" if key else name
+        raise OmpError(f"{named} cannot be loaded as a causal language model: {first_line(error)}.") from error
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers' annotation of `to` lacks self
 
 

@@ -14,11 +14,12 @@ import torch
 from tqdm import tqdm
 
 from mergekit_omp.errors import OmpError, explained
+from mergekit_omp.evaluation.bits_per_byte import load_model
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.checks import Check, Checker
 from mergekit_omp.healing.generation import generate
-from mergekit_omp.healing.models import check_bodies, check_rows, load_model, load_reader, teacher_of
+from mergekit_omp.healing.models import check_bodies, check_rows, load_reader, teacher_of
 from mergekit_omp.healing.options import HealOptions
 from mergekit_omp.healing.output import folder_of, read_json, write_model
 from mergekit_omp.healing.student import Student
@@ -59,8 +60,8 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
     with explained(options.out), staged(options.out) as folder, _memory_explained():
         torch.manual_seed(options.seed)
         dtype = getattr(torch, options.dtype)
-        base = load_model(base_name, dtype, options.device, options.trust_remote_code, "base")
-        model = load_model(options.model, "auto", options.device, options.trust_remote_code, "model")
+        base = load_model(base_name, options.device, dtype, options.trust_remote_code, "base")
+        model = load_model(options.model, options.device, "auto", options.trust_remote_code, "model")
         check_rows(base_reader, base, base_name, "base")
         check_rows(reader, model, options.model, "model")
         written_dtype, rows = model.dtype, model.get_input_embeddings().get_parameter("weight").shape[0]

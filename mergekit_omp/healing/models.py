@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from mergekit.common import ModelReference
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_omp.checkpoints.files import first_line, read_config
+from mergekit_omp.checkpoints.files import read_config
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
 from mergekit_omp.errors import OmpError
 from mergekit_omp.healing.alignment import Reader
@@ -64,19 +63,6 @@ def check_bodies(model: str, base: str, trust_remote_code: bool) -> None:
                 f"base: {base} is not the base of {model}: {name} has the shape {_written(of_base.get(name))} in it, "
                 f"and {_written(shapes.get(name))} in the model. Name the model that was given the new tokenizer."
             )
-
-
-def load_model(name: str, dtype: torch.dtype | str, device: str, trust_remote_code: bool, key: str) -> PreTrainedModel:
-    """Load a model in evaluation mode.
-
-    Raises:
-        OmpError: naming the ``key``, where it cannot be loaded.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise OmpError(f"{key}: {name} cannot be loaded as a causal language model: {first_line(error)}.") from error
-    return model.to(device).eval()  # type: ignore[arg-type]  # of transformers, whose `to` loses self
 
 
 def check_rows(reader: Reader, model: PreTrainedModel, name: str, key: str) -> None:

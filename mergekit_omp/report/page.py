@@ -19,10 +19,10 @@ from mergekit_omp.report.pictures import (
     solves_with_targets,
 )
 from mergekit_omp.report.scores import Spans, gap
-from mergekit_omp.report.summary import Record
+from mergekit_omp.report.summary import JsonObject
 
 
-def page(record: Record, title: str) -> str:
+def page(record: JsonObject, title: str) -> str:
     """Render the page.
 
     Args:
@@ -63,7 +63,7 @@ def page(record: Record, title: str) -> str:
     return html.encode(errors="backslashreplace").decode()
 
 
-def _facts(record: Record) -> list[tuple[str, str]]:
+def _facts(record: JsonObject) -> list[tuple[str, str]]:
     """Return the numbers at the top of the page with their labels."""
     first = summary.inputs(record)[0]
     targets = [problem["targets"] for problem in (*record["solves"], *record.get("other_rows", ()))]
@@ -98,7 +98,7 @@ def _span_section(title: str, measured: Mapping[str, Spans | None]) -> dict[str,
     }
 
 
-def _details(record: Record) -> list[tuple[str, str]]:
+def _details(record: JsonObject) -> list[tuple[str, str]]:
     """Return all other properties of the run with their names."""
     rows = [("merge method", record["merge_method"]), ("tokenizer", record["tokenizer_source"])]
     for model in record["models"]:

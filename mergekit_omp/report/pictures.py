@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.spans import SpanClass
 from mergekit_omp.report.scores import Spans
-from mergekit_omp.report.summary import Record, inputs, label, matches
+from mergekit_omp.report.summary import JsonObject, inputs, label, matches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ def require_matplotlib() -> None:
         raise OmpError("The page's pictures need matplotlib; run `pip install 'mergekit-omp[report]'`.")
 
 
-def draw_matches(record: Record) -> "Figure":
+def draw_matches(record: JsonObject) -> "Figure":
     """Draw the number of output tokens with and without a row in each input, by reason."""
     models = inputs(record)
     most = max(len(model["match"]) for model in models)
@@ -43,7 +43,7 @@ def draw_matches(record: Record) -> "Figure":
     return figure
 
 
-def draw_residuals(record: Record) -> "Figure":
+def draw_residuals(record: JsonObject) -> "Figure":
     """Draw a histogram of relative residuals for each solve."""
     solves = solves_with_targets(record)
     figure, axes = _new_figure(len(solves), 2.6)
@@ -67,7 +67,7 @@ def draw_residuals(record: Record) -> "Figure":
     return figure
 
 
-def draw_usage(record: Record) -> "Figure":
+def draw_usage(record: JsonObject) -> "Figure":
     """Draw a histogram of the number of uses of anchors for each solve."""
     solves = solves_with_targets(record)
     figure, axes = _new_figure(len(solves), 2.6)
@@ -84,7 +84,7 @@ def draw_usage(record: Record) -> "Figure":
     return figure
 
 
-def draw_texts(record: Record) -> "Figure":
+def draw_texts(record: JsonObject) -> "Figure":
     """Draw tokens per byte of the built-in texts, before and after."""
     texts = record["texts"]
     figure, [axis] = _new_figure(1, 2.8)
@@ -119,19 +119,19 @@ def draw_spans(measured: Mapping[str, Spans]) -> "Figure":
     return figure
 
 
-def solves_with_targets(record: Record) -> list[Record]:
+def solves_with_targets(record: JsonObject) -> list[JsonObject]:
     """Return the solves that have targets."""
     return [solve for solve in record["solves"] if solve["targets"]]
 
 
-def sides(record: Record, solve: Record) -> str:
+def sides(record: JsonObject, solve: JsonObject) -> str:
     """Describe the matrix of a solve and the sides of the output that use it."""
     index = record["solves"].index(solve)
     used_by = sorted({tensor["side"] for tensor in record["tensors"] if index in tensor["solves"]})
     return f"{solve['tensor']} of {solve['donor']}, for the {' and the '.join(used_by)}"
 
 
-def as_svg(draw: Callable[[Record], "Figure"], record: Record) -> str:
+def as_svg(draw: Callable[[JsonObject], "Figure"], record: JsonObject) -> str:
     """Draw a figure as an ``<svg>`` element; equal records give equal bytes."""
     from matplotlib import rc_context
 

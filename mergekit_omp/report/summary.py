@@ -7,7 +7,7 @@ from mergekit_omp.report.record import copied_rows
 from mergekit_omp.report.scores import Spans, table_of_spans
 from mergekit_omp.report.tables import Part, heading, indented, new_table, note
 
-Record = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 
 _LABELS = {
     "no token": "no token has this id",
@@ -24,7 +24,7 @@ _LABELS = {
 }
 
 
-def summary(record: Record) -> Iterator[Part]:
+def summary(record: JsonObject) -> Iterator[Part]:
     """Yield the parts of the text.
 
     Args:
@@ -62,7 +62,7 @@ def summary(record: Record) -> Iterator[Part]:
     yield from map(note, advice(record))
 
 
-def _describe_solves(solves: Sequence[Record]) -> Iterator[Part]:
+def _describe_solves(solves: Sequence[JsonObject]) -> Iterator[Part]:
     table = new_table("matrix", "new tokens", "anchors", "k", "seconds", "mean residual", "median", "p95")
     for solve in solves:
         table.add_row(
@@ -79,7 +79,7 @@ def _describe_solves(solves: Sequence[Record]) -> Iterator[Part]:
         yield f"  most used anchors in {solve['tensor']}: {anchors}"
 
 
-def subtitle(record: Record) -> str:
+def subtitle(record: JsonObject) -> str:
     """Describe what was merged, and when."""
     models = ", ".join(model["name"] for model in inputs(record))
     return (
@@ -87,22 +87,22 @@ def subtitle(record: Record) -> str:
     )
 
 
-def inputs(record: Record) -> list[Record]:
+def inputs(record: JsonObject) -> list[JsonObject]:
     """Return the models that were merged."""
     return [model for model in record["models"] if "input" in model["roles"]]
 
 
-def advice(record: Record) -> list[str]:
+def advice(record: JsonObject) -> list[str]:
     """Return the warnings about all inputs."""
     return [sentence for model in inputs(record) for sentence in model["advice"]]
 
 
-def matches(model: Record) -> list[tuple[str, int]]:
+def matches(model: JsonObject) -> list[tuple[str, int]]:
     """Return the reasons of an input's match with the number of tokens, most frequent first."""
     return sorted(model["match"].items(), key=lambda item: -item[1])
 
 
-def measured_spans(record: Record) -> list[tuple[str, Mapping[str, Spans | None]]]:
+def measured_spans(record: JsonObject) -> list[tuple[str, Mapping[str, Spans | None]]]:
     """List what was measured of where bits are lost, each with a title and the names of its rows.
 
     ``record["evaluation"]`` is what ``report --evaluate`` adds; ``record["heal"]`` is written by ``heal``.
@@ -126,7 +126,7 @@ def label(reason: str) -> str:
     return _LABELS.get(reason, reason)
 
 
-def other_rows(record: Record) -> list[str]:
+def other_rows(record: JsonObject) -> list[str]:
     """Describe the tensors whose new rows were made by other initializers than OMP."""
     made_by = [(tensor, tensor["parameters"].get("approximation", "omp")) for tensor in record["tensors"]]
     return [f"{tensor['name']} of {tensor['model']}: new rows by {name}" for tensor, name in made_by if name != "omp"]

@@ -15,6 +15,7 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.chunks import row_chunks
+from mergekit_omp.healing.generation import Draw
 from mergekit_omp.healing.objective import cross_entropy, next_token
 from mergekit_omp.healing.options import make_options
 from mergekit_omp.healing.teacher import Targets, Teacher
@@ -241,3 +242,15 @@ def test_perplexity_of_the_teacher_is_finite() -> None:
     targets = Teacher(model, ruler(base, output), base, output, output.vocabulary.size).targets(window)
     assert targets.known.isfinite().all()
     assert targets.unknown.isfinite().all()
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50).masked_fill(torch.arange(50) % 3 == 0, -torch.inf)
+    n = 40_000
+    scores = Draw()(torch.zeros(n, 1, dtype=torch.int64), logits.expand(n, -1))
+    assert ((scores == 0).sum(dim=1) == 1).all()
+    assert (scores[scores != 0] == -torch.inf).all()
+    counts, expected = (scores == 0).sum(dim=0), logits.softmax(dim=0) * n
+    assert (counts[expected == 0] == 0).all()
+    assert ((counts - expected).abs() <= 5 * expected.sqrt()).all()
