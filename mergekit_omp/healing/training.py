@@ -20,7 +20,7 @@ from mergekit_omp.healing.teacher import Teacher
 
 LOG = logging.getLogger(__name__)
 
-STEP_TOKENS = 1024
+STEP_TOKENS = 512
 """Tokens of a step: small, since a run of minutes has few steps."""
 WARM_UP_STEPS = 10
 FINAL_RATE = 0.05
