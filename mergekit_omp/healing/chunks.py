@@ -5,7 +5,6 @@ On a CPU an array beyond some 32 MB is asked from the system anew each time, whi
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 _ELEMENTS = {"cpu": 2**22}
@@ -17,8 +16,3 @@ def row_chunks(array: Tensor) -> Iterator[slice]:
     step = max(1, _ELEMENTS.get(array.device.type, _ELEMENTS_ELSEWHERE) // array.shape[1])
     for start in range(0, array.shape[0], step):
         yield slice(start, start + step)
-
-
-def log_totals(logits: Tensor) -> Tensor:
-    """Return the log of the sum of the exponentials of each row of logits (N, M), (N,) float32."""
-    return torch.cat([logits[rows].float().logsumexp(dim=1) for rows in row_chunks(logits)])

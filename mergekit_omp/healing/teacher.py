@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader
-from mergekit_omp.healing.chunks import log_totals, row_chunks
+from mergekit_omp.healing.chunks import row_chunks
 from mergekit_omp.vocabulary.tokens import ROLES, TokenKind, Vocabulary
 
 Split = tuple[int, ...]
@@ -86,7 +86,6 @@ class Teacher:
         device = self._model.device
         ids = torch.tensor([[self._start_id, *window.base_ids[:-1]]], device=device)
         logits = self._model(input_ids=ids, use_cache=False).logits[0]  # (number of base tokens, base rows)
-        totals = log_totals(logits)
 
         first_places: list[int] = []  # output tokens at common boundaries, and the base token there
         first_base: list[int] = []
@@ -109,10 +108,10 @@ class Teacher:
         known = torch.zeros(len(window.output_ids), self._rows, device=device)
         places, rows = (torch.tensor(values, device=device) for values in (first_places, first_base))
         for chunk in row_chunks(logits[: len(first_base)]):
-            mass = torch.exp(logits[rows[chunk]].float() - totals[rows[chunk], None])
+            mass = torch.softmax(logits[rows[chunk]], dim=-1, dtype=torch.float32)
             firsts = torch.zeros(len(mass), self._rows + 1, device=device)
             known[places[chunk]] = firsts.index_add_(1, self._first_pieces, mass)[:, :-1]
-        unknown = self._add_continuations(known, logits, totals, inner, set(first_places))
+        unknown = self._add_continuations(known, logits, inner, set(first_places))
         if observed:
             known[observed, [window.output_ids[place] for place in observed]] = 1.0
         # Mass of base tokens that no output token stands for, such as unused ones, is shared out.
@@ -123,7 +122,6 @@ class Teacher:
         self,
         known: Tensor,
         logits: Tensor,
-        totals: Tensor,
         inner: Sequence[tuple[int, int, Split]],
         boundaries: set[int],
     ) -> Tensor:
@@ -139,8 +137,10 @@ class Teacher:
         )
         ids = torch.cat([continuations.ids for *_, continuations in found]).to(known.device)
         next_pieces = torch.cat([continuations.next_pieces for *_, continuations in found]).to(known.device)
-        shares = torch.exp(logits[rows, ids].float() - totals[rows])
-        shares = shares / torch.zeros_like(unknown).index_add_(0, places, shares).clamp_min(1e-20)[places]
+        terms = logits[rows, ids].float()
+        tops = torch.full_like(unknown, -torch.inf).scatter_reduce(0, places, terms, "amax")
+        shares = torch.exp(terms - tops[places])
+        shares /= torch.zeros_like(unknown).index_add_(0, places, shares)[places]
         ends = next_pieces == self._rows
         unknown.index_add_(0, places[ends], shares[ends])
         known_ends = torch.tensor([place for place, *_ in found if place in boundaries], device=known.device)
