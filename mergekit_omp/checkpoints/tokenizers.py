@@ -26,6 +26,9 @@ LOG = logging.getLogger(__name__)
 _TEKKEN_SINCE = "5.17"
 """First version of transformers that converts a tekken.json with its special tokens without mistral-common."""
 
+_TOKENIZER_FILES = ("tokenizer.", "tekken.", "spiece.", "sentencepiece.", "vocab.")
+"""The beginnings of the names of files with a vocabulary."""
+
 _ROLE_NAMES = {f"{role}_token" for role in ROLES}
 
 
@@ -51,7 +54,11 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> 
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # arbitrary errors of parsers; a Rust panic in tokenizers is not an Exception
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        folder = Path(model.model.path)
+        if folder.is_dir() and not any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
+            reason = "the folder has no tokenizer.json, tokenizer.model or tekken.json"
+        else:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OmpError(
             f"{key}: cannot read a tokenizer from {model.model} ({reason}); name a model with a tokenizer."
         ) from error

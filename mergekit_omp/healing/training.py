@@ -101,7 +101,7 @@ class Trainer:
         stop: Callable[[], bool],
         bar: tqdm,
     ) -> Progress:
-        """Train until the budget is used or ``stop`` says so.
+        """Train until the budget is used or ``stop`` says so, for one step at least.
 
         Args:
             windows: an endless supply.
@@ -115,7 +115,7 @@ class Trainer:
         """
         progress = Progress(checks=[check(0)], best_state=self._student.state())
         self._student.train()
-        while budget.share < 1:
+        while progress.steps == 0 or budget.share < 1:
             batch = _take(windows, STEP_TOKENS)
             self._set_rate(progress.steps, budget.share)
             loss = self._step(batch)

@@ -716,13 +716,8 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "tokenizer.json: of the donor, missing": (
         lambda w: w.bad_donor(remove("tokenizer.json", "tokenizer_config.json")),
         (
-            "tokenizer.source: cannot read a tokenizer from {bad} ("
-            + (
-                "Couldn't instantiate the backend tokenizer from one of: "
-                if has("5.16")
-                else "No tokenizer file found."
-            )
-            + "); name a model with a tokenizer."
+            "tokenizer.source: cannot read a tokenizer from {bad} (the folder has no tokenizer.json, tokenizer.model "
+            "or tekken.json); name a model with a tokenizer."
         ),
     ),
     "weights: missing": (

@@ -284,7 +284,8 @@ def test_transformers_4_reads_the_older_keys(tmp_path: Path, from_4: bool) -> No
     """Check RoPE above all, for a base's config.json of transformers 4 or 5."""
     for name, (model_type, stated) in ROPE.items():
         settings = config_of_transformers_5(model_type, stated)
-        assert not set(stated) & set(settings) - {"original_max_position_embeddings"}
+        for key in set(stated) - {"original_max_position_embeddings"}:
+            settings.pop(key, None)  # transformers 5 drops most of them, and 5.1 fewer than 5.23
         (tmp_path / name).mkdir()
         add_legacy_keys(settings, stated if from_4 else None)
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
