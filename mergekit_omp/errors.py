@@ -55,14 +55,14 @@ def explained(out_path: str | os.PathLike[str]) -> Iterator[None]:
         if sentence is None:
             raise
         LOG.debug("%s", sentence, exc_info=error)
-        raise OmpError(f"{sentence} Nothing was left there." if _cannot_write(error) else sentence) from error
+        raise OmpError(f"{sentence} Nothing was left there." if cannot_write(error) else sentence) from error
 
 
 def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
     """Explain a failure of a run in a sentence for the user; return None for an unknown error."""
     if isinstance(error, OmpError):
         return error.message
-    if problem := _cannot_write(error):
+    if problem := cannot_write(error):
         return f"{out_path} cannot be written: {problem}."
     if (
         isinstance(error, MemoryError)
@@ -75,7 +75,8 @@ def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | Non
     return None
 
 
-def _cannot_write(error: Exception) -> str | None:
+def cannot_write(error: Exception) -> str | None:
+    """Return why the operating system does not let a file be written; None for other errors."""
     return _CANNOT_WRITE.get(_errno(error) or 0)
 
 
