@@ -40,7 +40,7 @@ _CANNOT_WRITE = {
     errno.EROFS: "the file system is read-only; name another folder",
     errno.EACCES: "permission is denied; name another folder",
 }
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the form in which safetensors reports it
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the form in which safetensors and tokenizers report it
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def cannot_write(error: Exception) -> str | None:
 def _errno(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    found = _OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    found = _OS_ERROR.search(str(error))
     return int(found.group(1)) if found else None
 
 

@@ -201,6 +201,19 @@ def test_disk_full_while_a_shard_is_written(
     assert len(calls) == 3
 
 
+def test_disk_full_while_the_tokenizer_is_written(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the form in which the library tokenizers reports it: an Exception with a message."""
+
+    def full(*_: Any) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("mergekit_omp.output.config.finish_tokenizer", lambda *_, **__: full())
+    result = merge_here(recipe(*pair), tmp_path / "out", *OPTIONS)
+    assert f"Error: {tmp_path}/out cannot be written: the disk is full" in result.stderr
+
+
 def test_disk_full_while_the_record_is_written(
     tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
