@@ -44,6 +44,8 @@ pytestmark = pytest.mark.slow
 COUNT = int(os.environ.get("MERGEKIT_OMP_FAULTS", "40"))
 COMMANDS = ("transplant", "chained merge", "heal")
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
+OF_ANY_COMMAND = ("input vanishes", "input vanishes", "read-only inputs", "two runs, one output", "clock jumps")
+OF_THE_CACHE = ("two runs, one cache", "cache entry damaged", "cache entry damaged")
 DAMAGES = ("cut", "flipped", "of another version")
 PAGE = 4096
 PLENTY = 2**30
@@ -74,12 +76,8 @@ def faults() -> Iterator[Fault]:
     number = 0
     while True:
         kinds = [(kind, command) for kind in (*SIGNALS, "disk full") for command in COMMANDS]
-        kinds += [(kind, choose.choice(COMMANDS)) for kind in ("input vanishes",) * 2]
-        kinds += [
-            (kind, choose.choice(COMMANDS))
-            for kind in ("read-only inputs", "two runs, one output", "clock jumps")
-        ]
-        kinds += [(kind, choose.choice(COMMANDS[:2])) for kind in ("two runs, one cache", *["cache entry damaged"] * 2)]
+        kinds += [(kind, choose.choice(COMMANDS)) for kind in OF_ANY_COMMAND]
+        kinds += [(kind, choose.choice(COMMANDS[:2])) for kind in OF_THE_CACHE]
         for kind, command in kinds:
             yield Fault(number, kind, command)
             number += 1
@@ -113,9 +111,7 @@ def digest(path: Path, folder: Path) -> str:
 
 def contents(folder: Path, root: Path) -> dict[str, str]:
     """Return the digest of each file in a folder."""
-    return {
-        str(path.relative_to(folder)): digest(path, root) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(folder)): digest(path, root) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 class Scene:
@@ -188,7 +184,8 @@ class Scene:
             call = self.call(command, work, work.with_suffix(".log"), work / "codes")
             run = Run(call)
             assert run.finish() == 0, call.log.read_text()
-        written = sorted((path for path in work.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns)
+        files = (path for path in work.rglob("*") if path.is_file())
+        written = sorted(files, key=lambda path: path.stat().st_mtime_ns)
         return Clean(
             {str(out.relative_to(work)): contents(out, work) for out in self.outputs(command, work)},
             [-(-path.stat().st_size // PAGE) * PAGE for path in written],

@@ -1,7 +1,7 @@
 """Test that a run needs no more memory than ``mergekit-omp inspect`` said, on vocabularies of some size.
 
-The peak is what the operating system reports of the process (``ru_maxrss``), files that it has mapped included. A limit
-on address space, as ``ulimit -v`` sets, says little about torch, which reserves much that it never touches.
+The peak is what the operating system reports of the process (``ru_maxrss``), files that it has mapped included. A
+limit on address space, as ``ulimit -v`` sets, says little about torch, which reserves much that it never touches.
 """
 
 import json
