@@ -22,7 +22,6 @@ from typing import Any
 from mergekit_omp.solver import cache
 
 PRELOADED = [
-    "helpers.faults",
     "mergekit.scripts.multimerge",
     "mergekit.scripts.run_yaml",
     "mergekit_omp.cli.main",
@@ -30,6 +29,7 @@ PRELOADED = [
     "mergekit_omp.output.config",
     "mergekit_omp.recipe.resolve",
     "mergekit_omp.report.heal_summary",
+    "pytest",
     "transformers.models.auto",
     "transformers.models.llama.modeling_llama",
     "transformers.models.mistral.modeling_mistral",
@@ -120,7 +120,9 @@ class Run:
     def finish(self) -> int:
         """Wait for its exit status, which is negative where a signal ended it."""
         self.process.join(timeout=SECONDS)
-        assert self.process.exitcode is not None, f"{self.call} does not end"
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"{self.call} does not end")
         return self.process.exitcode
 
     def send(self, number: int) -> None:
