@@ -40,7 +40,7 @@ _CANNOT_WRITE = {
     errno.EROFS: "the file system is read-only; name another folder",
     errno.EACCES: "permission is denied; name another folder",
 }
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the form in which safetensors reports it
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the form in which safetensors and tokenizers report it
 
 
 @contextmanager
@@ -55,14 +55,14 @@ def explained(out_path: str | os.PathLike[str]) -> Iterator[None]:
         if sentence is None:
             raise
         LOG.debug("%s", sentence, exc_info=error)
-        raise OmpError(f"{sentence} Nothing was left there." if _cannot_write(error) else sentence) from error
+        raise OmpError(f"{sentence} Nothing was left there." if cannot_write(error) else sentence) from error
 
 
 def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
     """Explain a failure of a run in a sentence for the user; return None for an unknown error."""
     if isinstance(error, OmpError):
         return error.message
-    if problem := _cannot_write(error):
+    if problem := cannot_write(error):
         return f"{out_path} cannot be written: {problem}."
     if (
         isinstance(error, MemoryError)
@@ -75,14 +75,15 @@ def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | Non
     return None
 
 
-def _cannot_write(error: Exception) -> str | None:
+def cannot_write(error: Exception) -> str | None:
+    """Return why the operating system does not let a file be written; None for other errors."""
     return _CANNOT_WRITE.get(_errno(error) or 0)
 
 
 def _errno(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    found = _OS_ERROR.search(str(error)) if type(error).__name__ == "SafetensorError" else None
+    found = _OS_ERROR.search(str(error))
     return int(found.group(1)) if found else None
 
 

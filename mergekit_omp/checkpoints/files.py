@@ -182,9 +182,18 @@ def check_weights(model: ModelReference, options: MergeOptions, key: str) -> Non
             f"{key}: {model} has no weights, neither {' nor '.join(WEIGHT_FILES)}, as a single file or in shards; "
             "name a model that has weights."
         )
-    index = folder / f"{name}.index.json"
-    for shard in _shards(index, key) if index.exists() else [name]:
-        _check_shard(folder / shard, key)
+    _check_shards(folder, name, key)
+
+
+def has_complete_weights(folder: Path) -> bool:
+    """Tell whether a folder has weights, and every shard exists and is as long as its header declares."""
+    name = weight_file(folder)
+    try:
+        if name is not None:
+            _check_shards(folder, name, "")
+    except OmpError:
+        return False
+    return name is not None
 
 
 def weight_file(folder: Path) -> str | None:
@@ -214,6 +223,12 @@ def is_tokenizer_alone(model: ModelReference) -> bool:
 
 def _may_be_on_the_hub(path: str) -> bool:
     return bool(path) and path.count("/") <= 1 and path[0] not in "/~."
+
+
+def _check_shards(folder: Path, name: str, key: str) -> None:
+    index = folder / f"{name}.index.json"
+    for shard in _shards(index, key) if index.exists() else [name]:
+        _check_shard(folder / shard, key)
 
 
 def _shards(index: Path, key: str) -> list[str]:

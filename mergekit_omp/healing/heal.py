@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mergekit_omp.checkpoints.input_folders import InputFolders
 from mergekit_omp.errors import OmpError, explained
 from mergekit_omp.evaluation.bits_per_byte import load_model
 from mergekit_omp.evaluation.spans import SpanRuler
@@ -52,12 +53,14 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
     texts = read_texts(options.text, options.seed) if options.text else None
     record = read_json(folder_of(options.model) / RECORD_FILE)
     base_name = teacher_of(options, record)
-    check_bodies(options.model, base_name, options.trust_remote_code)
-    base_reader = load_reader(base_name, options.trust_remote_code, "base")
-    reader = load_reader(options.model, options.trust_remote_code, "model")
+    inputs = InputFolders([options.model, base_name])
+    with inputs.unchanged():
+        check_bodies(options.model, base_name, options.trust_remote_code)
+        base_reader = load_reader(base_name, options.trust_remote_code, "base")
+        reader = load_reader(options.model, options.trust_remote_code, "model")
     if base_reader.vocabulary == reader.vocabulary:
         raise OmpError(f"base: {base_name} has the tokenizer of {options.model} already, and nothing is to be healed.")
-    with explained(options.out), staged(options.out) as folder, _memory_explained():
+    with explained(options.out), staged(options.out) as folder, inputs.unchanged(), _memory_explained():
         torch.manual_seed(options.seed)
         dtype = getattr(torch, options.dtype)
         base = load_model(base_name, options.device, dtype, options.trust_remote_code, "base")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mergekit_omp.checkpoints.files import weight_file
+from mergekit_omp.checkpoints.files import has_complete_weights
 from mergekit_omp.errors import OmpError, explanation, first_line
 
 LOG = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def _keeping_weights(folder: Path, final: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if weight_file(folder) is None:  # mergekit names the files when all of them are written
+        if not has_complete_weights(folder):
             raise
         reason = explanation(error, final)
         if reason is None:

@@ -222,9 +222,11 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
 
     require_supported()
     config, options = call.arguments["merge_config"], call.arguments["options"]
+    from mergekit_omp.checkpoints.input_folders import InputFolders
     from mergekit_omp.errors import explained
     from mergekit_omp.output.config import finish_output
     from mergekit_omp.output.staging import staged
+    from mergekit_omp.recipe.blocks import named_models
     from mergekit_omp.recipe.model_checks import check_checkpoints
     from mergekit_omp.recipe.resolve import resolve
     from mergekit_omp.report.record import Record
@@ -233,11 +235,13 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     started = time.perf_counter()
     connect_later_methods()
     with run_lines(quiet=options.quiet):
-        transplant = resolve(config, options)
-        check_checkpoints(transplant)
+        inputs = InputFolders(model.model.path for model in named_models(config))
+        with inputs.unchanged():
+            transplant = resolve(config, options)
+            check_checkpoints(transplant)
         record = Record(transplant)
         out_path = call.arguments["out_path"]
-        with explained(out_path), staged(out_path) as folder:
+        with explained(out_path), staged(out_path) as folder, inputs.unchanged():
             call.arguments["out_path"] = str(folder)
             log_start(transplant)
             with _recording(record):

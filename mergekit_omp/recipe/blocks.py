@@ -27,6 +27,12 @@ def models_in_order(config: MergeConfiguration) -> tuple[ModelReference, ...]:
     return tuple(dict.fromkeys([*base, *listed, *sliced]))
 
 
+def named_models(config: MergeConfiguration) -> tuple[ModelReference, ...]:
+    """Return the models that a recipe names: those that it merges, and the one whose tokenizer the output gets."""
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    return (*models_in_order(config), *([source] if isinstance(source, ModelReference) else []))
+
+
 def keys_of_models(config: MergeConfiguration) -> dict[ModelReference, str]:
     """Return the recipe key that first names each input."""
     keys: dict[ModelReference, str] = {}

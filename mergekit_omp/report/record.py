@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from mergekit_omp.checkpoints.architecture import vocabulary_role
 from mergekit_omp.checkpoints.files import find_file
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import OmpError, cannot_write
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution
@@ -46,13 +46,18 @@ PACKAGES = ("mergekit-omp", "mergekit", "torch", "transformers", "tokenizers", "
 
 
 def never_fatal(step: Callable[..., None]) -> Callable[..., None]:
-    """Log exceptions of a step instead of raising them: a failure of the record must not cost the model."""
+    """Log exceptions of a step instead of raising them: a failure of the record must not cost the model.
+
+    Where files cannot be written, the exception is raised: what was written of them is not whole.
+    """
 
     @functools.wraps(step)
     def attempt(*args: Any, **kwargs: Any) -> None:
         try:
             step(*args, **kwargs)
-        except Exception:
+        except Exception as error:
+            if cannot_write(error):
+                raise
             LOG.warning("The model is complete, but the record of the run is not", exc_info=True)
 
     return attempt

@@ -15,14 +15,15 @@ import logging
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_omp.errors import OmpError
@@ -36,9 +37,10 @@ SIZE_VARIABLE = "MERGEKIT_OMP_CACHE_SIZE"
 MIN_CACHED_WORK = 2**35
 """Number of multiplications above which a solve is cached: about a second on a laptop."""
 
-_FORMAT = 2  # increase whenever the stored format or the solver's selection changes
+_FORMAT = 3  # increase whenever the stored format or the solver's selection changes
 _OFF = {"", "0", "off", "no", "false", "none"}
 _SUFFIX = ".safetensors"
+_CHECKSUM = "sha256"
 _ENTRY_NAME = re.compile(r"[0-9a-f]{64}\.")  # matches temporary files too
 
 
@@ -108,9 +110,21 @@ def cache_size(folder: Path) -> int:
 def _key(targets: Tensor, atoms: Tensor, k: int, normalize_atoms: bool) -> str:
     digest = hashlib.sha256(repr((_FORMAT, k, normalize_atoms)).encode())
     for rows in (targets, atoms):
-        digest.update(repr((str(rows.dtype), tuple(rows.shape))).encode())
-        digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B"))
+        _add(digest, rows)
     return digest.hexdigest()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        _add(digest, tensors[name])
+    return digest.hexdigest()
+
+
+def _add(digest: "hashlib._Hash", tensor: Tensor) -> None:
+    digest.update(repr((str(tensor.dtype), tuple(tensor.shape))).encode())
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B"))
 
 
 def _read(path: Path, n_targets: int, k: int, n_atoms: int) -> SparseCodes | None:
@@ -118,12 +132,17 @@ def _read(path: Path, n_targets: int, k: int, n_atoms: int) -> SparseCodes | Non
     if not path.exists():
         return None
     try:
-        stored = load_file(path)
-        codes = SparseCodes(stored["indices"].long(), stored["coefficients"], stored["relative_residuals"])
+        with safe_open(path, framework="pt") as entry:
+            stored = {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118, no mapping
+            checksum = (entry.metadata() or {}).get(_CHECKSUM)
         os.utime(path)  # marks the entry as recently used
-    except (OSError, SafetensorError, KeyError) as error:
+    except (OSError, SafetensorError) as error:
         LOG.warning("Ignored the cache entry %s: %s", path, error)
         return None
+    if checksum != _checksum(stored):
+        LOG.warning("Ignored the cache entry %s: it has changed since it was written", path)
+        return None
+    codes = SparseCodes(stored["indices"].long(), stored["coefficients"], stored["relative_residuals"])
     indices = codes.indices
     fits = indices.shape == codes.coefficients.shape == (n_targets, k) and codes.relative_residuals.shape == (
         n_targets,
@@ -146,7 +165,7 @@ def _write(path: Path, codes: SparseCodes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.")
         os.close(handle)
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, {_CHECKSUM: _checksum(tensors)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         LOG.warning("Cannot cache sparse codes in %s: %s", path.parent, error)

@@ -25,6 +25,7 @@ from mergekit.io.tensor_writer import TensorWriter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mergekit_omp.output.staging import staged
 from mergekit_omp.solver import cache
 
 KILLS = 20
@@ -198,6 +199,80 @@ def test_disk_full_while_a_shard_is_written(
     monkeypatch.setattr(TensorWriter, "_save_st", third_fails)
     assert refusal(recipe(*pair), tmp_path / "out", *OPTIONS) == f"{tmp_path}/out cannot be written: {sentence}"
     assert len(calls) == 3
+
+
+def test_disk_full_while_the_tokenizer_is_written(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check the form in which the library tokenizers reports it: an Exception with a message."""
+
+    def full(*_: Any) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr("mergekit_omp.output.config.finish_tokenizer", lambda *_, **__: full())
+    result = merge_here(recipe(*pair), tmp_path / "out", *OPTIONS)
+    assert f"Error: {tmp_path}/out cannot be written: the disk is full" in result.stderr
+
+
+def test_disk_full_while_the_record_is_written(
+    tmp_path: Path, pair: tuple[Path, Path], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that a model without its whole record does not appear under its name, and that its weights are kept."""
+
+    def half(path: Path, *_: Any) -> None:
+        (path / "omp_record.json").write_text('{"format": 1, ')
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("mergekit_omp.report.record.write_record", half)
+    result = merge_here(recipe(*pair), tmp_path / "out", *OPTIONS)
+    assert result.exit_code == 1
+    told = " ".join(result.stderr.split("Error: ", 1)[1].split())
+    kept = tmp_path / "out.unfinished" / "out"
+    assert told.startswith(f"{tmp_path}/out cannot be written: the disk is full; ")
+    assert f"The weights are complete and kept in {kept}" in told
+    assert not (tmp_path / "out").exists()
+    assert model_files(kept) == expected
+
+
+@pytest.mark.parametrize("index", ["", '{"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}'])
+def test_weights_that_are_not_complete_are_not_kept(tmp_path: Path, index: str) -> None:
+    """Check a disk that is full while the index, or a shard that it names, is written."""
+
+    def write() -> None:
+        with staged(tmp_path / "out") as folder:
+            (folder / "model-00001-of-00001.safetensors").write_bytes(bytes(100))
+            (folder / "model.safetensors.index.json").write_text(index)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["disappears", "changes"])
+def test_input_file_that_changes_during_the_run(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Check an optional file that is read after the merge, and would be taken for absent or read in another state."""
+    base = tmp_path / "base"
+    shutil.copytree(pair[0], base)
+    changing = base / "generation_config.json"
+    write = TensorWriter._save_st
+
+    def and_change(self: TensorWriter, *args: Any) -> None:
+        write(self, *args)
+        if change == "disappears":
+            changing.unlink(missing_ok=True)
+        else:
+            changing.write_text("{}")
+
+    monkeypatch.setattr(TensorWriter, "_save_st", and_change)
+    result = merge_here(recipe(base, pair[1]), tmp_path / "out", *OPTIONS)
+    assert result.exit_code == 1
+    told = " ".join(result.stderr.split("Error: ", 1)[1].split())
+    happened = "has disappeared" if change == "disappears" else "was changed"
+    assert told.startswith(f"{changing} {happened} while it was needed; run again")
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_of_memory(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,9 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         assert cache.cache_folder() == Path.home() / ".cache" / "mergekit-omp" / "codes"
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage", "truncate", "other tensors", "indices out of range"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"garbage", "truncate", "flipped bit", "other tensors", "indices out of range"]
+)
 def test_damaged_entry_is_solved_anew_and_replaced(folder: Path, solves: list[int], damage: bytes | str) -> None:
     first = cache.solve_with_cache(*problem(), 3)
     [entry] = folder.iterdir()
@@ -108,6 +110,10 @@ def test_damaged_entry_is_solved_anew_and_replaced(folder: Path, solves: list[in
         entry.write_bytes(damage)
     elif damage == "truncate":
         entry.write_bytes(entry.read_bytes()[:-10])
+    elif damage == "flipped bit":
+        data = bytearray(entry.read_bytes())
+        data[-100] ^= 4  # in the coefficients
+        entry.write_bytes(data)
     elif damage == "other tensors":
         cache.save_file({"indices": torch.zeros(1)}, entry)
     else:

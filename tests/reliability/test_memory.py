@@ -1,0 +1,70 @@
+"""Test that a run needs no more memory than ``mergekit-omp inspect`` said, on vocabularies of some size.
+
+The peak is what the operating system reports of the process (``ru_maxrss``), files that it has mapped included. A
+limit on address space, as ``ulimit -v`` sets, says little about torch, which reserves much that it never touches.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from helpers.checkpoints import make_model, merge, save
+from helpers.commands import recipe
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mergekit_omp.cli.main import main
+
+TOLERANCE = 1.1
+
+
+def promised(given: dict[str, Any], folder: Path, *options: str) -> int:
+    """Return the peak memory that ``inspect`` prints for a recipe, in bytes."""
+    path = folder / "inspected.yml"
+    path.write_text(yaml.safe_dump(given))
+    result = CliRunner().invoke(main, ["inspect", str(path), "--no-time", "--json", *options])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["estimate"]["peak_memory_bytes"]
+
+
+def used(given: dict[str, Any], out: Path) -> int:
+    """Run a recipe in a process of its own, and return its peak memory in bytes."""
+    merge(given, out, "--quiet")
+    return json.loads((out / "omp_record.json").read_text())["peak_memory_bytes"]
+
+
+def wide_tokenizer(first: int, last: int) -> PreTrainedTokenizerFast:
+    """Make a byte-level tokenizer with a token for each number of a range."""
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"w{n}" for n in range(first, last))]
+    backend = Tokenizer(models.BPE({token: id_ for id_, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0], bos_token=tokens[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_wide_vocabularies(tmp_path: Path, inputs: int) -> None:
+    """Transplant models with matrices of 250 MB, of which 2,000 rows are new."""
+    tokenizers = {"base0": wide_tokenizer(0, 60_000), "base1": wide_tokenizer(0, 59_000)}
+    for name, tokenizer in list(tokenizers.items())[:inputs]:
+        save(tmp_path / name, make_model(tokenizer, hidden=1024, intermediate=64, layers=1), tokenizer)
+    donor = wide_tokenizer(2000, 62_000)
+    save(tmp_path / "donor", make_model(donor, hidden=64, layers=1), donor)
+    given = recipe(tmp_path / "base0", tmp_path / "donor")
+    if inputs > 1:
+        given["merge_method"] = "omp_linear"
+        given["models"] = [{"model": str(tmp_path / f"base{number}")} for number in range(inputs)]
+        given["parameters"]["weight"] = 0.5
+    assert used(given, tmp_path / "out") <= TOLERANCE * promised(given, tmp_path)
+
+
+@pytest.mark.slow
+def test_real_pair(gemma3_dir: Path, smollm2_dir: Path, tmp_path: Path) -> None:
+    """Transplant Gemma-3-270M, whose solve keeps a matrix of all pairs of anchors."""
+    given = recipe(gemma3_dir, smollm2_dir, parameters={"k": 64}, dtype="bfloat16")
+    expected = promised(given, tmp_path)
+    assert used(given, tmp_path / "out") <= TOLERANCE * expected
