@@ -8,9 +8,9 @@ from accelerate import init_empty_weights
 from mergekit.common import ModelReference
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mergekit_omp.checkpoints.files import first_line, read_config
+from mergekit_omp.checkpoints.files import read_config
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import OmpError, first_line
 from mergekit_omp.healing.alignment import Reader
 from mergekit_omp.healing.options import HealOptions
 from mergekit_omp.report.record import RECORD_FILE

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from mergekit_omp.checkpoints.files import first_line, weight_file
-from mergekit_omp.errors import OmpError, explanation
+from mergekit_omp.checkpoints.files import weight_file
+from mergekit_omp.errors import OmpError, explanation, first_line
 
 LOG = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import TokenEmbeddingConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mergekit_omp.checkpoints.architecture import vocabulary_size
+from mergekit_omp.checkpoints.architecture import hidden_size, vocabulary_size
 from mergekit_omp.checkpoints.files import is_tokenizer_alone, read_config
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
 from mergekit_omp.compat import chat_template_of
@@ -139,8 +139,9 @@ def _rows(name: ModelReference, config: PretrainedConfig | None, key: str) -> in
         raise OmpError(
             f"{key}: config.json of {name} has no vocab_size, so the rows of its embedding are unknown; add it."
         )
-    if rows < 1:
-        raise OmpError(f"{key}: vocab_size in config.json of {name} is {rows}; download the model again.")
+    for what, size in (("vocab_size", rows), ("hidden_size", hidden_size(config) or 1)):
+        if type(size) is not int or size < 1:
+            raise OmpError(f"{key}: {what} in config.json of {name} is {size!r}; download the model again.")
     return rows
 
 

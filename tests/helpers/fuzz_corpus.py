@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.checkpoints import ENGLISH, make_model, save, sentencepiece_tokenizer
-from helpers.tokenizers_for_tests import package_file, qwen, unigram, word_piece
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
+
+from helpers.checkpoints import ENGLISH, make_model, save, sentencepiece_tokenizer
+from helpers.tokenizers_for_tests import package_file, qwen, unigram, word_piece
 
 ORDINARY, ADDED = 300, 8
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -45,9 +46,7 @@ def shrunk(tokenizer: PreTrainedTokenizerFast, **roles: str) -> PreTrainedTokeni
     model = described["model"]
     model["vocab"] = {text: id_ for text, id_ in model["vocab"].items() if id_ < ORDINARY}
     model["merges"] = [
-        [left, right]
-        for left, right in model["merges"]
-        if {left, right, left + right} <= model["vocab"].keys()
+        [left, right] for left, right in model["merges"] if {left, right, left + right} <= model["vocab"].keys()
     ]
     described["added_tokens"] = [
         token | {"id": ORDINARY + number} for number, token in enumerate(described["added_tokens"][:ADDED])
