@@ -702,8 +702,8 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "tokenizer.json: an empty mapping": (
         lambda w: w.bad_base(write("tokenizer.json", "{}")),
         (
-            "models[0].model: cannot read a tokenizer from {bad} (the key 'added_tokens' is missing); name a model with "
-            "a tokenizer."
+            "models[0].model: cannot read a tokenizer from {bad} (the key 'added_tokens' is missing); name a model "
+            "with a tokenizer."
         ),
     ),
     "tokenizer.json: of the donor, a page of an error": (
