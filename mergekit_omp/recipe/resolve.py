@@ -26,7 +26,7 @@ from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.duplicates import without_duplicates
 from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabularies
-from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
+from mergekit_omp.vocabulary.tokens import LARGEST_GAP, Vocabulary, read_vocabulary
 
 SOURCE_KEY = "tokenizer.source"
 
@@ -108,10 +108,19 @@ def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None, donor_ro
         pad_to_multiple_of: setting of the recipe, which takes precedence; None if it is not set.
         donor_rows: rows of the model that ``tokenizer.source`` names; None for ``base``, ``union`` and a tokenizer
             without a model.
+
+    Raises:
+        OmpError: if the donor has far more rows than tokens.
     """
     if pad_to_multiple_of:
         return -(-vocabulary.size // pad_to_multiple_of) * pad_to_multiple_of
-    return max(vocabulary.size, donor_rows or 0)
+    rows = max(vocabulary.size, donor_rows or 0)
+    if rows > vocabulary.size + LARGEST_GAP:
+        raise OmpError(
+            f"{SOURCE_KEY}: vocab_size in its config.json is {rows}, but its tokenizer has {vocabulary.size} tokens; "
+            "download the model again."
+        )
+    return rows
 
 
 def _donors(config: MergeConfiguration) -> tuple[ModelReference, ...]:

@@ -794,12 +794,18 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         lambda w: w.bad_donor(configure(model_type="zzz", hidden_size=0.5)),
         "tokenizer.source: hidden_size in config.json of {bad} is 0.5; download the model again.",
     ),
+    "config.json: of the donor, a trillion rows": (
+        lambda w: w.bad_donor(configure(vocab_size=10**12)),
+        (
+            "tokenizer.source: vocab_size in its config.json is 1000000000000, but its tokenizer has 376 tokens; "
+            "download the model again."
+        ),
+    ),
     "config.json: a mapping of architectures": (
         lambda w: w.bad_donor(configure(model_type="zzz", architectures={"A": 1})),
         (
             "tokenizer.source: architectures in config.json of {bad} is {{'A': 1}}; mergekit needs exactly one, such "
-            "as "
-            '["LlamaForCausalLM"].'
+            'as ["LlamaForCausalLM"].'
         ),
     ),
     "weights: missing": (
