@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
@@ -30,6 +30,44 @@ class OmpError(click.ClickException, ValueError):
         ...     print(error)
         k is 0, but OMP needs at least one atom per token: write k: 1 or more.
     """
+
+    def __init__(self, message: str) -> None:
+        # Lone surrogates, which JSON and YAML can contain, cannot be printed.
+        super().__init__(message.encode(errors="backslashreplace").decode())
+
+
+_LONGEST_REASON = 500
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, without the advice that follows.
+
+    Example:
+        >>> from mergekit_omp.errors import first_line
+        >>> first_line(KeyError("vocab")), first_line(MemoryError())
+        ("the key 'vocab' is missing", 'MemoryError')
+    """
+    if isinstance(error, KeyError):
+        return f"the key {error} is missing"
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    heading = lines[:1] if not lines or not lines[0].endswith(":") else lines[:2]
+    text = " ".join(heading).rstrip(" .:") or type(error).__name__
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
+
+
+@contextmanager
+def failures_as(sentence: Callable[[str], str]) -> Iterator[None]:
+    """Raise whatever a library raises in the block as an OmpError; a panic of Rust is not an ``Exception``.
+
+    Args:
+        sentence: makes the message from the first line of the exception.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, OmpError):
+        raise
+    except BaseException as error:
+        raise OmpError(sentence(first_line(error))) from error
 
 
 _FULL = "free some space or name a folder on another disk"
@@ -92,10 +130,3 @@ def _raised_by_mergekit(error: Exception) -> bool:
     *_, (frame, _line) = traceback.walk_tb(error.__traceback__)
     module = frame.f_globals.get("__name__", "")
     return module == "mergekit" or module.startswith("mergekit.")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, without the advice that follows."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    heading = lines[:1] if not lines or not lines[0].endswith(":") else lines[:2]
-    return " ".join(heading).rstrip(" .:") or type(error).__name__

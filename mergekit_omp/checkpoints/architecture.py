@@ -150,7 +150,8 @@ def hidden_size(config: PretrainedConfig) -> int | None:
 def position_settings(config: PretrainedConfig) -> dict[str, float | str]:
     """Return a configuration's position settings: base and scaling of RoPE, and the maximum context length."""
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {"rope_theta": getattr(text, "rope_theta", None)}
+    rope = getattr(text, "rope_parameters", None)
+    rope = rope if rope and isinstance(rope, dict) else {"rope_theta": getattr(text, "rope_theta", None)}
     parts = {f"{kind}.": part for kind, part in rope.items() if isinstance(part, dict)} or {"": rope}  # as in Gemma 3
     found = {f"{kind}{key}": value for kind, part in parts.items() for key, value in part.items()}
     found["max_position_embeddings"] = getattr(text, "max_position_embeddings", None)

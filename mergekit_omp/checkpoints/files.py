@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from mergekit_omp.errors import OmpError, first_line
+from mergekit_omp.errors import OmpError, failures_as, first_line
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of weight files in mergekit's order of preference."""
@@ -58,15 +58,14 @@ def read_config(
         )
     if os.path.isdir(path) and not os.path.exists(os.path.join(path, "config.json")):
         raise OmpError(f"{key}: {model} has no config.json; name a model that has one.")
-    try:
-        read = config_of_donor if is_donor else ModelReference.config
+    read = config_of_donor if is_donor else ModelReference.config
+    # transformers passes on arbitrary errors of its parsers.
+    with failures_as(
+        lambda reason: f"{key}: config.json of {model} cannot be read ({reason}); download the model again."
+    ):
         config = read(model, trust_remote_code)
-    except Exception as error:  # transformers passes on arbitrary errors of its parsers
-        raise OmpError(
-            f"{key}: config.json of {model} cannot be read ({first_line(error)}); download the model again."
-        ) from error
-    architectures = config.architectures or []
-    if len(architectures) != 1:
+    architectures = config.architectures
+    if not (isinstance(architectures, list) and len(architectures) == 1 and isinstance(architectures[0], str)):
         raise OmpError(
             f"{key}: architectures in config.json of {model} is {config.architectures}; "
             'mergekit needs exactly one, such as ["LlamaForCausalLM"].'
@@ -227,25 +226,34 @@ def _may_be_on_the_hub(path: str) -> bool:
 
 def _check_shards(folder: Path, name: str, key: str) -> None:
     index = folder / f"{name}.index.json"
-    for shard in _shards(index, key) if index.exists() else [name]:
-        _check_shard(folder / shard, key)
+    if not index.exists():
+        _check_shard(folder / name, (), key)
+        return
+    for shard, tensors in _shards(index, key).items():
+        lacking = _check_shard(folder / shard, tensors, key)
+        if lacking is not None:
+            raise OmpError(
+                f"{key}: {index} says that {shard} holds {lacking}, which it does not; download the model again."
+            )
 
 
-def _shards(index: Path, key: str) -> list[str]:
-    try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(names.values()), key=str)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OmpError(
-            f"{key}: {index} is not an index of weights ({first_line(error)}); download the model again."
-        ) from error
-    for shard in shards:
+def _shards(index: Path, key: str) -> dict[str, list[str]]:
+    """Return the tensors of each shard that an index names, in alphabetical order."""
+    shards: dict[str, list[str]] = {}
+    with failures_as(
+        lambda reason: f"{key}: {index} is not an index of weights ({reason}); download the model again."
+    ):
+        for tensor, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+            shards.setdefault(shard, []).append(tensor)
+    if not shards:
+        raise OmpError(f"{key}: {index} names no tensors; download the model again.")
+    for shard in sorted(shards, key=str):
         if not _is_inside(shard):
             raise OmpError(
                 f"{key}: {index} names the shard {shard!r}, which is not a file in the model's folder; "
                 "do not use this model unless you know why."
             )
-    return shards
+    return dict(sorted(shards.items()))
 
 
 def _is_inside(shard: Any) -> bool:
@@ -256,18 +264,21 @@ def _is_inside(shard: Any) -> bool:
     return not (PurePosixPath(shard).is_absolute() or windows.drive or windows.root or ".." in windows.parts)
 
 
-def _check_shard(path: Path, key: str) -> None:
+def _check_shard(path: Path, tensors: Collection[str], key: str) -> str | None:
+    """Raise an OmpError unless a shard can be read; return the first of the tensors that it lacks, if any."""
     if not path.is_file():
         raise OmpError(f"{key}: the shard {path} is missing; download the model again.")
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
-                return
+            with safe_open(path, framework="pt") as shard:
+                stored = set(shard.keys())
+            return next((tensor for tensor in tensors if tensor not in stored), None)
         problem = _problem_of_pickle(path)
     except (SafetensorError, OSError) as error:
         problem = first_line(error)
     if problem:
         raise OmpError(f"{key}: {path} cannot be read ({problem}); download the model again.")
+    return None
 
 
 def _problem_of_pickle(path: Path) -> str | None:
@@ -301,7 +312,7 @@ def read_settings(model: ModelReference, name: str) -> dict[str, Any]:
     found = find_file(model, name)
     try:
         settings = read_json(found) if found else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return settings if isinstance(settings, dict) else {}
 

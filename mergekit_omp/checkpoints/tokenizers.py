@@ -7,6 +7,7 @@ family.
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mergekit_omp.checkpoints.files import find_file
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import failures_as
 from mergekit_omp.vocabulary.tokens import ROLES
 
 LOG = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ _TEKKEN_SINCE = "5.17"
 
 _TOKENIZER_FILES = ("tokenizer.", "tekken.", "spiece.", "sentencepiece.", "vocab.")
 """The beginnings of the names of files with a vocabulary."""
+
+_HAS_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 _ROLE_NAMES = {f"{role}_token" for role in ROLES}
 
@@ -49,19 +52,22 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> 
     Raises:
         OmpError: if no tokenizer can be read; the message names the recipe key.
     """
-    try:
-        return _load(model, trust_remote_code)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # arbitrary errors of parsers; a Rust panic in tokenizers is not an Exception
-        folder = Path(model.model.path)
-        if folder.is_dir() and not any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
-            reason = "the folder has no tokenizer.json, tokenizer.model or tekken.json"
-        else:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OmpError(
-            f"{key}: cannot read a tokenizer from {model.model} ({reason}); name a model with a tokenizer."
-        ) from error
+    with failures_as(
+        lambda reason: (
+            f"{key}: cannot read a tokenizer from {model.model} ({_lack_of_files(model) or reason}); name "
+            "a model with a tokenizer."
+        )
+    ):
+        tokenizer = _load(model, trust_remote_code)
+        _check_chat_template(getattr(tokenizer, "chat_template", None))
+    return tokenizer
+
+
+def _lack_of_files(model: ModelReference) -> str | None:
+    folder = Path(model.model.path)
+    if folder.is_dir() and not any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
+        return "the folder has no tokenizer.json, tokenizer.model or tekken.json"
+    return None
 
 
 def tokenizer_of(name: str | Path, trust_remote_code: bool = False, key: str = "MODEL") -> PreTrainedTokenizerBase:
@@ -94,7 +100,9 @@ def is_read_as_written(tokenizer: PreTrainedTokenizerBase, tokenizer_json: Path)
 def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     name = {"pretrained_model_name_or_path": model.model.path, "revision": model.model.revision}
     written = find_file(model, "tokenizer.json")
-    if written is None and (tekken := find_file(model, "tekken.json")) is not None:
+    if written is not None:
+        _check_merges(written)
+    elif (tekken := find_file(model, "tekken.json")) is not None:
         return _convert_tekken(tekken)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**name, trust_remote_code=trust_remote_code)
     has_own_code = not type(tokenizer).__module__.startswith("transformers.")
@@ -107,6 +115,29 @@ def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizer
         type(tokenizer).__name__,
     )
     return PreTrainedTokenizerFast.from_pretrained(**name)
+
+
+def _check_merges(tokenizer_json: Path) -> None:
+    """Raise a ValueError for merges on which tokenizers 0.23 ends the process instead of raising an exception.
+
+    It takes the prefix of a continuing word off the second part of every merge, also of one that is shorter.
+    """
+    text = tokenizer_json.read_text(encoding="utf-8")
+    if not _HAS_PREFIX.search(text):  # saves the time of parsing it once more
+        return
+    model = json.loads(text)["model"]
+    prefix = model["continuing_subword_prefix"]
+    for merge in model.get("merges", ()) if prefix else ():
+        second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
+        if not second.startswith(prefix):
+            raise ValueError(f"the merge {merge!r} does not continue a word, which {prefix!r} would begin")
+
+
+def _check_chat_template(template: Any) -> None:
+    """Raise a ValueError unless a tokenizer's chat template is text, or several texts by name."""
+    texts = template.values() if isinstance(template, dict) else [template or ""]
+    if other := next((text for text in texts if not isinstance(text, str)), None):
+        raise ValueError(f"its chat_template is {other!r}, not text")
 
 
 def _convert_tekken(tekken: Path) -> PreTrainedTokenizerBase:

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from mergekit_omp.checkpoints.architecture import VocabularyRole, architecture_of, vocabulary_role
 from mergekit_omp.checkpoints.files import WEIGHT_FILES, config_of_donor
 from mergekit_omp.compat import open_loaders
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import OmpError, first_line
 
 SINGLE_FILE = WEIGHT_FILES[0]
 
@@ -57,9 +57,9 @@ def vocabulary_matrix(
     """
     try:
         stored = open_checkpoint(model, options).index.tensor_paths
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # arbitrary errors of the hub client, and of mergekit for an index or a header
         raise OmpError(
-            f"{key}: {model} has a tokenizer but no weights that mergekit can read ({error}); "
+            f"{key}: {model} has a tokenizer but no weights that mergekit can read ({first_line(error)}); "
             "OMP needs embeddings of new tokens, so name a model that has both, or write an approximation that needs "
             "no weights, such as subword."
         ) from error

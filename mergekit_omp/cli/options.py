@@ -56,9 +56,10 @@ def read_recipe(path: str) -> Any:
 
     from mergekit_omp.errors import OmpError
 
+    text = read_text_file(path)
     try:
-        return yaml.safe_load(read_text_file(path))
-    except yaml.YAMLError as error:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: dates and numbers that do not exist
         raise OmpError(f"{path}: invalid YAML: {' '.join(str(error).split())}.") from error
 
 

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from mergekit_omp.checkpoints.architecture import architecture_of
 from mergekit_omp.checkpoints.files import read_json, read_settings
+from mergekit_omp.errors import first_line
 from mergekit_omp.output.legacy_keys import add_legacy_keys
 from mergekit_omp.output.processor import copy_processor
 from mergekit_omp.output.tied_head import tied_parts, untie_where_head_differs
@@ -98,7 +99,7 @@ class TokenIds:
 
     def translated(self, ids: Iterable[int]) -> list[int]:
         """Return the output ids of tokens of the model, without tokens that the output lacks."""
-        return [self.by_row[id_] for id_ in ids if id_ in self.by_row]
+        return [self.by_row[id_] for id_ in ids if isinstance(id_, int) and id_ in self.by_row]
 
     def translate(self, settings: dict[str, Any]) -> None:
         """Replace every token id in a configuration, including nested ones, by the output id of the same token.
@@ -129,7 +130,8 @@ def _with_roles_of_config(
     result: dict[str, int | None] = dict(roles)
     for role in _SET_ROLES:
         key = f"{role}_token_id"
-        id_ = config.get(key, config.get("text_config", {}).get(key))
+        text_config = config.get("text_config")
+        id_ = config.get(key, text_config.get(key) if isinstance(text_config, dict) else None)
         if role not in roles:
             result[role] = next(iter(of_origin.translated([id_] if isinstance(id_, int) else [])), None)
     return result
@@ -148,12 +150,15 @@ def _names_a_token(key: str) -> bool:
 
 
 def _generation_settings(model: ModelReference) -> dict[str, Any]:
-    """Read the settings of a model's generation_config.json; return {} if there is none."""
+    """Read the settings of a model's generation_config.json; return {} if there is none, or none that can be read."""
     try:
         loaded = GenerationConfig.from_pretrained(model.model.path, revision=model.model.revision)
+        return loaded.to_diff_dict()
     except OSError:
         return {}
-    return loaded.to_diff_dict()
+    except Exception as error:  # arbitrary errors for values of other types; not worth the weights
+        LOG.warning("%s: its generation_config.json cannot be read (%s) and is left out", model, first_line(error))
+        return {}
 
 
 def _stop_ids_of(generation: Mapping[str, Any]) -> list[int]:

@@ -168,8 +168,9 @@ def added_roles(tokenizer_json: Mapping[str, Any]) -> dict[str, bool]:
         if part["type"] in _FIXED_PROCESSORS:
             return dict.fromkeys(_ADDING_ROLES, True)
         if part["type"] == "TemplateProcessing":
-            added["bos"] |= "SpecialToken" in part["single"][0]
-            added["eos"] |= "SpecialToken" in part["single"][-1]
+            ends = {"bos": part["single"][:1], "eos": part["single"][-1:]}  # of an empty template, nothing
+            for role, end in ends.items():
+                added[role] |= any("SpecialToken" in piece for piece in end)
     return added
 
 

@@ -1,12 +1,14 @@
 """Check the text of a recipe before any model is opened."""
 
+import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
 from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import MergeConfiguration
+from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
 from pydantic import TypeAdapter, ValidationError
 
 from mergekit_omp.compat import chat_template_names
@@ -70,7 +72,8 @@ def _check_tokenizer_section(config: MergeConfiguration) -> None:
 
 
 def _check_parameters(config: MergeConfiguration) -> None:
-    known = [p.name for p in merge_methods.get(config.merge_method).spec.parameters]
+    specs = {p.name: p for p in merge_methods.get(config.merge_method).spec.parameters}
+    known = list(specs)
     for place, settings in parameter_scopes(config):
         for name, setting in settings.items():
             if name in REMOVED_PARAMETERS and name not in known:
@@ -83,19 +86,37 @@ def _check_parameters(config: MergeConfiguration) -> None:
                     f"it has {', '.join(known)}."
                 )
             if name in OmpParameters.model_fields:
+                field = OmpParameters.model_fields[name]
                 for value in leaves(f"{place}.{name}", setting):
-                    _check_value(f"{place}.{name}", name, value)
+                    if problem := _problem_of(value, OmpParameters.__annotations__[name]):
+                        raise OmpError(
+                            f"{place}.{name}: {value!r} is invalid: it {problem}; the default is {field.default}. "
+                            f"({field.description})"
+                        )
+            else:
+                for value in _scalars(setting):
+                    if problem := _problem_of(value, specs[name].value_type):
+                        raise OmpError(f"{place}.{name}: {value!r} is invalid: it {problem}; write another value.")
 
 
-def _check_value(place: str, name: str, value: Any) -> None:
-    field = OmpParameters.model_fields[name]
+def _problem_of(value: Any, value_type: Any) -> str | None:
+    """Say what is wrong with the value of a parameter; return None for a valid one."""
     try:
-        TypeAdapter(OmpParameters.__annotations__[name]).validate_python(value)
+        TypeAdapter(value_type).validate_python(value)
     except ValidationError as error:
-        problem = error.errors()[0]["msg"].removeprefix("Input ")
-        raise OmpError(
-            f"{place}: {value!r} is invalid: it {problem}; the default is {field.default}. ({field.description})"
-        ) from error
+        return error.errors()[0]["msg"].removeprefix("Input ")
+    return None if not isinstance(value, float) or math.isfinite(value) else "should be a finite number"
+
+
+def _scalars(setting: ParameterSetting) -> Iterator[Any]:
+    """Yield the values of a parameter of mergekit, which may be a gradient over layers."""
+    if isinstance(setting, ConditionalParameter):
+        yield from _scalars(setting.value)
+    elif isinstance(setting, list):
+        for item in setting:
+            yield from _scalars(item)
+    else:
+        yield setting
 
 
 def _check_dtypes(config: MergeConfiguration) -> None:

@@ -10,7 +10,7 @@ import torch
 from mergekit.common import ModelReference
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole, hidden_size
-from mergekit_omp.checkpoints.files import weight_file
+from mergekit_omp.checkpoints.files import check_weights, weight_file
 from mergekit_omp.checkpoints.weights import vocabulary_matrix
 from mergekit_omp.initializers.registry import needs_donor
 from mergekit_omp.parameters import CopyRows, OmpParameters
@@ -194,6 +194,8 @@ def find_offers(
             return Offer(source, tokens, None, copied=True)
         if local_only and not (_is_local(model) and _is_local(source)):
             return Offer(source, tokens, None, copied=None)
+        for local in (model, source) if local_only else ():  # a run has checked them
+            check_weights(local.reference, transplant.options, local.key)
         median = measure_similarity(model, source, role, transplant)
         return Offer(source, tokens, median, copied=median is not None and median >= THRESHOLD)
 

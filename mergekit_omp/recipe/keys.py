@@ -76,7 +76,11 @@ _FORMER_SOURCE = "model:"
 
 
 def check_keys(recipe: Mapping[Any, Any]) -> None:
-    """Raise an OmpError for the first key that is unknown, at any depth, or of an earlier mergekit."""
+    """Raise an OmpError for the first key that is unknown, at any depth, or of an earlier mergekit.
+
+    So do a text that cannot be written as UTF-8, and a value that contains itself, which YAML allows.
+    """
+    _check_values(recipe, "", [], set())
     section = recipe.get("tokenizer")
     sources = {"tokenizer_source": recipe.get("tokenizer_source")}
     sources["tokenizer.source"] = section.get("source") if isinstance(section, dict) else None
@@ -91,6 +95,29 @@ def check_keys(recipe: Mapping[Any, Any]) -> None:
             f"{place}{key}: no such key{did_you_mean(str(key), known)}; "
             f"{place.rstrip('.') or 'a recipe'} can have {', '.join(known)}."
         )
+
+
+def _check_values(value: Any, place: str, above: list[int], checked: set[int]) -> None:
+    """Check texts and aliases; ``above`` and ``checked`` have the identities of mappings and lists."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            place = place.removeprefix(".") or "a key"
+            raise OmpError(
+                f"{place}: {_shortened(value)} is not Unicode (half a surrogate pair); rewrite it."
+            ) from error
+    if id(value) in above:
+        raise OmpError(f"{place.removeprefix('.')}: contains itself by a YAML alias; write a value without the alias.")
+    if not isinstance(value, dict | list) or id(value) in checked:
+        return
+    above.append(id(value))
+    members = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, member in members:
+        if isinstance(value, dict):
+            _check_values(key, place, above, checked)
+        _check_values(member, f"{place}[{key}]" if isinstance(value, list) else f"{place}.{key}", above, checked)
+    checked.add(above.pop())
 
 
 def former_parameter(name: str) -> str | None:

@@ -11,7 +11,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import TokenEmbeddingConfig
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from mergekit_omp.checkpoints.architecture import vocabulary_size
+from mergekit_omp.checkpoints.architecture import hidden_size, vocabulary_size
 from mergekit_omp.checkpoints.files import is_tokenizer_alone, read_config
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
 from mergekit_omp.compat import chat_template_of
@@ -26,7 +26,7 @@ from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.duplicates import without_duplicates
 from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabularies
-from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
+from mergekit_omp.vocabulary.tokens import LARGEST_GAP, Vocabulary, read_vocabulary
 
 SOURCE_KEY = "tokenizer.source"
 
@@ -108,10 +108,19 @@ def output_rows(vocabulary: Vocabulary, pad_to_multiple_of: int | None, donor_ro
         pad_to_multiple_of: setting of the recipe, which takes precedence; None if it is not set.
         donor_rows: rows of the model that ``tokenizer.source`` names; None for ``base``, ``union`` and a tokenizer
             without a model.
+
+    Raises:
+        OmpError: if the donor has far more rows than tokens.
     """
     if pad_to_multiple_of:
         return -(-vocabulary.size // pad_to_multiple_of) * pad_to_multiple_of
-    return max(vocabulary.size, donor_rows or 0)
+    rows = max(vocabulary.size, donor_rows or 0)
+    if rows > vocabulary.size + LARGEST_GAP:
+        raise OmpError(
+            f"{SOURCE_KEY}: vocab_size in its config.json is {rows}, but its tokenizer has {vocabulary.size} tokens; "
+            "download the model again."
+        )
+    return rows
 
 
 def _donors(config: MergeConfiguration) -> tuple[ModelReference, ...]:
@@ -139,8 +148,9 @@ def _rows(name: ModelReference, config: PretrainedConfig | None, key: str) -> in
         raise OmpError(
             f"{key}: config.json of {name} has no vocab_size, so the rows of its embedding are unknown; add it."
         )
-    if not isinstance(rows, int) or rows < 1:  # older versions of transformers do not check types
-        raise OmpError(f"{key}: vocab_size in config.json of {name} is {rows}; download the model again.")
+    for what, size in (("vocab_size", rows), ("hidden_size", hidden_size(config) or 1)):
+        if type(size) is not int or size < 1:
+            raise OmpError(f"{key}: {what} in config.json of {name} is {size!r}; download the model again.")
     return rows
 
 

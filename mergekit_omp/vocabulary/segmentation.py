@@ -7,7 +7,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.vocabulary.byte_encoding import parts_of
+from mergekit_omp.errors import failures_as
+from mergekit_omp.vocabulary.byte_encoding import name_of, parts_of
 from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary, read_vocabulary
 
 Encoder = Callable[[Sequence[str]], list[list[int]]]
@@ -58,6 +59,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, *, 
 
     Returns:
         A function from texts to lists of ids. The lists are empty for a tokenizer without a ``tokenizers`` backend.
+        It raises an OmpError if the tokenizer cannot split a text, such as one with an unknown character.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -74,7 +76,10 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, *, 
     original_id = {encoder.token_to_id(content): id_ for content, id_ in added_ids.items()}
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        with failures_as(
+            lambda reason: f"The tokenizer {name_of(tokenizer)} cannot split a text ({reason}); name another one."
+        ):
+            encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         return [[original_id.get(id_, id_) for id_ in encoding.ids] for encoding in encodings]
 
     return encode

@@ -17,6 +17,9 @@ TRAINED_ROLES = ("eos", "bos", "sep", "cls", "mask")
 UNTRAINED_ROLES = ("unk", "pad")
 ROLES = TRAINED_ROLES + UNTRAINED_ROLES
 
+LARGEST_GAP = 2**20
+"""Number of ids without a token above which an id is certainly wrong; real vocabularies have some thousands."""
+
 
 class TokenKind(str, Enum):
     """The purpose of a token."""
@@ -102,7 +105,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         The tokens by id, and the ids of the tokens with a role.
 
     Raises:
-        OmpError: if the tokenizer's kind is unknown, or it has no tokens.
+        OmpError: if the tokenizer's kind is unknown, it has no tokens, or an id is absurd.
 
     Example:
         >>> from mergekit_omp import read_vocabulary
@@ -119,6 +122,12 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
     texts = _texts_by_id(tokenizer, added)
     if not texts:
         raise OmpError(f"The tokenizer {name_of(tokenizer)} has no tokens; name a tokenizer that has some.")
+    last = max(texts)
+    if last > len(texts) + LARGEST_GAP:
+        raise OmpError(
+            f"The tokenizer {name_of(tokenizer)} has {len(texts)} tokens, but gives {texts[last]!r} the id {last}, "
+            "so that an embedding would need as many rows; download the tokenizer again."
+        )
     roles = _roles(tokenizer, {text: id_ for id_, text in texts.items()})
     with_role = set(roles.values())
     special = {id_ for id_, token in added.items() if token.special} | with_role | _control_pieces(tokenizer)

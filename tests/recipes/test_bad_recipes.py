@@ -68,6 +68,10 @@ class World:
         """Return the change that sets an override for the token ``<x>``."""
         return {"tokenizer": {"source": str(self.donor), "tokens": {"<x>": override}}}
 
+    def tokens_named(self, token: str) -> dict[str, Any]:
+        """Return the recipe with an override for one token."""
+        return self.recipe(tokenizer={"source": str(self.donor), "tokens": {token: {"source": str(self.base)}}})
+
     def bad_base(self, change: Callable[[Path], None]) -> dict[str, Any]:
         """Return the recipe with a modified copy of the base, ``bad``."""
         return self.recipe(models=self.models(self._copy(self.base, change)))
@@ -109,6 +113,19 @@ def configure(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text()) | changes
         (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not DROP}))
+
+    return change
+
+
+def edit(name: str, *path: str, value: Any) -> Callable[[Path], None]:
+    """Set one member of a JSON file."""
+
+    def change(folder: Path) -> None:
+        holder = described = json.loads((folder / name).read_text())
+        for key in path[:-1]:
+            holder = holder[key]
+        holder[path[-1]] = value
+        (folder / name).write_text(json.dumps(described))
 
     return change
 
@@ -579,6 +596,27 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "(Factor by which approximated rows are scaled.)"
         ),
     ),
+    "t: a word": (
+        lambda w: w.recipe(**SLERP, base_model=str(w.base), models=w.models(w.base), parameters={"t": "much"}),
+        (
+            "parameters.t: 'much' is invalid: it should be a valid number, unable to parse string as a number; write "
+            "another value."
+        ),
+    ),
+    "t: not a number": (
+        lambda w: w.recipe(
+            **SLERP, base_model=str(w.base), models=w.models(w.base), parameters={"t": [0.5, float("nan")]}
+        ),
+        "parameters.t: nan is invalid: it should be a finite number; write another value.",
+    ),
+    "an alias inside its own value": (
+        lambda w: w.recipe(models=(loop := []) or loop.append(loop) or loop),
+        "models[0]: contains itself by a YAML alias; write a value without the alias.",
+    ),
+    "a text that is not Unicode": (
+        lambda w: w.tokens_named("\ud800"),
+        "tokenizer.tokens: '\\ud800' has half of a surrogate pair; rewrite it.",
+    ),
     "dtype: unknown": (
         lambda w: w.recipe(dtype="float12"),
         "dtype: float12 is not a type that mergekit supports; write bfloat16, float16 or float32.",
@@ -653,7 +691,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "models[0].model: config.json of {bad} cannot be read (Validation error for field 'vocab_size': "
             "TypeError: Field 'vocab_size' expected int, got str (value: 'many')); download the model again."
             if has("5.5")
-            else "models[0].model: vocab_size in config.json of {bad} is many; download the model again."
+            else "models[0].model: vocab_size in config.json of {bad} is 'many'; download the model again."
         ),
     ),
     "config.json: a negative vocab_size": (
@@ -704,7 +742,10 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "tokenizer.json: an empty mapping": (
         lambda w: w.bad_base(write("tokenizer.json", "{}")),
-        ("models[0].model: cannot read a tokenizer from {bad} ('added_tokens'); name a model with a tokenizer."),
+        (
+            "models[0].model: cannot read a tokenizer from {bad} (the key 'added_tokens' is missing); name a model "
+            "with a tokenizer."
+        ),
     ),
     "tokenizer.json: of the donor, a page of an error": (
         lambda w: w.bad_donor(write("tokenizer.json", "<html>404")),
@@ -718,6 +759,56 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         (
             "tokenizer.source: cannot read a tokenizer from {bad} (the folder has no tokenizer.json, tokenizer.model "
             "or tekken.json); name a model with a tokenizer."
+        ),
+    ),
+    "tokenizer.json: an id of four billion": (
+        lambda w: w.bad_donor(edit("tokenizer.json", "model", "vocab", "Ġthe", value=2**32 - 1)),
+        (
+            "The tokenizer '{bad}' has 376 tokens, but gives 'Ġthe' the id 4294967295, so that an embedding would "
+            "need as many rows; download the tokenizer again."
+        ),
+    ),
+    "tokenizer.json: merges on which tokenizers ends the process": (
+        lambda w: w.bad_base(edit("tokenizer.json", "model", "continuing_subword_prefix", value="@" * 9)),
+        (
+            "models[0].model: cannot read a tokenizer from {bad} (the merge ['e', 'r'] does not continue a word, "
+            "which '@@@@@@@@@' would begin); name a model with a tokenizer."
+        ),
+    ),
+    "tokenizer.json: a tower of brackets": (
+        lambda w: w.bad_base(write("tokenizer.json", "[" * 10**5)),
+        (
+            "models[0].model: cannot read a tokenizer from {bad} (maximum recursion depth exceeded while decoding a "
+            "JSON array from a unicode string); name a model with a tokenizer."
+        ),
+    ),
+    "tokenizer_config.json: a number for the chat template": (
+        lambda w: w.bad_donor(edit("tokenizer_config.json", "chat_template", value=5)),
+        (
+            "tokenizer.source: cannot read a tokenizer from {bad} (its chat_template is 5, not text); name a model "
+            "with a tokenizer."
+        ),
+    ),
+    "config.json: of a donor of an unknown type, a word for vocab_size": (
+        lambda w: w.bad_donor(configure(model_type="zzz", vocab_size="many")),
+        "tokenizer.source: vocab_size in config.json of {bad} is 'many'; download the model again.",
+    ),
+    "config.json: of a donor of an unknown type, half a row": (
+        lambda w: w.bad_donor(configure(model_type="zzz", hidden_size=0.5)),
+        "tokenizer.source: hidden_size in config.json of {bad} is 0.5; download the model again.",
+    ),
+    "config.json: of the donor, a trillion rows": (
+        lambda w: w.bad_donor(configure(vocab_size=10**12)),
+        (
+            "tokenizer.source: vocab_size in its config.json is 1000000000000, but its tokenizer has 376 tokens; "
+            "download the model again."
+        ),
+    ),
+    "config.json: a mapping of architectures": (
+        lambda w: w.bad_donor(configure(model_type="zzz", architectures={"A": 1})),
+        (
+            "tokenizer.source: architectures in config.json of {bad} is {{'A': 1}}; mergekit needs exactly one, such "
+            'as ["LlamaForCausalLM"].'
         ),
     ),
     "weights: missing": (
@@ -838,7 +929,18 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         lambda w: w.bad_base(shard(list)),
         (
             "models[0].model: {bad}/model.safetensors.index.json is not an index of weights ('list' object has no"
-            " attribute 'values'); download the model again."
+            " attribute 'items'); download the model again."
+        ),
+    ),
+    "index.json: names nothing": (
+        lambda w: w.bad_base(shard(lambda names: {})),
+        "models[0].model: {bad}/model.safetensors.index.json names no tensors; download the model again.",
+    ),
+    "index.json: a tensor that its shard lacks": (
+        lambda w: w.bad_base(shard(lambda names: names | {"x.weight": "model-00001-of-00001.safetensors"})),
+        (
+            "models[0].model: {bad}/model.safetensors.index.json says that model-00001-of-00001.safetensors holds "
+            "x.weight, which it does not; download the model again."
         ),
     ),
     "index.json: no JSON": (

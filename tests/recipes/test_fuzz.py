@@ -1,149 +1,97 @@
-"""Test that for any tokenizer files and recipes the result is an output or an OmpError."""
+"""Damage every file that a run reads: the result is right, or an OmpError with a sentence.
 
-import copy
+``MERGEKIT_OMP_FUZZ_CASES=20000`` tries that many cases instead of a few, ``MERGEKIT_OMP_FUZZ_SEED=1`` tries others.
+"""
+
 import json
-import shutil
+import os
+import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
-from hypothesis import HealthCheck, assume, given, settings
+from helpers.fuzz_corpus import write_corpus
+from helpers.fuzz_mutations import Damage, damaged_json, damaged_safetensors, damaged_sentencepiece
+from helpers.fuzz_sandbox import Case, Outcome, Sandbox, recipe_of
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
 
 import mergekit_omp
-from mergekit_omp.checkpoints.tokenizers import load_tokenizer
-from mergekit_omp.errors import OmpError
-from mergekit_omp.recipe.resolve import resolve
-from mergekit_omp.vocabulary.matching import match_vocabularies
-from mergekit_omp.vocabulary.numerals import numeral_scheme
-from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 mergekit_omp.register()
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 2**40)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["omp", "omp_linear", "union", "base", "", "▁", "ByteLevel", "<0x0A>", "\ud800"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
-    max_leaves=6,
-)
-FUZZ = settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+CASES = int(os.environ.get("MERGEKIT_OMP_FUZZ_CASES", "800"))
+SEED = int(os.environ.get("MERGEKIT_OMP_FUZZ_SEED", "0"))
+TIME_BOX = float(os.environ.get("MERGEKIT_OMP_FUZZ_SECONDS", "900"))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: which share of the cases it gets, in which models it is damaged, and how."""
+
+    share: float
+    models: tuple[str, ...]
+    damage: Damage
+    merge_every: int = 8
+
+
+FAST = ("gemma", "qwen", "unigram", "wordpiece")
+KINDS = {
+    "tokenizer.json": Kind(0.36, FAST, damaged_json, 12),
+    "tokenizer_config.json": Kind(0.08, (*FAST, "mistral"), damaged_json),
+    "tokenizer.model": Kind(0.1, ("mistral",), damaged_sentencepiece),
+    "tekken.json": Kind(0.05, ("tekken",), damaged_json),
+    "config.json": Kind(0.12, ("gemma", "qwen", "wordpiece"), damaged_json, 4),
+    "generation_config.json": Kind(0.02, ("gemma", "qwen"), damaged_json, 1),
+    "model.safetensors.index.json": Kind(0.08, ("sharded",), damaged_json, 4),
+    "model.safetensors": Kind(0.09, ("gemma", "qwen"), damaged_safetensors, 2),
+}
+RECIPES = 0.1
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("pair")
-    base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH, 340), byte_level_tokenizer(PYTHON, 300)
-    return (
-        save(folder / "base", make_model(base_tokenizer, layers=1), base_tokenizer),
-        save(folder / "donor", make_model(donor_tokenizer, layers=1, hidden=24), donor_tokenizer),
-    )
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    sandbox = Sandbox(tmp_path)
+    yield sandbox
+    sandbox.close()
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Return every path into a JSON value; of long lists and mappings only the first few members."""
-    yield path
-    members = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, member in list(members)[:12]:
-        yield from places(member, (*path, key))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_damaged_file(corpus: dict[str, Path], sandbox: Sandbox, name: str) -> None:
+    kind = KINDS[name]
+    strategies = []
+    for model in kind.models:
+        origin = corpus[model]
+        partner = corpus["qwen" if model == "gemma" else "gemma"]
+        damaged = kind.damage((origin / name).read_bytes())
+        for recipe in (recipe_of("@", partner), recipe_of(partner, "@")):
+            strategies.append(
+                st.builds(
+                    Case,
+                    st.just(recipe),
+                    st.just(origin),
+                    st.just(name),
+                    damaged,
+                    st.just(kind.merge_every),
+                )
+            )
+    try_all(sandbox, name, st.one_of(strategies), kind.share)
 
 
-def changed(value: Any, path: tuple[Any, ...], new: Any, *, drop: bool) -> Any:
-    """Copy a JSON value with one member replaced or missing."""
-    if not path:
-        return new
-    value = copy.deepcopy(value)
-    holder = value
-    for key in path[:-1]:
-        holder = holder[key]
-    if drop:
-        del holder[path[-1]]
-    else:
-        holder[path[-1]] = new
-    return value
-
-
-@st.composite
-def mutations(draw: st.DrawFn, original: Any) -> Any:
-    """Generate a JSON value with one or two members missing, or replaced by any value or by another member."""
-    value = original
-    for _ in range(draw(st.integers(1, 2))):
-        path = draw(st.sampled_from(list(places(value))))
-        drop = draw(st.sampled_from([True, False, False]))
-        other = st.sampled_from(list(places(original))).map(lambda path: member(original, path))
-        value = changed(value, path, draw(JSON | other), drop=drop)
-    return value
-
-
-def member(value: Any, path: tuple[Any, ...]) -> Any:
-    for key in path:
-        value = value[key]
-    return value
-
-
-def aborts(value: Any) -> bool:
-    """Tell whether tokenizers aborts the process: it panics within a panic if merges lack the prefix."""
-    model = value.get("model") if isinstance(value, dict) else None
-    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
-    return isinstance(prefix, str) and prefix != ""
-
-
-@pytest.mark.parametrize("which", ["base", "donor"])
-@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-def test_arbitrary_tokenizer_files(pair: tuple[Path, Path], tmp_path: Path, which: str, file: str) -> None:
-    original, other = pair if which == "base" else pair[::-1]
-    target = tmp_path / "mutated"
-    shutil.copytree(original, target)
-    written = json.loads((original / file).read_text())
-    vocabulary = read_vocabulary(load_tokenizer(reference(other), False, "models"))
-    read = 0
-
-    @FUZZ
-    @given(mutations(written))
-    def mutate(value: Any) -> None:
-        nonlocal read
-        assume(not aborts(value))
-        (target / file).write_text(json.dumps(value))
-        try:
-            tokenizer = load_tokenizer(reference(target), False, "tokenizer.source")
-            mutated = read_vocabulary(tokenizer)
-            match = match_vocabularies(mutated, vocabulary)
-            match_vocabularies(vocabulary, mutated)
-            numeral_scheme(tokenizer, mutated)
-        except OmpError:
-            return
-        read += 1
-        assert len(match.rows) == mutated.size
-        assert max(match.rows.tolist()) < vocabulary.size
-
-    mutate()
-    assert read > 10, "some mutations are harmless, so that the rest of the code is reached"
-
-
-def reference(folder: Path) -> ModelReference:
-    return ModelReference.model_validate(str(folder))
-
-
-def test_arbitrary_recipes(pair: tuple[Path, Path]) -> None:
-    base, donor = map(str, pair)
+@pytest.mark.slow
+def test_damaged_recipe(corpus: dict[str, Path], sandbox: Sandbox) -> None:
+    base, donor, other = (str(corpus[name]) for name in ("gemma", "qwen", "sharded"))
     recipe = {
         "merge_method": "omp",
         "models": [{"model": base, "parameters": {"k": 3}}],
@@ -156,19 +104,56 @@ def test_arbitrary_recipes(pair: tuple[Path, Path]) -> None:
         "dtype": "float32",
         "chat_template": "auto",
     }
-    sliced = recipe | {"models": None, "slices": [{"sources": [{"model": base, "layer_range": [0, 1]}]}]}
-    outcomes = {"accepted": 0, "refused": 0}
+    slices = [{"sources": [{"model": base, "layer_range": [0, 1]}]}]
+    sliced = {key: value for key, value in recipe.items() if key != "models"} | {"slices": slices}
+    merged = {
+        "merge_method": "omp_slerp",
+        "base_model": donor,
+        "models": [{"model": donor}, {"model": other}],
+        "tokenizer": {"source": "union"},
+        "parameters": {"t": 0.5, "k": 3, "approximation": "subword", "copy_rows": "never"},
+        "out_dtype": "bfloat16",
+    }
+    damaged = [damaged_json(json.dumps(one).encode(), yaml=True) for one in (recipe, sliced, merged)]
+    try_all(sandbox, "recipe", st.builds(Case, st.one_of(damaged)), RECIPES)
 
-    @FUZZ
-    @given(mutations(recipe) | mutations(sliced))
-    def mutate(value: Any) -> None:
-        if not isinstance(value, dict) or not str(value.get("merge_method")).startswith("omp"):
-            return  # not ours: mergekit's own exceptions
-        try:
-            resolve(MergeConfiguration.model_validate(value), MergeOptions())
-            outcomes["accepted"] += 1
-        except OmpError:
-            outcomes["refused"] += 1
 
-    mutate()
-    assert min(outcomes.values()) > 5, outcomes
+def try_all(sandbox: Sandbox, name: str, cases: st.SearchStrategy[Case], share: float) -> None:
+    """Try the share of all cases, or those for which there is time, and fail for those with a bug."""
+    outcomes: Counter[str] = Counter()
+    bugs: dict[str, tuple[Case, Outcome]] = {}
+    started = time.monotonic()
+
+    @seed(SEED)
+    @settings(
+        max_examples=max(1, round(CASES * share)),
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def try_case(case: Case) -> None:
+        if time.monotonic() - started > TIME_BOX * share:
+            return
+        outcome = sandbox(case)
+        outcomes[outcome.kind] += 1
+        if outcome.kind == "bug":
+            key = outcome.text.strip().splitlines()[-1][:60]
+            if key not in bugs or len(case.data) < len(bugs[key][0].data):
+                bugs[key] = case, outcome
+
+    try_case()
+    seconds = time.monotonic() - started
+    print(f"\n{name}: {dict(sorted(outcomes.items()))} in {seconds:.0f} s")
+    keep = os.environ.get("MERGEKIT_OMP_FUZZ_KEEP")
+    for number, (case, outcome) in enumerate(bugs.values()):
+        if keep:
+            folder = Path(keep) / f"{name}-{number}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / (case.name or "recipe.yml")).write_bytes(case.data or case.recipe)
+            (folder / "recipe").write_bytes(case.recipe)
+            (folder / "bug.txt").write_text(f"{case.origin}\n{outcome.text}")
+    assert not bugs, "\n\n".join(f"{case.data[-500:] or case.recipe!r}\n{o.text[-3000:]}" for case, o in bugs.values())
+    assert outcomes["refused"], f"some damage is noticed: {outcomes}"
+    assert outcomes["planned"] or outcomes["merged"], f"some damage is harmless: {outcomes}"
