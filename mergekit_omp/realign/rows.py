@@ -12,6 +12,8 @@ from mergekit_omp.vocabulary.matching import MatchReason, VocabularyMatch
 
 NOISE_SEED = 0
 
+_ROWS_AT_ONCE = 4096
+
 
 def realign(
     weight: torch.Tensor,
@@ -45,10 +47,12 @@ def realign(
         (size, …) of the weight's dtype, on its device.
     """
     kept = (match.rows >= 0).nonzero().squeeze(1)
-    kept_rows = weight[match.rows[kept].to(weight.device)]
+    rows_of_kept = match.rows[kept].to(weight.device)
     # Padding rows as in mergekit, following https://nlp.stanford.edu/~johnhew/vocab-expansion.html
-    result = kept_rows.float().mean(dim=0).to(weight.dtype).expand(size, *weight.shape[1:]).clone()
-    result[kept.to(weight.device)] = kept_rows
+    mean = weight[rows_of_kept].float().mean(dim=0).to(weight.dtype)
+    result = mean.expand(size, *weight.shape[1:]).clone()
+    for ids, rows in zip(kept.to(weight.device).split(_ROWS_AT_ONCE), rows_of_kept.split(_ROWS_AT_ONCE), strict=True):
+        result[ids] = weight[rows]  # in parts: no third matrix in memory
     if len(free_rows):
         untrained = torch.cat([_free_ids(match), *(problem.untrained_ids for problem in problems)])
         result[untrained.to(weight.device)] = weight[list(free_rows)].float().mean(dim=0).to(weight.dtype)
