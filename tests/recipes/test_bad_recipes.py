@@ -786,6 +786,13 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "with a tokenizer."
         ),
     ),
+    "tokenizer_config.json: a word for the longest text": (
+        lambda w: w.bad_donor(edit("tokenizer_config.json", "model_max_length", value="long")),
+        (
+            "tokenizer.source: cannot read a tokenizer from {bad} (its model_max_length is 'long', not a number); name "
+            "a model with a tokenizer."
+        ),
+    ),
     "config.json: of a donor of an unknown type, half a row": (
         lambda w: w.bad_donor(configure(model_type="zzz", hidden_size=0.5)),
         "tokenizer.source: hidden_size in config.json of {bad} is 0.5; download the model again.",
