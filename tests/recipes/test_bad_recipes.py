@@ -789,8 +789,8 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "tokenizer_config.json: a word for the longest text": (
         lambda w: w.bad_donor(edit("tokenizer_config.json", "model_max_length", value="long")),
         (
-            "tokenizer.source: cannot read a tokenizer from {bad} (its model_max_length is 'long', not a number); name "
-            "a model with a tokenizer."
+            "tokenizer.source: cannot read a tokenizer from {bad} (its model_max_length is 'long', not a number); "
+            "name a model with a tokenizer."
         ),
     ),
     "config.json: of a donor of an unknown type, half a row": (
