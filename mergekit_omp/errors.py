@@ -51,7 +51,7 @@ def first_line(error: BaseException) -> str:
         return f"the key {error} is missing"
     lines = [line.strip() for line in str(error).strip().splitlines()]
     heading = lines[:1] if not lines or not lines[0].endswith(":") else lines[:2]
-    text = " ".join(heading).rstrip(" .:") or type(error).__name__
+    text = " ".join(heading).rstrip(" .:,") or type(error).__name__
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
 
 

@@ -59,7 +59,7 @@ def load_tokenizer(model: ModelReference, trust_remote_code: bool, key: str) -> 
         )
     ):
         tokenizer = _load(model, trust_remote_code)
-        _check_chat_template(getattr(tokenizer, "chat_template", None))
+        _check_settings(tokenizer)
     return tokenizer
 
 
@@ -133,8 +133,12 @@ def _check_merges(tokenizer_json: Path) -> None:
             raise ValueError(f"the merge {merge!r} does not continue a word, which {prefix!r} would begin")
 
 
-def _check_chat_template(template: Any) -> None:
-    """Raise a ValueError unless a tokenizer's chat template is text, or several texts by name."""
+def _check_settings(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a ValueError for settings of tokenizer_config.json that transformers reads only when it needs them."""
+    longest = getattr(tokenizer, "model_max_length", None)
+    if longest is not None and not isinstance(longest, int | float):
+        raise ValueError(f"its model_max_length is {longest!r}, not a number")
+    template = getattr(tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else [template or ""]
     if other := next((text for text in texts if not isinstance(text, str)), None):
         raise ValueError(f"its chat_template is {other!r}, not text")

@@ -104,9 +104,7 @@ def _check_values(value: Any, place: str, above: list[int], checked: set[int]) -
             value.encode()
         except UnicodeEncodeError as error:
             place = place.removeprefix(".") or "a key"
-            raise OmpError(
-                f"{place}: {_shortened(value)} is not Unicode (half a surrogate pair); rewrite it."
-            ) from error
+            raise OmpError(f"{place}: {_shortened(value)} has half of a surrogate pair; rewrite it.") from error
     if id(value) in above:
         raise OmpError(f"{place.removeprefix('.')}: contains itself by a YAML alias; write a value without the alias.")
     if not isinstance(value, dict | list) or id(value) in checked:

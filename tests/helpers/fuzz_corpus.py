@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model
 
 from helpers.checkpoints import ENGLISH, make_model, save, sentencepiece_tokenizer
 from helpers.tokenizers_for_tests import package_file, qwen, unigram, word_piece

@@ -789,9 +789,12 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "with a tokenizer."
         ),
     ),
-    "config.json: of a donor of an unknown type, a word for vocab_size": (
-        lambda w: w.bad_donor(configure(model_type="zzz", vocab_size="many")),
-        "tokenizer.source: vocab_size in config.json of {bad} is 'many'; download the model again.",
+    "tokenizer_config.json: a word for the longest text": (
+        lambda w: w.bad_donor(edit("tokenizer_config.json", "model_max_length", value="long")),
+        (
+            "tokenizer.source: cannot read a tokenizer from {bad} (its model_max_length is 'long', not a number); "
+            "name a model with a tokenizer."
+        ),
     ),
     "config.json: of a donor of an unknown type, half a row": (
         lambda w: w.bad_donor(configure(model_type="zzz", hidden_size=0.5)),
@@ -804,11 +807,11 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "download the model again."
         ),
     ),
-    "config.json: a mapping of architectures": (
-        lambda w: w.bad_donor(configure(model_type="zzz", architectures={"A": 1})),
+    "config.json: a number for the architecture": (
+        lambda w: w.bad_donor(configure(model_type="zzz", architectures=[1])),
         (
-            "tokenizer.source: architectures in config.json of {bad} is {{'A': 1}}; mergekit needs exactly one, such "
-            'as ["LlamaForCausalLM"].'
+            "tokenizer.source: architectures in config.json of {bad} is [1]; mergekit needs exactly one, such as "
+            '["LlamaForCausalLM"].'
         ),
     ),
     "weights: missing": (
