@@ -23,7 +23,6 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 import helpers.tokenizers_for_tests as real  # noqa: E402
-import real_weights  # noqa: E402
 
 HEAD = """# Anchors of real pairs
 
@@ -43,18 +42,6 @@ write bytes as letters, so that `é` is a byte in one vocabulary and a letter in
 
 The first two columns count special and reserved tokens with the others; ours pairs them apart and leaves them out.
 """
-
-
-def tokenizers() -> dict[str, PreTrainedTokenizerBase]:
-    """Load the tokenizers, by name."""
-    return {
-        "Gemma 3": real.load(real_weights.checkpoint("gemma3")),
-        "Llama 3": real.llama3(),
-        "Mistral v3": real.mistral(3),
-        "Qwen 2.5": real.qwen(),
-        "SmolLM2": real.load(real_weights.checkpoint("smollm2")),
-        "Tekken": real.tekken(),
-    }
 
 
 @dataclass(frozen=True)
@@ -126,7 +113,7 @@ def vocabulary_table(entries: Mapping[str, Entry]) -> list[str]:
 
 def write(path: Path) -> None:
     """Write both tables."""
-    entries = {name: Entry.of(tokenizer) for name, tokenizer in tokenizers().items()}
+    entries = {name: Entry.of(tokenizer) for name, tokenizer in real.of_anchor_table().items()}
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join([HEAD, *vocabulary_table(entries), "", *pair_table(entries)]) + "\n", encoding="utf-8")
 

@@ -77,6 +77,14 @@ class CopyRows(str, Enum):
     NEVER = "never"
 
 
+class UnsafeTokens(str, Enum):
+    """What becomes of approximated rows that the audit flags."""
+
+    KEEP = "keep"  # they stay as they are
+    MEAN = "mean"  # the mean row
+    PIECES = "pieces"  # the mean of the rows of the token's pieces
+
+
 class OmpParameters(BaseModel, frozen=True):
     """Recipe parameters under ``parameters:``, which can be set globally, per slice or per model.
 
@@ -126,6 +134,12 @@ class OmpParameters(BaseModel, frozen=True):
         default=None,
         description="Memory limit of the solver, excluding its inputs, such as `8GiB`; the default is 60 % of the "
         "free memory. On a CPU, the solver is several times faster with two bytes for every pair of anchors.",
+    )
+    unsafe_tokens: UnsafeTokens = Field(
+        default=UnsafeTokens.KEEP,
+        description="Rows of new tokens that are far likelier than their bytes allow, as a donor can plant them "
+        "(docs/audit.md): `keep` warns, by what the LM head alone tells; `mean` and `pieces` load the complete "
+        "model to read texts, and give flagged tokens the mean row, or the mean of the rows of their pieces.",
     )
     new_vocab_noise: Annotated[FiniteFloat, Field(ge=0)] = Field(
         default=0.0, description="Standard deviation of Gaussian noise added to approximated rows."

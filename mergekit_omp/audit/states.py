@@ -92,6 +92,18 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         )
 
 
+def with_head(model: PreTrainedModel, rows: Tensor) -> PreTrainedModel:
+    """Give a model's head other rows (B, d), in place; a tied input embedding stays.
+
+    A bias becomes its mean, since nobody has one for these rows.
+    """
+    head: Any = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(rows.detach().to(head.weight), requires_grad=False)
+    if getattr(head, "bias", None) is not None:
+        head.bias = torch.nn.Parameter(head.bias.detach().mean().expand(len(rows)), requires_grad=False)
+    return model
+
+
 class _Hook:
     """Have a function see, and replace, what a model's head reads."""
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from mergekit_omp.audit.audit import Audit, RowCheck
 from mergekit_omp.audit.bounds import EXCESS
 from mergekit_omp.audit.scripts import SCRIPTS
-from mergekit_omp.report.samples import readable
+from mergekit_omp.report.samples import printable, readable
 from mergekit_omp.report.tables import Part, heading, indented, new_table
 from mergekit_omp.vocabulary.tokens import Token
 
@@ -51,7 +51,7 @@ def _row_table(rows: Sequence[RowCheck]) -> Table:
     )
     for row in rows:
         table.add_row(
-            _printable(row.token),
+            printable(row.token),
             str(row.id),
             f"{row.share:.1%}",
             f"{row.ratio:.3g}",
@@ -66,14 +66,9 @@ def _row_table(rows: Sequence[RowCheck]) -> Table:
 def _tokens(what: str, tokens: Sequence[Token]) -> Iterator[str]:
     yield f"  {len(tokens):,} {what}"
     if tokens:
-        names = " ".join(f"{_printable(readable(token))} ({token.id})" for token in tokens[:SHOWN])
+        names = " ".join(f"{printable(readable(token))} ({token.id})" for token in tokens[:SHOWN])
         yield f"    {names}"
         yield from _more(len(tokens), "    ")
-
-
-def _printable(token: str) -> str:
-    """Write what a terminal does not show, such as a no-break space, as Python does."""
-    return token if token.isprintable() else ascii(token)[1:-1]
 
 
 def _more(count: int, indent: str = "  ") -> Iterator[str]:

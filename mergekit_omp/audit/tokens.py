@@ -2,16 +2,21 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.audit.scripts import SCRIPTS
+from mergekit_omp.report.samples import readable
 from mergekit_omp.vocabulary.segmentation import text_encoder, text_of
 from mergekit_omp.vocabulary.special import is_html, table
 from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
+
+FIRST = 20
+"""Tokens of each kind that a record names."""
 
 _CONTEXTS = ("{}", "a{}", "{}a", "a{}a", " {}", "{} ", ".{}", "{}.", "1{}", "{}1", "{}\n", "\n{}")
 
@@ -29,6 +34,19 @@ class TokenChecks:
     unreachable: tuple[Token, ...]
     control: tuple[Token, ...]
     changed_scripts: tuple[str, ...]
+
+    def counts(self) -> dict[str, Any]:
+        """Return the counts with the first tokens, for the record of a run."""
+        return {
+            "unreachable": _count(self.unreachable),
+            "control_strings": _count(self.control),
+            "scripts": len(SCRIPTS),
+            "changed_scripts": list(self.changed_scripts),
+        }
+
+
+def _count(tokens: Sequence[Token]) -> dict[str, Any]:
+    return {"count": len(tokens), "first": [{"id": token.id, "token": readable(token)} for token in tokens[:FIRST]]}
 
 
 def check_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> TokenChecks:

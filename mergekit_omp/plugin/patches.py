@@ -123,7 +123,7 @@ def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
     planner._tokenizer_task = OutputTokenizer(transplant=record.transplant)
     weights = [weight for weight, _ in planner._tensors]
     planner._tensors = [
-        (weight, task.model_copy(update={"gather_tensors": plan_realignment(task, record.transplant)}))
+        (weight, task.model_copy(update={"gather_tensors": plan_realignment(task, record)}))
         if isinstance(task.gather_tensors, PermutedVocabulary)
         else (weight, task)
         for weight, task in planner._tensors

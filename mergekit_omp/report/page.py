@@ -7,6 +7,7 @@ import jinja2
 
 from mergekit_omp.evaluation.spans import SpanClass
 from mergekit_omp.report import summary
+from mergekit_omp.report.audit_text import audit_lines
 from mergekit_omp.report.pictures import (
     as_svg,
     draw_matches,
@@ -57,6 +58,7 @@ def page(record: JsonObject, title: str) -> str:
         most_used=[(sides(record, solve), solve["usage"]["most_used"]) for solve in approximated],
         classes=[kind.value for kind in SpanClass],
         spans=[_span_section(title, measured) for title, measured in summary.measured_spans(record)],
+        audit=audit_lines(record),
         samples=record["samples"],
         details=_details(record),
     )

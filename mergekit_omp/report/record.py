@@ -28,6 +28,7 @@ from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
+from mergekit_omp.report.audit_text import unsafe_sentence
 from mergekit_omp.report.fingerprints import file_sha256, fingerprints
 from mergekit_omp.report.samples import choose_samples, readable, with_neighbours
 from mergekit_omp.report.warnings import warnings_for
@@ -73,6 +74,8 @@ class Record:
         tensors: descriptions of the realigned tensors of every input, with the indices of their solves.
         uncovered: ids of new tokens of each input that neither a donor nor an override has a row for.
         copied: ids of tokens of each input whose rows are copied from other models, in every tensor.
+        unsafe: of each input whose approximated rows were checked, what was flagged and what became of it.
+        token_checks: what is odd about the output tokenizer; counts, and the first tokens.
         is_complete: whether all results have been added.
     """
 
@@ -83,6 +86,8 @@ class Record:
         self.tensors: list[dict[str, Any]] = []
         self.uncovered: dict[RecipeModel, list[int]] = {}
         self.copied: dict[RecipeModel, set[int]] = {}
+        self.unsafe: dict[RecipeModel, dict[str, Any]] = {}
+        self.token_checks: dict[str, Any] = {}
         self.is_complete = False
         self._replaced: dict[RecipeModel, set[int]] = {}
         self._warnings: dict[RecipeModel, list[str]] = {}
@@ -91,6 +96,8 @@ class Record:
         """Return the warnings about an input, which are computed once."""
         if model not in self._warnings:
             self._warnings[model] = warnings_for(model, self.transplant, self.copied.get(model, ()))
+            if self.unsafe.get(model, {}).get("flagged"):
+                self._warnings[model].append(unsafe_sentence(self.unsafe[model]))
         return self._warnings[model]
 
     def add_solve(self, posed: DonorProblem, solution: Solution, **settings: Any) -> int:
@@ -137,6 +144,10 @@ class Record:
         ids = uncovered.nonzero().squeeze(1).tolist()
         self.uncovered[model] = [id_ for id_ in ids if tokens[id_].text not in overridden]
 
+    def add_unsafe(self, model: RecipeModel, parameters: OmpParameters, found: Mapping[str, Any]) -> None:
+        """Add what a check of an input's approximated rows found: ``checked``, ``flagged`` and ``worst``."""
+        self.unsafe[model] = {"model": str(model), "unsafe_tokens": parameters.unsafe_tokens.value, **found}
+
     def origins(self, model: RecipeModel) -> torch.Tensor:
         """Return the row of an input that each output row is, int64 (V,); -1 where it is new, copied or overridden."""
         overridden = {token for token, given in self.transplant.overrides.items() if given.force}
@@ -175,6 +186,11 @@ class Record:
             "rows": transplant.rows,
             "models": [_describe_model(model, self) for model in transplant.models],
             "texts": _measure_texts(folder, transplant),
+            "audit": {
+                **self.token_checks,
+                "free_rows": transplant.rows - len(transplant.vocabulary.tokens),
+                "rows": list(self.unsafe.values()),
+            },
             "versions": versions(),
             "machine": {
                 "device": str(transplant.options.device),

@@ -102,6 +102,11 @@ def readable(token: Token) -> str:
     return shown if len(shown) <= _MAX_LENGTH else f"{shown[: _MAX_LENGTH - 1]}…"
 
 
+def printable(token: str) -> str:
+    """Write what a terminal does not show, such as a no-break space, as Python does."""
+    return token if token.isprintable() else ascii(token)[1:-1]
+
+
 def _is_word(vocabulary: Vocabulary, id_: int) -> bool:
     token = vocabulary.tokens[id_]
     text = token.data.decode(errors="replace").strip()

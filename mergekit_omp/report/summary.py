@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mergekit_omp.report.audit_text import audit_lines
 from mergekit_omp.report.record import copied_rows
 from mergekit_omp.report.scores import Spans, table_of_spans
 from mergekit_omp.report.tables import Part, heading, indented, new_table, note
@@ -57,6 +58,10 @@ def summary(record: JsonObject) -> Iterator[Part]:
         yield ""
         yield heading(title)
         yield indented(table_of_spans(measured))
+    if lines := audit_lines(record):
+        yield ""
+        yield heading("Audit, the part that runs no model")
+        yield from (f"  {line}" for line in lines)
     if advice(record):
         yield ""
     yield from map(note, advice(record))

@@ -1,4 +1,4 @@
-"""Estimate the common direction of a model's last hidden states on a text, for ``numerals: digits``."""
+"""Run a complete model in a merge, and estimate the common direction of its last states for ``numerals: digits``."""
 
 import logging
 
@@ -38,15 +38,10 @@ class FindLogitShift(Task[LogitShift]):
     @on_the_cpu
     def execute(self, **_kwargs: object) -> LogitShift:
         """Run the model on the first window of each built-in tuning text."""
-        LOG.info("Running %s on a text for numerals: digits", self.model)
-        loader = LoaderCache()
-        trust = loader.trust_remote_code
-        merged = self.model.reference.merged(loader.lora_cache_dir, trust, loader.lora_merge_dtype)
-        path = merged.local_path(loader.hf_cache_dir)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust)
+        model = load_complete(self.model, "numerals: digits")
         tokenizer = self.model.tokenizer
         texts = [windows(text, WINDOW_BYTES)[0] for text in builtin_texts("tuning").values()]
-        return logit_shift(model.eval(), [tokenizer(text).input_ids for text in texts])
+        return logit_shift(model, [tokenizer(text).input_ids for text in texts])
 
 
 @torch.inference_mode()
@@ -81,13 +76,33 @@ def find_logit_shift(model: RecipeModel) -> FindLogitShift:
     Raises:
         OmpError: if it is not a causal language model.
     """
+    check_runs(model, "numerals: digits")
+    return FindLogitShift(model=model)
+
+
+def load_complete(model: RecipeModel, setting: str) -> PreTrainedModel:
+    """Load an input of the merge with its adapter, in its own dtype, on the CPU and in evaluation mode.
+
+    Args:
+        model: the input.
+        setting: what it runs for, such as ``numerals: digits``, for the log.
+    """
+    LOG.info("Running %s on a text for %s", model, setting)
+    loader = LoaderCache()
+    trust = loader.trust_remote_code
+    merged = model.reference.merged(loader.lora_cache_dir, trust, loader.lora_merge_dtype)
+    path = merged.local_path(loader.hf_cache_dir)
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", trust_remote_code=trust).eval()
+
+
+def check_runs(model: RecipeModel, setting: str) -> None:
+    """Raise an OmpError unless an input is a causal language model, which a setting such as ``key: value`` runs."""
     config = model.config
     assert config is not None, "every input is a model"
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in getattr(
         config, "auto_map", {}
     ):
         raise OmpError(
-            f"numerals: digits runs the model on a text, but {model} ({config.model_type}) is not a causal language "
-            "model; remove numerals."
+            f"{setting} runs the model on a text, but {model} ({config.model_type}) is not a causal language "
+            f"model; remove {setting.partition(':')[0]}."
         )
-    return FindLogitShift(model=model)

@@ -1,25 +1,31 @@
 """Plan the tasks of a resolved recipe: the solves that each vocabulary tensor of the output needs."""
 
+from collections.abc import Sequence
+
+from mergekit.common import ModelReference
 from mergekit.io.tasks import LoadTensor
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
 from mergekit_omp.checkpoints.weights import vocabulary_matrix
 from mergekit_omp.compat import ExecuteMergeMethodTask, PermutedVocabulary
 from mergekit_omp.initializers.registry import initializer_of, needs_donor
-from mergekit_omp.parameters import Numerals, OmpParameters
+from mergekit_omp.parameters import Numerals, OmpParameters, UnsafeTokens
 from mergekit_omp.recipe.copies import Copies, find_copies
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
+from mergekit_omp.report.record import Record
 from mergekit_omp.tasks.hidden_states import find_logit_shift
 from mergekit_omp.tasks.tasks import PoseProblem, PrepareRows, RealignedInput, RealignVocabulary, SolveCodes
 from mergekit_omp.tasks.undertrained import find_trained_rows
+from mergekit_omp.tasks.unsafe import ReplaceUnsafe, replace_unsafe
 
 
-def plan_realignment(task: ExecuteMergeMethodTask, transplant: Transplant) -> RealignVocabulary:
+def plan_realignment(task: ExecuteMergeMethodTask, record: Record) -> RealignVocabulary:
     """Return the task that replaces mergekit's ``PermutedVocabulary`` before the merge of one tensor.
 
     Raises:
         OmpError: if a required donor has no weights.
     """
+    transplant = record.transplant
     permuted = task.gather_tensors
     assert isinstance(permuted, PermutedVocabulary)
     role = vocabulary_role(task.output_weight.name)
@@ -35,6 +41,7 @@ def plan_realignment(task: ExecuteMergeMethodTask, transplant: Transplant) -> Re
             RealignedInput(
                 model=model,
                 new_rows=_plan_rows(model, role, parameters, copies, transplant),
+                safe_rows=_plan_safe_rows(model, parameters, merged, transplant),
                 copies=copies,
                 copied_weights=tuple(
                     (other, *vocabulary_matrix(other.reference, role, transplant.options, other.key))
@@ -51,6 +58,7 @@ def plan_realignment(task: ExecuteMergeMethodTask, transplant: Transplant) -> Re
         overrides=tuple((permuted.tokens or {}).items()),
         vocabulary_axis=permuted.vocabulary_axis,
         name=task.output_weight.name,
+        record=record,
     )
 
 
@@ -97,6 +105,21 @@ def _plan_rows(
             )
         )
     return tuple(planned)
+
+
+def _plan_safe_rows(
+    model: RecipeModel, parameters: OmpParameters, merged: Sequence[ModelReference], transplant: Transplant
+) -> ReplaceUnsafe | None:
+    """Return the task that replaces flagged rows; the same for both sides, if these have the same parameters."""
+    if parameters.unsafe_tokens is UnsafeTokens.KEEP:
+        return None
+    embedding, head = (
+        vocabulary_matrix(model.reference, side, transplant.options, model.key) for side in VocabularyRole
+    )
+    role = VocabularyRole.INPUT if head == embedding else VocabularyRole.HEAD  # whose rows a tied head gets
+    copies = find_copies(model, role, parameters, merged, transplant)
+    new_rows = _plan_rows(model, role, parameters, copies, transplant)
+    return replace_unsafe(transplant, model, new_rows, head, parameters.unsafe_tokens)
 
 
 def _plan_solve(

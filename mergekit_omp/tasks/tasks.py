@@ -19,6 +19,10 @@ from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.tokenizer.config import TokenEmbeddingConfig
 from pydantic import BaseModel, InstanceOf
 
+from mergekit_omp.audit.audit import LISTED
+from mergekit_omp.audit.head import likely_everywhere
+from mergekit_omp.audit.tokens import check_tokens
+from mergekit_omp.audit.unsafe import UnsafeRows
 from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
 from mergekit_omp.compat import TokenizerInfo
 from mergekit_omp.initializers.base import NewTokens, RowFunction
@@ -31,6 +35,7 @@ from mergekit_omp.recipe.copies import Copies
 from mergekit_omp.recipe.overrides import override_row
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
 from mergekit_omp.report.record import Record, never_fatal
+from mergekit_omp.report.samples import readable
 from mergekit_omp.solver.cache import solve_with_cache
 from mergekit_omp.tasks.hidden_states import FindLogitShift
 from mergekit_omp.tasks.placement import on_the_cpu
@@ -143,6 +148,14 @@ class NewRows:
     seconds: float
 
 
+@dataclass(frozen=True)
+class SafeRows:
+    """The check of an input's approximated rows, and the rows that replace flagged ones; None if none is flagged."""
+
+    found: UnsafeRows
+    rows: NewRows | None
+
+
 class PrepareRows(Task[NewRows]):
     """Run the part of an initializer that serves both the input embedding and the LM head of a model."""
 
@@ -210,6 +223,7 @@ class RealignedInput(BaseModel, frozen=True):
 
     model: InstanceOf[RecipeModel]
     new_rows: tuple[PrepareRows, ...]  # one per donor of new tokens
+    safe_rows: Task[SafeRows] | None  # that replace some of these, for unsafe_tokens
     copies: InstanceOf[Copies]
     copied_weights: tuple[
         tuple[InstanceOf[RecipeModel], LoadTensor, int], ...
@@ -231,12 +245,14 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
     overrides: tuple[tuple[str, TokenEmbeddingConfig], ...]
     vocabulary_axis: int
     name: str
+    record: InstanceOf[Record]
 
     def arguments(self) -> dict[str, Task]:
         """Return the tasks of the loaded inputs, their new rows and the matrices that they copy rows from."""
         needed: dict[str, Task] = {"tensors": self.gather_tensors}
         for i, one in enumerate(self.inputs):
             needed |= {f"rows_{i}_{j}": rows for j, rows in enumerate(one.new_rows)}
+            needed |= {} if one.safe_rows is None else {f"safe_{i}": one.safe_rows}
             needed |= {f"copied_{i}_{j}": load for j, (_, load, _) in enumerate(one.copied_weights)}
         return needed
 
@@ -263,7 +279,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
                 donor: needed[f"copied_{i}_{j}"].movedim(axis, 0)
                 for j, (donor, _, axis) in enumerate(one.copied_weights)
             }
-            result = self._realign(one, views, prepared, donors)
+            result = self._realign(one, views, prepared, needed.get(f"safe_{i}"), donors)
             realigned[one.model.reference] = result.movedim(0, self.vocabulary_axis)
         return realigned
 
@@ -272,6 +288,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         one: RealignedInput,
         views: dict[ModelReference, torch.Tensor],
         prepared: list[NewRows],
+        safe: SafeRows | None,
         donors: dict[RecipeModel, torch.Tensor],
     ) -> torch.Tensor:
         started = time.perf_counter()
@@ -286,17 +303,20 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             check_rows(tensor, other.match.rows, f"{self.name} of {other}")
         copied = one.copies.among(sources).rows(match, sources, weight)
         is_head = vocabulary_role(self.name) is VocabularyRole.HEAD
+        made = [*prepared, safe.rows] if safe and safe.rows else prepared  # the last that has a token counts
         result = realign(
             weight,
             match,
-            [new.problem for new in prepared],
-            [new.make(weight, is_head) for new in prepared],
+            [new.problem for new in made],
+            [new.make(weight, is_head) for new in made],
             parameters=one.parameters,
             size=self.transplant.rows,
             free_rows=model.vocabulary.free_rows(len(weight)),
             copied=copied,
             overrides=self._override_rows(model, views),
         )
+        if safe is None and result.ndim == 2 and (is_head or has_tied_head(model)):
+            self._check_head(one, result, prepared)
         LOG.info(
             "%s of %s: %d rows from %d; %d kept, %d copied, %s; %.1f s",
             self.name,
@@ -309,6 +329,17 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             time.perf_counter() - started + sum(new.seconds for new in prepared),
         )
         return result
+
+    def _check_head(self, one: RealignedInput, matrix: torch.Tensor, prepared: list[NewRows]) -> None:
+        """Record approximated rows that are likely everywhere, as far as the head alone tells."""
+        tokens, anchors = self.transplant.vocabulary.tokens, one.model.match.atoms()
+        ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(new.problem.target_ids for new in prepared)])
+        flagged = likely_everywhere(matrix, anchors, ids) if len(ids) else None
+        if flagged is None:
+            return
+        worst = [{"id": id_, "token": readable(tokens[id_])} for id_ in flagged[:LISTED].tolist()]
+        found = {"checked": len(ids), "flagged": len(flagged), "worst": worst}
+        self.record.add_unsafe(one.model, one.parameters, found)
 
     def _override_rows(self, model: RecipeModel, views: dict[ModelReference, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Return the rows of overrides, for new tokens and for tokens whose override is forced."""
@@ -332,17 +363,20 @@ class RecordTransplant(Task[None]):
         prepared = [rows for task in self.realigned for one in task.inputs for rows in one.new_rows]
         solves = dict.fromkeys(rows.solve for rows in prepared if rows.solve is not None)
         others = dict.fromkeys(rows.pose for rows in prepared if rows.solve is None)
+        safe = dict.fromkeys(one.safe_rows for task in self.realigned for one in task.inputs if one.safe_rows)
         return {
             **{f"solution_{index}": solve for index, solve in enumerate(solves)},
             **{f"problem_{index}": pose for index, pose in enumerate(others)},
+            **{f"safe_{index}": task for index, task in enumerate(safe)},
         }
 
     @on_the_cpu
     @never_fatal
-    def execute(self, **results: Solution | Problem) -> None:
+    def execute(self, **results: Solution | Problem | SafeRows) -> None:
         """Add the results while their codes are in memory."""
         solve_indices: dict[SolveCodes, int] = {}
         problems: dict[PoseProblem, Problem] = {}
+        safe: dict[Task, SafeRows] = {}
         for name, task in self.arguments().items():
             result = results[name]
             if isinstance(result, Solution):
@@ -355,6 +389,8 @@ class RecordTransplant(Task[None]):
                     normalize_atoms=task.normalize_atoms,
                 )
                 problems[task.pose] = result.problem
+            elif isinstance(result, SafeRows):
+                safe[task] = result
             else:
                 self.record.add_other_rows(task.posed, result)
                 problems[task] = result
@@ -368,7 +404,16 @@ class RecordTransplant(Task[None]):
                     problems=[problems[rows.pose] for rows in one.new_rows],
                     copied=list(one.copies.shares(one.model.match)),
                 )
+                if one.safe_rows is not None:
+                    self.record.add_unsafe(one.model, one.parameters, safe[one.safe_rows].found.as_dict())
+        transplant = self.record.transplant
+        self.record.token_checks = check_tokens(transplant.tokenizer, transplant.vocabulary).counts()
         self.record.is_complete = True
+
+
+def has_tied_head(model: RecipeModel) -> bool:
+    """Tell whether a model's input embedding is its head, by its configuration."""
+    return bool(model.config and getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def _all_like(device: torch.device) -> list[torch.device] | None:

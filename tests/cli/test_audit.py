@@ -5,46 +5,28 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner, Result
-from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
+from helpers.checkpoints import ENGLISH, byte_level_tokenizer, make_model, save
 from helpers.commands import merge_here, recipe
+from helpers.planted import PARAMETERS, write_planted
 from safetensors.torch import load_file, save_file
 
 from mergekit_omp.cli.main import main
-from mergekit_omp.vocabulary.matching import match_vocabularies
-from mergekit_omp.vocabulary.tokens import read_vocabulary
-
-PLANTED = 6
 
 
 def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def plant(head: torch.Tensor, anchors: torch.Tensor, new: list[int]) -> None:
-    """Make each new row of a donor a large sum of two anchors' rows, whose code OMP finds again."""
-    for index, id_ in enumerate(new):
-        head[id_] = 60 * (head[anchors[2 * index]] + head[anchors[2 * index + 1]])
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, list[int]]:
     """Base, honest output, output with planted rows, and the ids of these."""
     folder = tmp_path_factory.mktemp("planted")
-    base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
-    base, donor = make_model(base_tokenizer, seed=1), make_model(donor_tokenizer, seed=2, hidden=48)
-    honest = save(folder / "honest", donor, donor_tokenizer)
-    match = match_vocabularies(*map(read_vocabulary, (donor_tokenizer, base_tokenizer)))
-    new = match.is_new().nonzero().flatten().tolist()[:PLANTED]
-    plant(donor.lm_head.weight.data, match.atoms(), new)
-    evil = save(folder / "evil", donor, donor_tokenizer)
-    save(folder / "base", base, base_tokenizer)
+    base, honest, evil, new = write_planted(folder)
     for name, source in (("good", honest), ("bad", evil)):
-        parameters = {"k": 5, "reconstruction": "combination"}
-        result = merge_here(recipe(folder / "base", source, parameters=parameters), folder / name, "--quiet")
+        result = merge_here(recipe(base, source, parameters=PARAMETERS), folder / name, "--quiet")
         assert result.exit_code == 0, result.output
-    return folder / "base", folder / "good", folder / "bad", new
+    return base, folder / "good", folder / "bad", new
 
 
 def test_all_planted_rows_are_found(planted: tuple[Path, Path, Path, list[int]]) -> None:

@@ -122,6 +122,20 @@ def mistral(version: int) -> LlamaTokenizer:
         return LlamaTokenizer.from_pretrained(folder)
 
 
+def of_anchor_table() -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers of docs/anchors.md, by name there; downloads SmolLM2's and Gemma's once."""
+    import real_weights
+
+    return {
+        "Gemma 3": load(real_weights.checkpoint("gemma3")),
+        "Llama 3": llama3(),
+        "Mistral v3": mistral(3),
+        "Qwen 2.5": qwen(),
+        "SmolLM2": load(real_weights.checkpoint("smollm2")),
+        "Tekken": tekken(),
+    }
+
+
 def byte_level(*, add_prefix_space: bool = False, size: int = 400) -> PreTrainedTokenizerFast:
     """Byte-level BPE as GPT-2's and RoBERTa's, trained on a few lines."""
     backend = Tokenizer(models.BPE())

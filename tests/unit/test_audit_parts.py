@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mergekit_omp.audit.audit import check_rows_of
 from mergekit_omp.audit.bounds import ByteBounds, excess_over_bounds
+from mergekit_omp.audit.head import FEWEST, likely_everywhere
 from mergekit_omp.audit.scripts import SCRIPTS
-from mergekit_omp.audit.states import States, last_states, logits_of
+from mergekit_omp.audit.states import States, last_states, logits_of, with_head
 from mergekit_omp.audit.tokens import check_tokens
 from mergekit_omp.errors import OmpError
 from mergekit_omp.vocabulary.matching import match_vocabularies
@@ -66,6 +67,35 @@ def test_states_of_another_width(states: States) -> None:
     wider = make_model(byte_level_tokenizer(ENGLISH, 420), hidden=64)
     with pytest.raises(OmpError, match="--base: it is 32 wide, and the model 64"):
         logits_of(wider, states.hidden)
+
+
+@torch.inference_mode()
+def test_other_rows_for_a_head(states: States) -> None:
+    """A head of fewer rows and a bias computes their logits, and a tied input embedding stays."""
+    model = make_model(byte_level_tokenizer(ENGLISH, 420), tied=True).eval()
+    embedding = model.get_input_embeddings().weight.clone()
+    model.lm_head.bias = torch.nn.Parameter(torch.arange(len(embedding)).float())
+    rows = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    found = logits_of(with_head(model, rows), states.hidden)
+    torch.testing.assert_close(found, states.hidden @ rows.T + (len(embedding) - 1) / 2, atol=1e-4, rtol=1e-5)
+    assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+def test_rows_that_are_likely_everywhere_by_the_head_alone() -> None:
+    """Rows that say how frequent tokens are; new ones of rare tokens, and five that are those of frequent tokens."""
+    random = torch.Generator().manual_seed(0)
+    anchors, new, width = 20_000, 4_000, 96
+    direction = torch.nn.functional.normalize(torch.randn(width, generator=random), dim=0)
+    frequency = torch.cat([-torch.log1p(torch.arange(anchors).float()), torch.full((new,), -9.0)])
+    rows = 0.5 * frequency[:, None] * direction + 0.5 * torch.randn(anchors + new, width, generator=random)
+    planted = torch.arange(5) + anchors + 100
+    rows[planted] = 1.05 * rows[torch.arange(5)]
+    ids = torch.arange(anchors, anchors + new)
+    found = likely_everywhere(rows.bfloat16(), torch.arange(anchors), ids)
+    assert found is not None
+    assert set(planted.tolist()) <= set(found.tolist())
+    assert len(found) - len(planted) <= 0.005 * new
+    assert likely_everywhere(rows, torch.arange(FEWEST - 1), ids) is None
 
 
 def test_what_all_rows_moved_by_is_nobodys_doing(states: States) -> None:
