@@ -87,11 +87,12 @@ class RowRegression:
         scale = norm / rows.norm(dim=1).mean().item()
         empty = cls(base, rows[:0], rows[:0], rows.mean(dim=0), scale, norm)
         # upper triangle of φᵀφ (F, F), and φᵀb (F, D), summed in float64
-        gram = right = torch.zeros((), dtype=torch.float64)
+        width = anchors.shape[1] + 3 * rows.shape[1] + 1
+        gram, right = (rows.new_zeros(width, columns, dtype=torch.float64) for columns in (width, rows.shape[1]))
         for part in _parts(len(rows)):
             features = empty.features(anchors[part], pieces[part])
-            gram = gram + _upper_products(features).double()
-            right = right + (features.T @ rows[part]).double()
+            _add_upper_products(gram, features)
+            right += (features.T @ rows[part]).double()
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         weights = torch.cholesky_solve(right, torch.linalg.cholesky(gram, upper=True), upper=True).float()
         for part in _parts(len(rows)):
@@ -158,15 +159,23 @@ def pieces_of_anchors(tokens: Sequence[bytes], rows_of: Mapping[bytes, int]) -> 
     return [spell(token, rows_of, min(longest, len(token) - 1)) for token in tokens]
 
 
-def _upper_products(rows: Tensor, blocks: int = 8) -> Tensor:
-    """Return the upper triangle of rowsᵀ rows (F, F) for rows (T, F); the part below is undefined."""
-    size = rows.shape[1]
-    products = rows.new_zeros(size, size)
-    for columns in torch.arange(size).tensor_split(blocks):
+def memory_of_regression(anchors: int, donor_width: int, base_width: int) -> int:
+    """Return the bytes that :meth:`RowRegression.fit` needs beside its arguments.
+
+    These are the anchors' base rows, the normal equations in float64 with their factor, and the features of a batch
+    with the rows that they are made from.
+    """
+    width = donor_width + 3 * base_width + 1
+    equations = 8 * 2 * width * (width + base_width)
+    return 4 * anchors * base_width + equations + 4 * 2 * width * min(anchors, _TOKENS_PER_BATCH)
+
+
+def _add_upper_products(gram: Tensor, rows: Tensor, blocks: int = 8) -> None:
+    """Add the upper triangle of rowsᵀ rows, for rows (T, F), to ``gram`` (F, F); the part below is undefined."""
+    for columns in torch.arange(rows.shape[1]).tensor_split(blocks):
         if len(columns):
             part, end = slice(int(columns[0]), int(columns[-1]) + 1), int(columns[-1]) + 1
-            products[:end, part] = rows[:, :end].T @ rows[:, part]
-    return products
+            gram[:end, part] += (rows[:, :end].T @ rows[:, part]).double()
 
 
 def _parts(count: int) -> Iterator[slice]:

@@ -15,7 +15,8 @@ from pydantic import ByteSize, TypeAdapter
 from transformers import PretrainedConfig
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole, hidden_size
-from mergekit_omp.parameters import Approximation, OmpParameters
+from mergekit_omp.initializers.regression import memory_of_regression
+from mergekit_omp.parameters import Approximation, OmpParameters, Reconstruction
 from mergekit_omp.recipe.blocks import settings_of
 from mergekit_omp.recipe.copies import Offer, copies_of, find_offers
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
@@ -254,8 +255,13 @@ def _plan(solve: Solve, device: torch.device) -> SolvePlan:
 
 
 def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
-    """Estimate peak memory in bytes: the donor's matrix, its anchors and targets in the solver, and the output."""
+    """Estimate peak memory in bytes: the donor's matrix, its anchors and targets in the solver, and the output.
+
+    The rows are made after the solve.
+    """
     needs = [0]
+    regresses = Reconstruction.REGRESSION.value in settings_of(transplant.config, "reconstruction")
+    width = max(hidden_size(_config(model)) or 0 for model in transplant.inputs)
     for solve in solves:
         donor = next(model for model in transplant.donors if str(model) == solve.donor)
         stored = _itemsize(_config(donor))
@@ -263,7 +269,8 @@ def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
         gathered = (solve.atoms + solve.targets) * solve.dim * stored
         matrices = _plan(solve, torch.device(transplant.options.device or "cpu")).matrix_bytes
         solver = matrices + solve.targets * solve.k * 12
-        needs.append(matrix + gathered + solver)
+        regression = memory_of_regression(solve.atoms, solve.dim, width) if regresses else 0
+        needs.append(matrix + gathered + max(solver, regression))
     vocabulary = max(
         (_rows(model) + len(transplant.vocabulary.tokens)) * (hidden_size(_config(model)) or 0) * 4
         for model in transplant.inputs
