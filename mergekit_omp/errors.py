@@ -33,8 +33,12 @@ class OmpError(click.ClickException, ValueError):
 
     def __init__(self, message: str) -> None:
         # Lone surrogates, which JSON and YAML can contain, cannot be printed.
-        super().__init__(message.encode(errors="backslashreplace").decode())
+        printable = message.encode(errors="backslashreplace").decode()
+        super().__init__(_LONG_WORD.sub(r"\1…", printable))
 
+
+_LONG_WORD = re.compile(r"(\S{200})\S{300,}")
+"""A word that nobody reads to its end, such as a value of a damaged file."""
 
 _LONGEST_REASON = 500
 

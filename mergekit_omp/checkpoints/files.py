@@ -28,7 +28,14 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 """Files that describe the processor of a model with image or audio input."""
 
+_LONGEST_NAME = 255  # characters of a file's name; file systems allow no more
+
 _VOCABULARY_MODULE = re.compile(r"\.(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|lm_head|embed_out)\.")
+
+MOST_LAYERS = 10_000
+"""Larger numbers of layers are certainly wrong; models have some hundreds at most."""
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 _LANGUAGE_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 """Keys under which a multimodal configuration describes its language model."""
@@ -63,6 +70,7 @@ def read_config(
     with failures_as(
         lambda reason: f"{key}: config.json of {model} cannot be read ({reason}); download the model again."
     ):
+        _check_depth(PretrainedConfig.get_config_dict(path, revision=model.model.revision)[0])
         config = read(model, trust_remote_code)
     architectures = config.architectures
     if not (isinstance(architectures, list) and len(architectures) == 1 and isinstance(architectures[0], str)):
@@ -71,6 +79,15 @@ def read_config(
             'mergekit needs exactly one, such as ["LlamaForCausalLM"].'
         )
     return config
+
+
+def _check_depth(config: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an absurd number of layers, since configurations build lists with an entry for each."""
+    for part in (config, *(part for part in config.values() if isinstance(part, dict))):
+        for key in _LAYERS:
+            layers = part.get(key)
+            if isinstance(layers, int) and layers > MOST_LAYERS:
+                raise ValueError(f"{key} is {layers}, and no model has more than {MOST_LAYERS}")
 
 
 def config_of_donor(model: ModelReference, trust_remote_code: bool) -> PretrainedConfig:
@@ -258,7 +275,7 @@ def _shards(index: Path, key: str) -> dict[str, list[str]]:
 
 def _is_inside(shard: Any) -> bool:
     """Tell whether a shard's name stays in the folder on every operating system."""
-    if not isinstance(shard, str) or not shard:
+    if not isinstance(shard, str) or not 0 < len(shard) <= _LONGEST_NAME:
         return False
     windows = PureWindowsPath(shard)
     return not (PurePosixPath(shard).is_absolute() or windows.drive or windows.root or ".." in windows.parts)

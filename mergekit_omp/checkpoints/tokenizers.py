@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mergekit_omp.checkpoints.files import find_file
 from mergekit_omp.errors import failures_as
-from mergekit_omp.vocabulary.tokens import ROLES
+from mergekit_omp.vocabulary.tokens import LARGEST_GAP, ROLES
 
 LOG = logging.getLogger(__name__)
 
@@ -148,13 +148,16 @@ def _convert_tekken(tekken: Path) -> PreTrainedTokenizerBase:
     """Convert a ``tekken.json`` to a tokenizer that starts texts with bos, as mistral-common does.
 
     Raises:
-        ValueError: if transformers is too old.
+        ValueError: if transformers is too old, or the file declares absurdly many special tokens.
     """
     if Version(transformers.__version__) < Version(_TEKKEN_SINCE):
         raise ValueError(
             f"a tekken.json without a tokenizer.json needs transformers {_TEKKEN_SINCE} or newer, and "
             f"{transformers.__version__} is installed"
         )
+    special = json.loads(tekken.read_text(encoding="utf-8"))["config"]["default_num_special_tokens"]
+    if special > LARGEST_GAP:  # one is made for each
+        raise ValueError(f"default_num_special_tokens in its tekken.json is {special}")
     from transformers.integrations.mistral import convert_tekken_tokenizer  # type: ignore[attr-defined]
 
     tokenizer = convert_tekken_tokenizer(str(tekken))

@@ -105,7 +105,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
         The tokens by id, and the ids of the tokens with a role.
 
     Raises:
-        OmpError: if the tokenizer's kind is unknown, it has no tokens, or an id is absurd.
+        OmpError: if the tokenizer's kind is unknown, it has no tokens, or an id is absurd or of two tokens.
 
     Example:
         >>> from mergekit_omp import read_vocabulary
@@ -150,10 +150,31 @@ def _texts_by_id(tokenizer: PreTrainedTokenizerBase, added: Mapping[int, AddedTo
     """Return the string of every id; added tokens override the vocabulary of the tokenizer model.
 
     Bytes, as in vocabularies of tiktoken's kind, become strings of the byte-level alphabet.
+
+    Raises:
+        OmpError: if two tokens that are not added have one id.
     """
-    texts = {id_: as_text(text) for text, id_ in tokenizer.get_vocab().items()}
+    vocabulary = tokenizer.get_vocab()
+    texts = {id_: as_text(text) for text, id_ in vocabulary.items()}
+    if len(texts) < len(vocabulary):
+        _check_ids(tokenizer, vocabulary, texts, added)
     texts.update((id_, token.content) for id_, token in added.items())
     return texts
+
+
+def _check_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Mapping[str, int],
+    texts: Mapping[int, str],
+    added: Mapping[int, AddedToken],
+) -> None:
+    """Raise an OmpError for an id of two tokens, of which one would be lost when the tokenizer is saved."""
+    for text, id_ in vocabulary.items():
+        if texts[id_] != as_text(text) and id_ not in added:
+            raise OmpError(
+                f"The tokenizer {name_of(tokenizer)} gives {as_text(text)!r} and {texts[id_]!r} the same id, {id_}; "
+                "download the tokenizer again."
+            )
 
 
 def _roles(tokenizer: PreTrainedTokenizerBase, ids: Mapping[str, int]) -> dict[str, int]:

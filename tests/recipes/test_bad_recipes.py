@@ -722,8 +722,15 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     "config.json: a billion layers": (
         lambda w: w.bad_base(configure(num_hidden_layers=10**9, layer_types=DROP)),
         (
-            "models[0].model: config.json of {bad} declares 1000000000 layers, but its checkpoint has 21 tensors "
-            "in all; download the model again."
+            "models[0].model: config.json of {bad} cannot be read (num_hidden_layers is 1000000000, and no model has "
+            "more than 10000); download the model again."
+        ),
+    ),
+    "config.json: a thousand layers": (
+        lambda w: w.bad_base(configure(num_hidden_layers=1000, layer_types=DROP)),
+        (
+            "models[0].model: config.json of {bad} declares 1000 layers, but its checkpoint has 21 tensors in all; "
+            "download the model again."
         ),
     ),
     "config.json: one layer too many": (
@@ -767,6 +774,10 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "The tokenizer '{bad}' has 376 tokens, but gives 'Ġthe' the id 4294967295, so that an embedding would "
             "need as many rows; download the tokenizer again."
         ),
+    ),
+    "tokenizer.json: two tokens with one id": (
+        lambda w: w.bad_donor(edit("tokenizer.json", "model", "vocab", "Ġthe", value=7)),
+        "The tokenizer '{bad}' gives 'Ġthe' and \"'\" the same id, 7; download the tokenizer again.",
     ),
     "tokenizer.json: merges on which tokenizers ends the process": (
         lambda w: w.bad_base(edit("tokenizer.json", "model", "continuing_subword_prefix", value="@" * 9)),
@@ -933,6 +944,13 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         (
             "models[0].model: {bad}/model.safetensors.index.json is not an index of weights ('list' object has no"
             " attribute 'items'); download the model again."
+        ),
+    ),
+    "index.json: a name of three thousand letters": (
+        lambda w: w.bad_base(shard(lambda names: names | {"lm_head.weight": "x" * 3000})),
+        (
+            "models[0].model: {bad}/model.safetensors.index.json names the shard '" + "x" * 199 + "… which is not a "
+            "file in the model's folder; do not use this model unless you know why."
         ),
     ),
     "index.json: names nothing": (
