@@ -1,10 +1,12 @@
 """Test that a run needs no more memory than ``mergekit-omp inspect`` said, on vocabularies of some size.
 
-The peak is what the operating system reports of the process (``ru_maxrss``), files that it has mapped included. A
+The peak is what the operating system reports of the process (``VmHWM``), files that it has mapped included. A
 limit on address space, as ``ulimit -v`` sets, says little about torch, which reserves much that it never touches.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,14 @@ def used(given: dict[str, Any], out: Path) -> int:
     """Run a recipe in a process of its own, and return its peak memory in bytes."""
     merge(given, out, "--quiet")
     return json.loads((out / "omp_record.json").read_text())["peak_memory_bytes"]
+
+
+def test_a_large_parent_is_not_counted() -> None:
+    large = bytearray(2 * 2**30)
+    large[:: 2**12] = b"1" * (len(large) // 2**12)
+    code = "from mergekit_omp.report.record import peak_memory; print(peak_memory())"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 0 < int(result.stdout) < len(large)
 
 
 def wide_tokenizer(first: int, last: int) -> PreTrainedTokenizerFast:
