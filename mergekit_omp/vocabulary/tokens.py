@@ -171,9 +171,10 @@ def _check_ids(
     """Raise an OmpError for an id of two tokens, of which one would be lost when the tokenizer is saved."""
     for text, id_ in vocabulary.items():
         if texts[id_] != as_text(text) and id_ not in added:
+            one, other = sorted((as_text(text), texts[id_]))  # a vocabulary has no fixed order
             raise OmpError(
-                f"The tokenizer {name_of(tokenizer)} gives {as_text(text)!r} and {texts[id_]!r} the same id, {id_}; "
-                "download the tokenizer again."
+                f"The tokenizer {name_of(tokenizer)} gives {one!r} and {other!r} the same id, {id_}; download the "
+                "tokenizer again."
             )
 
 

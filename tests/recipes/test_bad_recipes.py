@@ -777,7 +777,7 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
     ),
     "tokenizer.json: two tokens with one id": (
         lambda w: w.bad_donor(edit("tokenizer.json", "model", "vocab", "Ġthe", value=7)),
-        "The tokenizer '{bad}' gives 'Ġthe' and \"'\" the same id, 7; download the tokenizer again.",
+        "The tokenizer '{bad}' gives \"'\" and 'Ġthe' the same id, 7; download the tokenizer again.",
     ),
     "tokenizer.json: merges on which tokenizers ends the process": (
         lambda w: w.bad_base(edit("tokenizer.json", "model", "continuing_subword_prefix", value="@" * 9)),
