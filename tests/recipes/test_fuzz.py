@@ -1,6 +1,7 @@
 """Damage every file that a run reads: the result is right, or an OmpError with a sentence.
 
-``MERGEKIT_OMP_FUZZ_CASES=20000`` tries that many cases instead of a few, ``MERGEKIT_OMP_FUZZ_SEED=1`` tries others.
+``MERGEKIT_OMP_FUZZ_CASES=20000`` tries that many cases instead of a few, as far as ``MERGEKIT_OMP_FUZZ_SECONDS=900`` go;
+``MERGEKIT_OMP_FUZZ_SEED=1`` tries others. ``MERGEKIT_OMP_FUZZ_KEEP=<folder>`` keeps the smallest file of each bug.
 """
 
 import json
@@ -139,7 +140,7 @@ def try_all(sandbox: Sandbox, name: str, cases: st.SearchStrategy[Case], share: 
         outcome = sandbox(case)
         outcomes[outcome.kind] += 1
         if outcome.kind == "bug":
-            key = outcome.text.strip().splitlines()[-1][:60]
+            key = "\n".join(line[:100] for line in outcome.text.splitlines()[-3:])
             if key not in bugs or len(case.data) < len(bugs[key][0].data):
                 bugs[key] = case, outcome
 
