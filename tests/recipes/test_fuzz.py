@@ -1,7 +1,7 @@
 """Damage every file that a run reads: the result is right, or an OmpError with a sentence.
 
-``MERGEKIT_OMP_FUZZ_CASES=20000`` tries that many cases instead of a few, as far as ``MERGEKIT_OMP_FUZZ_SECONDS=900`` go;
-``MERGEKIT_OMP_FUZZ_SEED=1`` tries others. ``MERGEKIT_OMP_FUZZ_KEEP=<folder>`` keeps the smallest file of each bug.
+``MERGEKIT_OMP_FUZZ_CASES=20000`` tries that many cases instead of a few, as far as ``MERGEKIT_OMP_FUZZ_SECONDS=900``
+go; ``MERGEKIT_OMP_FUZZ_SEED=1`` tries others. ``MERGEKIT_OMP_FUZZ_KEEP=<folder>`` keeps the smallest file of each bug.
 """
 
 import json
