@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
 
-_TERMS_AT_A_TIME = 2**24
-"""Logits that are worked on at a time."""
+_TERMS_AT_A_TIME = 2**22
+"""Logits that are worked on at a time. On a CPU an array beyond some 32 MB is asked from the system anew each time."""
 
 
 class SpanClass(str, Enum):

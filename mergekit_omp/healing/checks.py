@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mergekit_omp.evaluation.spans import IdealToken, SpanRuler, SpanScores, add_scores, score_spans
 from mergekit_omp.healing.alignment import AlignedWindow, Reader
+from mergekit_omp.healing.chunks import row_chunks
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -100,6 +101,6 @@ def _run(logits_of: Logits, ids: Sequence[int], reader: Reader, device: torch.de
 
 def _bits(logits: Tensor, ids: Sequence[int]) -> list[float]:
     """-log2 of the probability of each of T tokens, given logits (T, V)."""
-    log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    chosen = log_probabilities.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0]
-    return (chosen.double() / -log(2)).tolist()
+    chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].float()
+    totals = torch.cat([logits[rows].float().logsumexp(dim=1) for rows in row_chunks(logits)])
+    return ((totals - chosen).double() / log(2)).tolist()

@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from mergekit_omp.healing.alignment import Reader
+from mergekit_omp.healing.chunks import row_chunks
 
-BATCH = 64
+TEXTS_AT_A_TIME = 2
+"""Texts that are written together from each beginning."""
 MAX_TOKENS = 224
 """Tokens that are written after each beginning: with it, about a window."""
 
@@ -59,25 +61,15 @@ BEGINNINGS = (
     "Bu",
     "Köyün",
     "В",
-    "Он",
-    "У",
     "Місто",
     "Η",
-    "Το",
     "在",
-    "我们",
-    "一天，",
     "日本",
-    "私は",
     "한국",
-    "나는",
     "في",
-    "كان",
     "בשנת",
     "यह",
-    "भारत",
     "ประเทศ",
-    "ใน",
     "Thành phố",
     "Trong",
     "I",
@@ -91,12 +83,14 @@ class Draw(LogitsProcessor):
     """
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores (N, V) that are -inf but for the token drawn from the softmax of ``scores`` (N, V)."""
-        cumulative = scores.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1)
-        # In [0, 1): the token drawn is the first one whose cumulative probability is above the point.
-        points = torch.rand(len(scores), 1, device=scores.device) * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, points, right=True).clamp_max(scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+        """Make scores (N, V) -inf but for the token that is drawn from their softmax."""
+        points = torch.rand(len(scores), 1, device=scores.device)  # in [0, 1)
+        for rows in row_chunks(scores):
+            cumulative = scores[rows].softmax(dim=-1, dtype=torch.float32).cumsum_(dim=-1)
+            # The token drawn is the first one whose cumulative probability is above the point.
+            drawn = torch.searchsorted(cumulative, points[rows] * cumulative[:, -1:], right=True)
+            scores[rows].fill_(-torch.inf).scatter_(1, drawn.clamp_max(scores.shape[1] - 1), 0.0)
+        return scores
 
 
 @torch.inference_mode()
@@ -117,13 +111,11 @@ def generate(
     started, written = time.monotonic(), 0
     texts: list[str] = []
     eos_id = reader.vocabulary.roles.get("eos", reader.start_id)
-    beginnings = [reader.ids(beginning) for beginning in BEGINNINGS]
+    batch = [[reader.start_id, *reader.ids(beginning)] for beginning in BEGINNINGS for _ in range(TEXTS_AT_A_TIME)]
+    longest = max(map(len, batch))
+    padded = torch.tensor([[eos_id] * (longest - len(ids)) + ids for ids in batch], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
     while written < tokens and (not texts or seconds is None or time.monotonic() - started < seconds):
-        order = torch.randperm(len(beginnings)).tolist()[:BATCH]
-        batch = [[reader.start_id, *beginnings[place]] for place in order]
-        longest = max(map(len, batch))
-        padded = torch.tensor([[eos_id] * (longest - len(ids)) + ids for ids in batch], device=model.device)
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
         output = model.generate(  # type: ignore[operator]  # of transformers, where it is a Tensor or a Module
             padded,
             attention_mask=mask,

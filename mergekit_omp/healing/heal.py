@@ -32,7 +32,7 @@ from mergekit_omp.report.record import RECORD_FILE, versions
 
 LOG = logging.getLogger(__name__)
 
-GENERATING_SHARE = 0.2
+GENERATING_SHARE = 0.15
 """The share of a run's time that the base may write texts in; of its tokens, half."""
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, windows
+from mergekit_omp.evaluation.bits_per_byte import windows
 
-HELD_OUT_WINDOWS = 12
+WINDOW_BYTES = 768
+"""Short, so that a step has several windows; some scripts take a token a byte."""
+HELD_OUT_WINDOWS = 16
 HELD_OUT_SHARE = 10
 """One of so many windows is held out, up to ``HELD_OUT_WINDOWS``."""
 MIN_WINDOWS = 4
