@@ -39,6 +39,8 @@ BEGINNINGS = (
     "| Name | ",
     "12 + 35 = 47\n8 * 7 = 56\n",
     "3417 - 209 = 3208\n",
+    "15 - 6 = 9\n15 - 7 = 8\n",
+    "20, 40, 60, 80,",
     "Question: If a train travels 60 km in 45 minutes,",
     "Solve for x: ",
     "Der",

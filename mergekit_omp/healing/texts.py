@@ -13,7 +13,7 @@ from mergekit_omp.evaluation.bits_per_byte import windows
 
 WINDOW_BYTES = 768
 """Short, so that a step has several windows; some scripts take a token a byte."""
-HELD_OUT_WINDOWS = 16
+HELD_OUT_WINDOWS = 12
 HELD_OUT_SHARE = 10
 """One of so many windows is held out, up to ``HELD_OUT_WINDOWS``."""
 MIN_WINDOWS = 4

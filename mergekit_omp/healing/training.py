@@ -26,7 +26,7 @@ WARM_UP_STEPS = 10
 FINAL_RATE = 0.05
 """The last learning rate, as a share of the peak."""
 CLIP = 1.0
-_WINDOWS_AT_ONCE = {"cpu": 1}  # where more gain nothing; 8 elsewhere
+_WINDOWS_AT_ONCE = {"cpu": 2}  # where more gain nothing; 8 elsewhere
 
 CHECKS = 4
 """Checks after the first, spread evenly; the last is at the end."""
