@@ -75,6 +75,7 @@ def main() -> None:
     """Heal in every way that was asked for, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="of training: %(default)s")
+    parser.add_argument("--tokens", type=int, help="train on so many tokens instead, whatever the time")
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), help="base and donor (default: all)")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="ways to heal (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out/heal"), help="where models go: %(default)s")
@@ -94,8 +95,9 @@ def main() -> None:
             if not out.exists():
                 run = RUNS[name]
                 texts = [str(training[text]) for text in run.texts]
-                options = {"model": str(transplanted), "out": str(out), "text": texts, "minutes": arguments.minutes}
-                heal(make_options(options | run.options, name))
+                options = {"model": str(transplanted), "out": str(out), "text": texts}
+                bound = {"tokens": arguments.tokens} if arguments.tokens else {"minutes": arguments.minutes}
+                heal(make_options(options | bound | run.options, name))
         print("\n".join(table(pair, base, transplanted, [folder / name for name in arguments.runs], test)), flush=True)
 
 

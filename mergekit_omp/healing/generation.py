@@ -13,7 +13,7 @@ from mergekit_omp.healing.chunks import row_chunks
 
 TEXTS_AT_A_TIME = 2
 """Texts that are written together from each beginning."""
-MAX_TOKENS = 224
+MAX_TOKENS = 160
 """Tokens that are written after each beginning: with it, about a window."""
 
 BEGINNINGS = (
@@ -37,9 +37,9 @@ BEGINNINGS = (
     "package main\n",
     '{"name": "',
     "| Name | ",
-    "12 + 35 = 47\n8 * 7 = 56\n",
-    "3417 - 209 = 3208\n",
-    "15 - 6 = 9\n15 - 7 = 8\n",
+    "12 + 35 = 47\n8 * 7 = 56\n310 - 24 = 286\n",
+    "3417 - 209 = 3208\n58 + 6 = 64\n",
+    "9 * 12 = 108\n1250 + 75 = 1325\n",
     "20, 40, 60, 80,",
     "Question: If a train travels 60 km in 45 minutes,",
     "Solve for x: ",
@@ -117,7 +117,8 @@ def generate(
     longest = max(map(len, batch))
     padded = torch.tensor([[eos_id] * (longest - len(ids)) + ids for ids in batch], device=model.device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)
-    while written < tokens and (not texts or seconds is None or time.monotonic() - started < seconds):
+    # In the second half of the time no more are begun, which would be cut short.
+    while written < tokens and (not texts or seconds is None or time.monotonic() - started < seconds / 2):
         output = model.generate(  # type: ignore[operator]  # of transformers, where it is a Tensor or a Module
             padded,
             attention_mask=mask,
