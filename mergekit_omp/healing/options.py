@@ -27,7 +27,7 @@ class Train(str, Enum):
     FULL = "full"
 
 
-LEARNING_RATES = {Train.ROWS: 2e-4, Train.LORA: 1e-3, Train.ROWS_AND_LORA: 7e-4, Train.FULL: 2e-5}
+LEARNING_RATES = {Train.ROWS: 2e-4, Train.LORA: 1e-3, Train.ROWS_AND_LORA: 1e-3, Train.FULL: 2e-5}
 ROWS_SHARE = 0.2
 """The learning rate of vocabulary rows beside adapters, as a share of theirs: rows keep what they have learned."""
 
