@@ -1,7 +1,8 @@
 """Cache the sparse codes of large solves on disk, for later runs and for other models with the same vocabulary.
 
 The key of an entry is a hash of the targets, the atoms and the parameters of the solve, so entries never become stale.
-Where the cache cannot be read or written, the solve runs without it.
+Runs that need the same entry at the same time make it once: the others wait for the first, on other machines too where
+the file system has locks. Where the cache cannot be read, written or locked, the solve runs without it.
 
 Two environment variables configure it. ``MERGEKIT_OMP_CACHE`` is its folder, or ``off``; the default is the folder
 ``codes`` in the platform's cache folder of mergekit-omp: under ``XDG_CACHE_HOME``, else ``~/.cache``, on Linux.
@@ -14,8 +15,9 @@ import hashlib
 import logging
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ from torch import Tensor
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import SparseCodes, solve_omp
+
+if sys.platform != "win32":
+    import fcntl
 
 LOG = logging.getLogger(__name__)
 
@@ -67,16 +72,18 @@ def solve_with_cache(
         return solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **options)
     limit = cache_limit()
     path = folder / f"{_key(targets, atoms, k, normalize_atoms)}{_SUFFIX}"
-    codes = _read(path, len(targets), min(k, len(atoms)), len(atoms))
-    if codes is not None:
-        LOG.info("Read the sparse codes of %s from %s", options.get("name", "the donor"), path)
-        if "progress" in options:
-            options["progress"](len(targets))
+    name = options.get("name", "the donor")
+    with _locked(path, name):
+        codes = _read(path, len(targets), min(k, len(atoms)), len(atoms))
+        if codes is not None:
+            LOG.info("Read the sparse codes of %s from %s", name, path)
+            if "progress" in options:
+                options["progress"](len(targets))
+            return codes
+        codes = solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **options)
+        _write(path, codes)
+        _shrink(folder, limit)
         return codes
-    codes = solve_omp(targets, atoms, k, normalize_atoms=normalize_atoms, **options)
-    _write(path, codes)
-    _shrink(folder, limit)
-    return codes
 
 
 def cache_folder() -> Path | None:
@@ -127,6 +134,28 @@ def _add(digest: "hashlib._Hash", tensor: Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data.cast("B"))
 
 
+@contextlib.contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """Wait until no other run makes a missing entry; do not wait where it cannot be locked.
+
+    The system releases the lock of a run that is killed. A lock file that is left is used and removed by the next run.
+    """
+    with contextlib.ExitStack() as stack:
+        if sys.platform != "win32" and not path.exists():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(path.with_suffix(".lock").open("a"))
+                stack.callback(_remove, lock.name)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    LOG.info("Waiting for the sparse codes of %s, which another run makes (%s)", name, lock.name)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError as error:
+                LOG.debug("Not waiting for other runs with the same solve: %s", error)
+        yield
+
+
 def _read(path: Path, n_targets: int, k: int, n_atoms: int) -> SparseCodes | None:
     """Read an entry; return None if it is missing or damaged, so that a new solve replaces it."""
     if not path.exists():
@@ -170,8 +199,12 @@ def _write(path: Path, codes: SparseCodes) -> None:
     except (OSError, SafetensorError) as error:
         LOG.warning("Cannot cache sparse codes in %s: %s", path.parent, error)
         if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            _remove(temporary)
+
+
+def _remove(path: str | Path) -> None:
+    with contextlib.suppress(OSError):  # another process may have removed it
+        os.unlink(path)
 
 
 def _shrink(folder: Path, limit: int) -> None:
@@ -181,8 +214,7 @@ def _shrink(folder: Path, limit: int) -> None:
     for _, size, path in entries:
         if excess <= 0:
             return
-        with contextlib.suppress(OSError):  # another process may have removed it
-            path.unlink()
+        _remove(path)
         excess -= size
 
 

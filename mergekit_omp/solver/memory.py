@@ -5,6 +5,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from mergekit_omp.solver.control_groups import free_in_control_groups
 from mergekit_omp.solver.gram.layout import BLOCK, TILE, padded
 from mergekit_omp.solver.least_squares import block_values
 from mergekit_omp.solver.scan.screening import group_size
@@ -42,10 +43,10 @@ class ProblemShape(NamedTuple):
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the free memory of a device."""
+    """Return the free memory of a device; for the CPU what the machine and the limits of a container or job leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *free_in_control_groups()])
 
 
 def budget_on(device: torch.device, budget: int | None) -> int:

@@ -75,6 +75,15 @@ def sentencepiece_tokenizer(corpus: list[str] = ENGLISH, size: int = 520) -> Pre
     )
 
 
+def wide_tokenizer(first: int, last: int) -> PreTrainedTokenizerFast:
+    """Make a byte-level tokenizer with a token for each number of a range."""
+    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"w{n}" for n in range(first, last))]
+    backend = Tokenizer(models.BPE({token: id_ for id_, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0], bos_token=tokens[0])
+
+
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from helpers.checkpoints import make_model, merge, save
+from helpers.checkpoints import make_model, merge, save, wide_tokenizer
 from helpers.commands import recipe
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from mergekit_omp.cli.main import main
 
@@ -44,15 +42,6 @@ def test_a_large_parent_is_not_counted() -> None:
     code = "from mergekit_omp.report.record import peak_memory; print(peak_memory())"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert 0 < int(result.stdout) < len(large)
-
-
-def wide_tokenizer(first: int, last: int) -> PreTrainedTokenizerFast:
-    """Make a byte-level tokenizer with a token for each number of a range."""
-    tokens = ["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), *(f"w{n}" for n in range(first, last))]
-    backend = Tokenizer(models.BPE({token: id_ for id_, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokens[0], bos_token=tokens[0])
 
 
 @pytest.mark.slow

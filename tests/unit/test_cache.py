@@ -1,7 +1,11 @@
 """Test the cache of sparse codes: entries are found by content, and do not change results."""
 
+import errno
+import fcntl
+import logging
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -184,6 +188,67 @@ def test_full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest
     assert_same(cache.solve_with_cache(*problem(), 3), solve_omp(*problem(), 3))
     assert "No space left on device" in caplog.text
     assert not list(folder.iterdir()), "no draft is left"
+
+
+def test_runs_with_the_same_solve_at_once_make_it_once(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, solves: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    waiting = threading.Event()
+    counted = cache.solve_omp
+
+    def slow(*problem: torch.Tensor, **more: object) -> SparseCodes:
+        """Solve when the other run waits for this one."""
+        assert waiting.wait(60)
+        return counted(*problem, **more)
+
+    flock = fcntl.flock
+
+    def noticed(file: object, operation: int) -> None:
+        if operation == fcntl.LOCK_EX:
+            waiting.set()
+        flock(file, operation)
+
+    monkeypatch.setattr(cache, "solve_omp", slow)
+    monkeypatch.setattr(fcntl, "flock", noticed)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: cache.solve_with_cache(*problem(), 3, name="the donor's rows"), range(2))
+    assert solves == [3]
+    assert_same(one, other)
+    assert caplog.text.count("Waiting for the sparse codes of the donor's rows, which another run makes") == 1
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"], "no lock is left"
+
+
+def test_a_run_that_fails_lets_the_next_one_solve(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, solves: list[int]
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "solve_omp", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.solve_with_cache(*problem(), 3)
+    assert not list(folder.iterdir())
+    cache.solve_with_cache(*problem(), 3)
+    assert solves == [3]
+
+
+def test_a_lock_file_of_a_killed_run_does_no_harm(folder: Path, solves: list[int]) -> None:
+    cache.solve_with_cache(*problem(), 3)
+    [entry] = folder.iterdir()
+    entry.rename(entry.with_suffix(".lock"))
+    cache.solve_with_cache(*problem(), 3)
+    assert solves == [3, 3]
+    assert list(folder.iterdir()) == [entry]
+
+
+def test_a_file_system_without_locks(monkeypatch: pytest.MonkeyPatch, folder: Path, solves: list[int]) -> None:
+    def without(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    first = cache.solve_with_cache(*problem(), 3)
+    assert_same(cache.solve_with_cache(*problem(), 3), first)
+    assert solves == [3], "the cache works without them"
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"]
 
 
 def test_many_runs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
