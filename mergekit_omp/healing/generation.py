@@ -13,7 +13,7 @@ from mergekit_omp.healing.chunks import row_chunks
 
 TEXTS_AT_A_TIME = 2
 """Texts that are written together from each beginning."""
-MAX_TOKENS = 192
+MAX_TOKENS = 224
 """Tokens that are written after each beginning: with it, about a window."""
 
 BEGINNINGS = (
@@ -37,13 +37,8 @@ BEGINNINGS = (
     "package main\n",
     '{"name": "',
     "| Name | ",
-    "12 + 35 = 47\n8 * 7 = 56\n310 - 24 = 286\n",
-    "3417 - 209 = 3208\n58 + 6 = 64\n",
-    "9 * 12 = 108\n1250 + 75 = 1325\n",
-    "64 - 8 = 56\n4096 - 37 = 4059\n",
-    "5 + 8 = 13\n731 + 96 = 827\n",
-    "20, 40, 60, 80,",
-    "| 12 | 7 | 350 |\n",
+    "12 + 35 = 47\n8 * 7 = 56\n",
+    "3417 - 209 = 3208\n",
     "Question: If a train travels 60 km in 45 minutes,",
     "Solve for x: ",
     "Der",
