@@ -120,11 +120,12 @@ def spell(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:
     """
     spelled, start = [], 0
     while start < len(data):
-        ends = range(min(len(data), start + longest), start, -1)
-        end = next((end for end in ends if data[start:end] in ids), None)
-        if end is None:
+        for end in range(min(len(data), start + longest), start, -1):
+            if (id_ := ids.get(data[start:end])) is not None:
+                break
+        else:
             return []
-        spelled.append(ids[data[start:end]])
+        spelled.append(id_)
         start = end
     return spelled
 
