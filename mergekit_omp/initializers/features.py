@@ -35,7 +35,7 @@ class Group:
 
     def sums(self, values: Tensor) -> Tensor:
         """Sum values (t, …) over the tokens of each of ``rows``: (u, …)."""
-        if len(self.rows) == len(values):
+        if len(self.rows) == len(values):  # each of its own
             return values
         return values.new_zeros(len(self.rows), *values.shape[1:]).index_add_(0, self.place, values)
 
@@ -76,9 +76,9 @@ def donor_block(rows: Tensor, bias: float) -> Block:
 def piece_blocks(
     pieces: Sequence[Sequence[int]], base: Tensor, fallback: Tensor, scale: float
 ) -> tuple[Block, Block, Block]:
-    """Return the blocks float64 (T, D) of each token's first piece, its last piece, and those between.
+    """Return the blocks float64 (T, D) of each token's first piece, its last piece, and what those between change.
 
-    The third is the mean of the pieces less the mean of first and last: 0 for tokens of up to two pieces.
+    The third is the mean of all pieces less the mean of first and last: 0 for tokens of up to two pieces.
 
     Args:
         pieces: rows of the pieces of T tokens in ``base``, in the order of the text; may be empty.

@@ -92,7 +92,7 @@ class RowRegression:
         blocks = unfitted._blocks(anchors, pieces)
         fitted = replace(unfitted, weights=_solve(*_normal_equations(blocks, rows), blocks, ridge), residuals=rows)
         for tokens, predicted in fitted._predictions(blocks):
-            rows[tokens] -= predicted
+            rows.index_add_(0, tokens, predicted, alpha=-1)
         return fitted
 
     def predict(
@@ -111,7 +111,7 @@ class RowRegression:
         """
         rows = codes.apply(self.residuals) * correction
         for tokens, predicted in self._predictions(self._blocks(targets, pieces)):
-            rows[tokens] += predicted
+            rows.index_add_(0, tokens, predicted)
         return rows
 
     def _blocks(self, rows: Tensor, pieces: Sequence[Sequence[int]]) -> list[Block]:
