@@ -19,9 +19,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from benchmarks.memory import peak, start_of_peak
 from mergekit_omp import match_vocabularies, read_vocabulary, solve_omp
 from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, windows
 from mergekit_omp.initializers.omp import split_tokens
-from mergekit_omp.initializers.regression import RowRegression, piece_rows
+from mergekit_omp.initializers.regression import RowRegression
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, pose_problem
 from mergekit_omp.realign.rows import realign
@@ -228,7 +228,7 @@ def variants(work: Transplant, k: int) -> Iterator[tuple[str, Cost, Head]]:
     methods: list[tuple[str, Cost, Callable[[], Tensor]]] = [
         ("zero", Cost(), lambda: torch.zeros(len(targets), base.rows.shape[1])),
         ("mean of anchors", Cost(), lambda: mean.repeat(len(targets), 1)),
-        ("subword mean", splitting, lambda: piece_rows(own_pieces, base.rows, mean)[0]),
+        ("subword mean", splitting, lambda: _means(own_pieces, base.rows, mean)),
         (f"OMP k={k}", solving, lambda: codes.apply(anchor_rows)),
         ("regression", regressing, lambda: fitted.predict(targets, own_pieces, codes, correction=0.0)),
         ("regression + ½ OMP", total, lambda: fitted.predict(targets, own_pieces, codes, correction=0.5)),
@@ -237,6 +237,15 @@ def variants(work: Transplant, k: int) -> Iterator[tuple[str, Cost, Head]]:
     for name, preparing, make in methods:
         new_rows, applying = _timed(make)
         yield name, preparing + applying, work.head(new_rows)
+
+
+def _means(split: Sequence[Sequence[int]], rows: Tensor, fallback: Tensor) -> Tensor:
+    """Return the mean of the rows of each token's pieces."""
+    flat = torch.tensor([row for pieces_of_token in split for row in pieces_of_token])
+    starts = torch.tensor([0, *accumulate(map(len, split))][:-1])
+    made = torch.nn.functional.embedding_bag(flat, rows, starts, mode="mean")
+    made[torch.tensor([not pieces_of_token for pieces_of_token in split])] = fallback
+    return made
 
 
 def _fit(work: Transplant, anchors: Tensor) -> RowRegression:

@@ -59,8 +59,8 @@ def main() -> None:
 
 def untied(folder: Path) -> Path:
     """Write a checkpoint of two layers with the width and vocabulary of Qwen2.5-0.5B and untied embeddings."""
-    import tokenizers_for_tests
     import torch
+    from helpers import tokenizers_for_tests
     from helpers.checkpoints import make_model, save
 
     tokenizer = tokenizers_for_tests.qwen()

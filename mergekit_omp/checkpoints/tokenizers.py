@@ -7,7 +7,7 @@ family.
 
 import json
 import logging
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mergekit_omp.checkpoints.files import find_file
+from mergekit_omp.checkpoints.files import find_file, read_json
 from mergekit_omp.errors import failures_as
 from mergekit_omp.vocabulary.tokens import LARGEST_GAP, ROLES
 
@@ -29,8 +29,6 @@ _TEKKEN_SINCE = "5.17"
 
 _TOKENIZER_FILES = ("tokenizer.", "tekken.", "spiece.", "sentencepiece.", "vocab.")
 """The beginnings of the names of files with a vocabulary."""
-
-_HAS_PREFIX = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 
 _ROLE_NAMES = {f"{role}_token" for role in ROLES}
 
@@ -80,19 +78,18 @@ def named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name not in _ROLE_NAMES}
 
 
-def is_read_as_written(tokenizer: PreTrainedTokenizerBase, tokenizer_json: Path) -> bool:
-    """Tell whether a tokenizer that transformers loaded splits texts as its ``tokenizer.json`` declares."""
+def is_read_as_written(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any]) -> bool:
+    """Tell whether a tokenizer that transformers loaded splits texts as the content of its tokenizer.json declares."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return False
-    described = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     model, vocabulary = backend.model, described["model"]["vocab"]
     if backend.get_vocab_size(with_added_tokens=False) != len(vocabulary):
         return False
     # Compare the parts as this version of tokenizers serialises them; with the vocabulary that takes seconds.
     empty_model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
     written = Tokenizer.from_str(
-        json.dumps(described | {"model": empty_model, "added_tokens": [], "post_processor": None})
+        json.dumps({**described, "model": empty_model, "added_tokens": [], "post_processor": None})
     )
     return described["model"].get("type") in (type(model).__name__, None) and _parts(backend) == _parts(written)
 
@@ -100,13 +97,14 @@ def is_read_as_written(tokenizer: PreTrainedTokenizerBase, tokenizer_json: Path)
 def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     name = {"pretrained_model_name_or_path": model.model.path, "revision": model.model.revision}
     written = find_file(model, "tokenizer.json")
-    if written is not None:
-        _check_merges(written)
+    described = None if written is None else read_json(written)
+    if described is not None:
+        _check_merges(described)
     elif (tekken := find_file(model, "tekken.json")) is not None:
         return _convert_tekken(tekken)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**name, trust_remote_code=trust_remote_code)
     has_own_code = not type(tokenizer).__module__.startswith("transformers.")
-    if written is None or has_own_code or is_read_as_written(tokenizer, written):
+    if described is None or has_own_code or is_read_as_written(tokenizer, described):
         return tokenizer
     LOG.info(
         "%s: transformers loads its tokenizer as a %s, which splits texts differently from its tokenizer.json; "
@@ -117,16 +115,13 @@ def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast.from_pretrained(**name)
 
 
-def _check_merges(tokenizer_json: Path) -> None:
+def _check_merges(described: Mapping[str, Any]) -> None:
     """Raise a ValueError for merges on which tokenizers 0.23 ends the process instead of raising an exception.
 
     It takes the prefix of a continuing word off the second part of every merge, also of one that is shorter.
     """
-    text = tokenizer_json.read_text(encoding="utf-8")
-    if not _HAS_PREFIX.search(text):  # saves the time of parsing it once more
-        return
-    model = json.loads(text)["model"]
-    prefix = model["continuing_subword_prefix"]
+    model = described.get("model") or {}
+    prefix = model.get("continuing_subword_prefix")
     for merge in model.get("merges", ()) if prefix else ():
         second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
         if not second.startswith(prefix):

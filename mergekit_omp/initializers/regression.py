@@ -13,16 +13,22 @@ the base's space; with s = 0 it is the regression. φ consists of the donor's ro
 row of the pieces of the token in the base's tokenizer. An anchor is a single token of the base; its pieces are its
 segmentation without that token.
 
+In the computation, the mean's place is taken by its difference z to (first + last) / 2, which is 0 for nearly all
+tokens. With V the coefficients of the features so written, W is V but for the coefficients of the first and the last
+row, from which half of V's for z is subtracted. The ridge λ ‖W‖² stays as it is, and is written in V.
+
 Letters in shapes: B targets, N anchors, R rows of the base, d donor's width, D base's width, F = d + 3 D + 1 features.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.initializers.features import TOKENS_PER_BATCH, Block, donor_block, piece_blocks
 from mergekit_omp.solver import SparseCodes
 from mergekit_omp.vocabulary.segmentation import spell
 
@@ -32,9 +38,6 @@ RIDGE = 0.01
 CORRECTION = 0.5
 """Share of OMP's correction. About 0.3 predicts rows of held-out anchors best; 0.5 gives fewer bits per byte."""
 
-_TOKENS_PER_BATCH = 4096
-"""Tokens per batch: features are several times wider than rows, too large for a complete vocabulary."""
-
 
 @dataclass(frozen=True)
 class RowRegression:
@@ -42,9 +45,9 @@ class RowRegression:
 
     Attributes:
         base: (R, D) of a floating dtype, the base's matrix; not modified.
-        weights: float32 (F, D), coefficients W of the regression.
+        weights: float32 (F, D), coefficients V of the donor's row and a constant, the first piece, the last, and z.
         residuals: float32 (N, D), residuals of the anchors' rows.
-        fallback: float32 (D,), features of a token without pieces: the mean of the anchors' rows.
+        fallback: float32 (D,), the piece of a token without pieces: the mean of the anchors' rows.
         scale: factor that brings base rows to the scale of the donor, so that one ridge fits all features.
         bias: value of the constant feature, of the scale of the others.
     """
@@ -65,7 +68,7 @@ class RowRegression:
         pieces: Sequence[Sequence[int]],
         ridge: float = RIDGE,
     ) -> "RowRegression":
-        """Fit the anchors' base rows, with products in float32 and normal equations in float64.
+        """Fit the anchors' base rows, with normal equations in float64 and residuals in float32.
 
         Args:
             anchors: (N, d) of any floating dtype, the donor's rows of the anchors; not modified.
@@ -85,19 +88,12 @@ class RowRegression:
         rows = base[base_ids].to(torch.float32, copy=True)  # (N, D)
         norm = anchors.float().norm(dim=1).mean().item()
         scale = norm / rows.norm(dim=1).mean().item()
-        empty = cls(base, rows[:0], rows[:0], rows.mean(dim=0), scale, norm)
-        # upper triangle of φᵀφ (F, F), and φᵀb (F, D), summed in float64
-        width = anchors.shape[1] + 3 * rows.shape[1] + 1
-        gram, right = (rows.new_zeros(width, columns, dtype=torch.float64) for columns in (width, rows.shape[1]))
-        for part in _parts(len(rows)):
-            features = empty.features(anchors[part], pieces[part])
-            _add_upper_products(gram, features)
-            right += (features.T @ rows[part]).double()
-        gram.diagonal().add_(ridge * gram.diagonal().mean())
-        weights = torch.cholesky_solve(right, torch.linalg.cholesky(gram, upper=True), upper=True).float()
-        for part in _parts(len(rows)):
-            rows[part] -= empty.features(anchors[part], pieces[part]) @ weights
-        return replace(empty, weights=weights, residuals=rows)
+        unfitted = cls(base, rows[:0], rows[:0], rows.mean(dim=0), scale, norm)
+        blocks = unfitted._blocks(anchors, pieces)
+        fitted = replace(unfitted, weights=_solve(*_normal_equations(blocks, rows), blocks, ridge), residuals=rows)
+        for tokens, predicted in fitted._predictions(blocks):
+            rows.index_add_(0, tokens, predicted, alpha=-1)
+        return fitted
 
     def predict(
         self, targets: Tensor, pieces: Sequence[Sequence[int]], codes: SparseCodes, correction: float = CORRECTION
@@ -114,35 +110,65 @@ class RowRegression:
             The rows float32 (B, D).
         """
         rows = codes.apply(self.residuals) * correction
-        for part in _parts(len(targets)):
-            rows[part] += self.features(targets[part], pieces[part]) @ self.weights
+        for tokens, predicted in self._predictions(self._blocks(targets, pieces)):
+            rows.index_add_(0, tokens, predicted)
         return rows
 
-    def features(self, rows: Tensor, pieces: Sequence[Sequence[int]]) -> Tensor:
-        """Return φ float32 (T, F): the donor's rows (T, d); mean, first and last base row of pieces; a constant."""
-        parts = (part * self.scale for part in piece_rows(pieces, self.base, self.fallback))
-        return torch.cat([rows.float(), *parts, rows.new_full((len(rows), 1), self.bias, dtype=torch.float32)], dim=1)
+    def _blocks(self, rows: Tensor, pieces: Sequence[Sequence[int]]) -> list[Block]:
+        """Return the blocks of the features of T tokens, given the donor's rows (T, d) and the pieces."""
+        return [donor_block(rows, self.bias), *piece_blocks(pieces, self.base, self.fallback, self.scale)]
+
+    def _predictions(self, blocks: Sequence[Block]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield tokens int64 (t,) and what one block adds to their rows, float32 (t, D)."""
+        for block, weights in zip(blocks, self.weights.split([block.width for block in blocks]), strict=True):
+            for group in block.groups():
+                yield group.tokens, (group.rows.float() @ weights)[group.place]
 
 
-def piece_rows(pieces: Sequence[Sequence[int]], base: Tensor, fallback: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mean, first and last row of each token's pieces: float32 (T, D) each.
+def _normal_equations(blocks: Sequence[Block], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return φᵀφ (F, F), of which only the lower triangle is defined, and φᵀb (F, D) for rows b (N, D), in float64."""
+    width = sum(block.width for block in blocks)
+    gram, right = (rows.new_zeros(width, columns, dtype=torch.float64) for columns in (width, rows.shape[1]))
+    parts = _parts(blocks)
+    for number, (block, part) in enumerate(zip(blocks, parts, strict=True)):
+        for group in block.groups():
+            for other, columns in zip(blocks[:number], parts[:number], strict=True):
+                gram[part, columns].addmm_(group.rows.T, group.sums(other.rows(group.tokens)))
+            right[part].addmm_(group.rows.T, group.sums(rows[group.tokens].double()))
+            _add_lower_products(gram[part, part], group.rows * group.counts[:, None].sqrt())
+    return gram, right
 
-    Args:
-        pieces: rows of the pieces of T tokens in ``base``, in the order of the text; may be empty.
-        base: (R, D) of a floating dtype; not modified.
-        fallback: (D,), the row for tokens without pieces.
+
+def _solve(gram: Tensor, right: Tensor, blocks: Sequence[Block], ridge: float) -> Tensor:
+    """Return the coefficients V float32 (F, D); ``gram`` is modified.
+
+    With M = z + (first + last) / 2, the features' mean, the diagonal of φᵀφ has that of MᵀM, and ‖W‖² is
+    ‖V‖² + ½ ‖V of z‖² - ⟨V of z, V of first + V of last⟩.
     """
-    counts = torch.tensor([len(rows) for rows in pieces], dtype=torch.int64, device=base.device)
-    flat = torch.tensor([row for rows in pieces for row in rows], dtype=torch.int64, device=base.device)
-    owner = torch.repeat_interleave(torch.arange(len(pieces), device=base.device), counts)
-    mean, first, last = (fallback.to(base.device).float().repeat(len(pieces), 1) for _ in range(3))
-    present = counts > 0
-    sums = torch.zeros_like(mean).index_add_(0, owner, base[flat].float())
-    mean[present] = sums[present] / counts[present, None]
-    ends = counts.cumsum(0)[present]
-    first[present] = base[flat[ends - counts[present]]].float()
-    last[present] = base[flat[ends - 1]].float()
-    return mean, first, last
+    _, first, last, between = _parts(blocks)
+    diagonal = gram.diagonal()
+    of_means = gram[between, first].diagonal() + gram[between, last].diagonal()
+    of_means = of_means + (diagonal[first] + diagonal[last]) / 4 + gram[last, first].diagonal() / 2
+    penalty = ridge * (diagonal.sum() + of_means.sum()) / len(gram)
+    diagonal.add_(penalty)
+    gram[between, between].diagonal().add_(penalty / 2)
+    for ends in (first, last):
+        gram[between, ends].diagonal().sub_(penalty / 2)
+    return torch.cholesky_solve(right, torch.linalg.cholesky(gram)).float()
+
+
+def _parts(blocks: Sequence[Block]) -> list[slice]:
+    """Return the columns of each block in φ."""
+    ends = list(accumulate(block.width for block in blocks))
+    return [slice(end - block.width, end) for block, end in zip(blocks, ends, strict=True)]
+
+
+def _add_lower_products(gram: Tensor, rows: Tensor, blocks: int = 8) -> None:
+    """Add the lower triangle of rowsᵀ rows, for rows (T, F), to ``gram`` (F, F); the part above is undefined."""
+    for columns in torch.arange(rows.shape[1]).tensor_split(blocks):
+        if len(columns):
+            part, end = slice(int(columns[0]), int(columns[-1]) + 1), int(columns[-1]) + 1
+            gram[part, :end].addmm_(rows[:, part].T, rows[:, :end])
 
 
 def pieces_of_anchors(tokens: Sequence[bytes], rows_of: Mapping[bytes, int]) -> list[list[int]]:
@@ -162,22 +188,10 @@ def pieces_of_anchors(tokens: Sequence[bytes], rows_of: Mapping[bytes, int]) -> 
 def memory_of_regression(anchors: int, donor_width: int, base_width: int) -> int:
     """Return the bytes that :meth:`RowRegression.fit` needs beside its arguments.
 
-    These are the anchors' base rows, the normal equations in float64 with their factor, and the features of a batch
-    with the rows that they are made from.
+    These are the anchors' base rows, the normal equations in float64 with their factor and solution, and for a batch
+    the features of two blocks, their sums and what they are made from.
     """
     width = donor_width + 3 * base_width + 1
     equations = 8 * 2 * width * (width + base_width)
-    return 4 * anchors * base_width + equations + 4 * 2 * width * min(anchors, _TOKENS_PER_BATCH)
-
-
-def _add_upper_products(gram: Tensor, rows: Tensor, blocks: int = 8) -> None:
-    """Add the upper triangle of rowsᵀ rows, for rows (T, F), to ``gram`` (F, F); the part below is undefined."""
-    for columns in torch.arange(rows.shape[1]).tensor_split(blocks):
-        if len(columns):
-            part, end = slice(int(columns[0]), int(columns[-1]) + 1), int(columns[-1]) + 1
-            gram[:end, part] += (rows[:, :end].T @ rows[:, part]).double()
-
-
-def _parts(count: int) -> Iterator[slice]:
-    for start in range(0, count, _TOKENS_PER_BATCH):
-        yield slice(start, start + _TOKENS_PER_BATCH)
+    batch = 8 * 6 * max(donor_width + 1, base_width) * min(anchors, TOKENS_PER_BATCH)
+    return 4 * anchors * base_width + equations + batch

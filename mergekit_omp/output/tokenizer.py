@@ -228,12 +228,13 @@ def _is_read_as_written(folder: Path) -> bool:
     written = folder / TOKENIZER
     if not written.exists():
         return True  # a tokenizer without this file is loaded by the class in its configuration
+    described = read_json(written)
     loaded = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not is_read_as_written(loaded, written):
+    if not is_read_as_written(loaded, described):
         return False
     processor = loaded.backend_tokenizer.post_processor
     added = added_roles({"post_processor": processor and json.loads(processor.__getstate__())})
-    return added == added_roles(read_json(written))
+    return added == added_roles(described)
 
 
 def _components(tokenizer_json: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,27 @@
-"""Call a function as soon as a module is completely imported, whatever the current state of its import."""
+"""Call a function before a module is imported, or as soon as it is, whatever the current state of its import."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 Hook = Callable[[ModuleType], None]
+
+
+class _Watcher:
+    """A finder of modules that finds none, and calls a function whenever a module is looked for."""
+
+    def __init__(self, name: str, call: Callable[[], None]) -> None:
+        self._name, self._call = name, call
+
+    def find_spec(self, name: str, _path: Sequence[str] | None = None, _target: ModuleType | None = None) -> None:
+        if name == self._name:
+            self._call()
+
+
+def before_import(name: str, call: Callable[[], None]) -> None:
+    """Call a function, which may be called repeatedly, before the module ``name`` is imported."""
+    sys.meta_path.insert(0, _Watcher(name, call))
 
 
 def when_imported(name: str, hook: Hook) -> None:

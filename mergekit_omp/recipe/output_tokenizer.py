@@ -59,5 +59,5 @@ def union_vocabulary(tokenizer: PreTrainedTokenizerBase, origins: Sequence[Vocab
     """
     vocabulary = read_vocabulary(tokenizer)
     origin_of = {token.text: token for origin in reversed(origins) for token in origin.tokens.values()}
-    tokens = {id_: replace(origin_of.get(token.text, token), id=id_) for id_, token in vocabulary.tokens.items()}
+    tokens = {id_: origin_of.get(token.text, token)._replace(id=id_) for id_, token in vocabulary.tokens.items()}
     return replace(vocabulary, tokens=tokens)

@@ -33,6 +33,7 @@ from mergekit_omp.vocabulary.tokens import TokenKind
 EXAMPLES = 24
 _PROBE_TARGETS = 128
 _PROBE_NUMBERS = 2**25  # 128 MB of float32
+_PROBE_NUMBERS_ON_CPU = 2**23  # not worth more than a second
 _WORTH_MEASURING = 10**9  # products of a step for all targets: a solve of about a second
 _AT_REST = 900 * 10**6  # bytes that Python, torch, transformers and two tokenizers hold
 
@@ -219,7 +220,8 @@ def _timed(solve: Solve, device: str | None) -> Solve:
     """Time a few random targets against as many random atoms as is fast, and extrapolate."""
     if not solve.dim:
         return solve
-    atoms = max(solve.k, min(solve.atoms, _PROBE_NUMBERS // solve.dim))
+    numbers = _PROBE_NUMBERS_ON_CPU if torch.device(device or "cpu").type == "cpu" else _PROBE_NUMBERS
+    atoms = max(solve.k, min(solve.atoms, numbers // solve.dim))
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(atoms + _PROBE_TARGETS, solve.dim, generator=generator).to(device)
 

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer
 
 from mergekit_omp.checkpoints.architecture import vocabulary_role
 from mergekit_omp.checkpoints.files import find_file
@@ -186,7 +185,7 @@ class Record:
             "tokens": len(transplant.vocabulary.tokens),
             "rows": transplant.rows,
             "models": [_describe_model(model, self) for model in transplant.models],
-            "texts": _measure_texts(folder, transplant),
+            "texts": _measure_texts(transplant),
             "audit": {
                 **self.token_checks,
                 "free_rows": transplant.rows - len(transplant.vocabulary.tokens),
@@ -400,12 +399,11 @@ def _tokenizer_sha256(model: RecipeModel) -> str | None:
     return None if path is None else file_sha256(path)
 
 
-def _measure_texts(folder: Path, transplant: Transplant) -> list[dict[str, Any]]:
+def _measure_texts(transplant: Transplant) -> list[dict[str, Any]]:
     """Measure tokens per byte of the built-in texts, before and after."""
-    before, after = transplant.base.tokenizer, AutoTokenizer.from_pretrained(folder)
-    measured = []
+    tokenizers, measured = (transplant.base.tokenizer, transplant.tokenizer), []
     for name, text in builtin_texts().items():
         size = len(text.encode())
-        counts = [len(tokenizer(text, add_special_tokens=False).input_ids) for tokenizer in (before, after)]
+        counts = [len(tokenizer(text, add_special_tokens=False).input_ids) for tokenizer in tokenizers]
         measured.append({"name": name, "bytes": size, "before": counts[0] / size, "after": counts[1] / size})
     return measured

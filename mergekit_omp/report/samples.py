@@ -118,10 +118,10 @@ def _nearest(
 ) -> list[list[tuple[int, float]]]:
     """Return the output ids with the most similar rows for each query, including itself, and their cosines."""
     queries = torch.nn.functional.normalize(matrix[query_rows].float())
-    parts = [
-        queries @ torch.nn.functional.normalize(matrix[candidate_rows[start : start + _ROWS_PER_BATCH]].float()).T
-        for start in range(0, len(candidate_rows), _ROWS_PER_BATCH)
-    ]
+    parts = []
+    for ids in candidate_rows.split(_ROWS_PER_BATCH):
+        rows = matrix[ids].float()
+        parts.append(queries @ rows.T / rows.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny))
     similarity = torch.cat(parts, dim=1)
     best = similarity.topk(min(NEIGHBOURS + 1, len(candidate_rows)), dim=1)
     return [

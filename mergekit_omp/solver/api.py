@@ -97,7 +97,8 @@ def solve_omp(
 def not_finite(rows: Tensor) -> Tensor:
     """Return the int64 indices of the rows (B, …) that hold NaN or infinity."""
     rows = rows[:, None].flatten(1)
-    suspects = (~torch.isfinite(rows.sum(1, dtype=torch.float32))).nonzero().flatten()  # and overflows
+    dtype = torch.float32 if rows.dtype.itemsize == 1 else rows.dtype  # float8 has no sums, and others are slow
+    suspects = (~torch.isfinite(rows.sum(1, dtype=dtype))).nonzero().flatten()  # and overflows
     return suspects[~torch.isfinite(rows[suspects]).all(dim=1)]
 
 

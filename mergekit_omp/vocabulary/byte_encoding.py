@@ -30,6 +30,9 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTE_ALPHABET: Mapping[str, int] = _byte_alphabet()
 _CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_ALPHABET.items()}
+_OUTSIDE = "\N{REPLACEMENT CHARACTER}"
+_TO_LATIN_1 = dict.fromkeys(range(256), _OUTSIDE) | {ord(letter): byte for letter, byte in BYTE_ALPHABET.items()}
+"""For ``str.translate``: the Latin-1 character of each byte, and none of them for other characters."""
 
 
 def as_text(token: str | bytes) -> str:
@@ -81,8 +84,8 @@ class TextScheme:
     def _plain_bytes(self, text: str) -> bytes:
         if self.byte_level:
             try:
-                return bytes([BYTE_ALPHABET[character] for character in text])
-            except KeyError:  # the library's decoder treats strings outside the alphabet as literal text
+                return text.translate(_TO_LATIN_1).encode("latin-1")
+            except UnicodeEncodeError:  # the library's decoder treats strings outside the alphabet as literal text
                 return text.encode(errors="surrogatepass")
         byte = self.fallback_byte(text)
         if byte is not None:

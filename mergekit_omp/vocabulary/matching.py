@@ -1,6 +1,6 @@
 """Match the tokens of the output vocabulary with the rows of a model."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -30,6 +30,8 @@ class MatchReason(IntEnum):
 # Text matched with text: these anchors serve as atoms.
 TEXT_REASONS = (MatchReason.SAME_STRING, MatchReason.SAME_BYTES, MatchReason.BYTE_TOKEN)
 NEW_REASONS = (MatchReason.MISSING, MatchReason.MISSING_SPECIAL)
+
+_TEXT = (TokenKind.ORDINARY, TokenKind.BYTE)
 
 SAME_VOCABULARY = 0.99
 """Share of equal text tokens, among ids that are text in both, above which two vocabularies count as the same."""
@@ -134,11 +136,12 @@ class _RowFinder:
         self._output_roles = output.roles
         self._model_roles = model.roles
         self._renamed = _renamed_tokens(output, model)
-        tokens = sorted(model.tokens.values(), key=lambda token: token.id)
-        self._text = _TextIndex(token for token in tokens if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE))
-        self._special = _rows_by_text(token for token in tokens if token.kind is TokenKind.SPECIAL)
-        self._unused = _rows_by_text(token for token in tokens if token.kind is TokenKind.UNUSED)
-        self._control = _rows_by_text(token for token in tokens if is_control(token))
+        tokens = sorted(model.tokens.values())  # by id
+        self._text = _TextIndex([token for token in tokens if token.kind in _TEXT])
+        named = [token for token in tokens if token.added or token.kind not in _TEXT]
+        self._special = _rows_by_text(token for token in named if token.kind is TokenKind.SPECIAL)
+        self._unused = _rows_by_text(token for token in named if token.kind is TokenKind.UNUSED)
+        self._control = _rows_by_text(token for token in named if is_control(token))
 
     def find(self, token: Token) -> tuple[int, MatchReason]:
         """Return the row, or -1, and the reason."""
@@ -183,16 +186,13 @@ class _RowFinder:
 
 
 class _TextIndex:
-    """A model's ordinary and byte tokens, indexed by their bytes."""
+    """A model's ordinary and byte tokens, indexed by their bytes; of several with the same, the first counts."""
 
-    def __init__(self, tokens: Iterable[Token]) -> None:
-        self._same_string: dict[tuple[str, bytes], int] = {}
-        self._ordinary: dict[bytes, int] = {}
-        self._byte: dict[bytes, int] = {}
-        for token in tokens:
-            self._same_string.setdefault((token.text, token.data), token.id)
-            by_bytes = self._byte if token.kind is TokenKind.BYTE else self._ordinary
-            by_bytes.setdefault(token.data, token.id)
+    def __init__(self, tokens: Sequence[Token]) -> None:
+        last_first = tokens[::-1]
+        self._same_string = {(token.text, token.data): token.id for token in last_first}
+        self._ordinary = {token.data: token.id for token in last_first if token.kind is TokenKind.ORDINARY}
+        self._byte = {token.data: token.id for token in last_first if token.kind is TokenKind.BYTE}
 
     def find(self, token: Token) -> tuple[int, MatchReason] | None:
         row = self._same_string.get((token.text, token.data))
@@ -211,13 +211,12 @@ def _renamed_tokens(output: Vocabulary, model: Vocabulary) -> set[int]:
     The vocabularies must otherwise be equal, neither may contain the other's name, and the two tokens must agree: a
     role in common, or roles that the other vocabulary assigns to no token, and no two different meanings.
     """
-    common = output.tokens.keys() & model.tokens.keys()
-    text = [id_ for id_ in common if _is_text(output.tokens[id_]) and _is_text(model.tokens[id_])]
-    equal = sum(output.tokens[id_].text == model.tokens[id_].text for id_ in text)
-    if len(text) < FEWEST_TEXT or equal < SAME_VOCABULARY * len(text):
+    pairs = [(token, model.tokens[id_]) for id_, token in output.tokens.items() if id_ in model.tokens]
+    equal = [one.text == other.text for one, other in pairs if one.kind in _TEXT and other.kind in _TEXT]
+    if len(equal) < FEWEST_TEXT or sum(equal) < SAME_VOCABULARY * len(equal):
         return set()
     names = [{token.text for token in vocabulary.tokens.values()} for vocabulary in (output, model)]
-    special = (id_ for id_ in common if output.tokens[id_].kind is model.tokens[id_].kind is TokenKind.SPECIAL)
+    special = (one.id for one, other in pairs if one.kind is other.kind is TokenKind.SPECIAL)
     return {
         id_
         for id_ in special
@@ -225,10 +224,6 @@ def _renamed_tokens(output: Vocabulary, model: Vocabulary) -> set[int]:
         and output.tokens[id_].text not in names[1]
         and _agree(id_, output, model)
     }
-
-
-def _is_text(token: Token) -> bool:
-    return token.kind in (TokenKind.ORDINARY, TokenKind.BYTE)
 
 
 def _agree(id_: int, output: Vocabulary, model: Vocabulary) -> bool:

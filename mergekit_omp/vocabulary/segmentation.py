@@ -102,12 +102,12 @@ def text_of(data: bytes) -> str | None:
 
 def ids_by_bytes(vocabulary: Vocabulary) -> dict[bytes, int]:
     """Map the bytes of text tokens to ids; an ordinary token takes precedence over a byte-fallback token."""
-    ids: dict[bytes, int] = {}
-    for kind in _TEXT:
-        for id_, token in vocabulary.tokens.items():
-            if token.kind is kind:
-                ids.setdefault(token.data, id_)
-    return ids
+    last_first = list(vocabulary.tokens.items())[::-1]  # of several tokens with the same bytes, the first counts
+    byte, ordinary = (
+        {token.data: id_ for id_, token in last_first if token.kind is kind}
+        for kind in (TokenKind.BYTE, TokenKind.ORDINARY)
+    )
+    return byte | ordinary
 
 
 def spell(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:
@@ -120,11 +120,12 @@ def spell(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:
     """
     spelled, start = [], 0
     while start < len(data):
-        ends = range(min(len(data), start + longest), start, -1)
-        end = next((end for end in ends if data[start:end] in ids), None)
-        if end is None:
+        for end in range(min(len(data), start + longest), start, -1):
+            if (id_ := ids.get(data[start:end])) is not None:
+                break
+        else:
             return []
-        spelled.append(ids[data[start:end]])
+        spelled.append(id_)
         start = end
     return spelled
 

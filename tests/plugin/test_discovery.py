@@ -88,16 +88,25 @@ def test_registering_by_hand(environment: Environment) -> None:
     environment.run(f"import torch; {by_hand}; {KNOWS_OMP}; {WRAPPED}")
 
 
-def test_importing_torch_imports_neither_mergekit_nor_transformers(environment: Environment) -> None:
-    heavy = "[name for name in ('mergekit', 'transformers', 'pydantic') if name in sys.modules]"
+def test_importing_torch_imports_no_other_package(environment: Environment) -> None:
+    heavy = "[name for name in ('mergekit', 'transformers', 'pydantic', 'wrapt') if name in sys.modules]"
     assert environment.run(f"import sys, torch; print({heavy})") == "[]"
 
 
-def test_cost_at_import_is_printed(environment: Environment) -> None:
-    """Print the time, a few milliseconds, without an assertion that depends on the machine."""
-    timed = "import torch, time; t = time.perf_counter(); import mergekit_omp, wrapt; print(time.perf_counter() - t)"
-    seconds = float(environment.run(f"import os; os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'] = '0'; {timed}"))
-    print(f"import mergekit_omp after torch: {seconds * 1000:.1f} ms")
+def test_the_cost_at_import_is_below_five_milliseconds(environment: Environment) -> None:
+    """Check the CPU time of the fastest of ten: other processes slow all of them down."""
+    code = """
+import sys, time, torch
+def cost():
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'mergekit_omp']:
+        del sys.modules[name]
+    started = time.process_time()
+    from mergekit_omp.plugin.autoload import on_torch_import
+    on_torch_import()
+    return time.process_time() - started
+print(min(cost() for _ in range(10)))
+"""
+    assert float(environment.run(code)) < 0.005
 
 
 @pytest.mark.parametrize("broken", ["wrapt", "mergekit", "pydantic"])

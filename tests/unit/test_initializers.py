@@ -6,7 +6,8 @@ import torch
 from sklearn.linear_model import Ridge
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.initializers.regression import RowRegression, piece_rows, pieces_of_anchors
+from mergekit_omp.initializers import features
+from mergekit_omp.initializers.regression import RowRegression, pieces_of_anchors
 from mergekit_omp.solver import solve_omp
 
 N, B = 200, 20
@@ -48,15 +49,32 @@ def test_rows_that_are_linear_in_the_features_are_found(correction: float) -> No
     torch.testing.assert_close(found, problem.truth, atol=1e-2, rtol=1e-2)
 
 
-def test_the_regression_is_ridge_regression() -> None:
-    """Compare with scikit-learn's Ridge on the same features, with the documented regularisation."""
+def written_out(fitted: RowRegression, donor: torch.Tensor, pieces: list[list[int]]) -> np.ndarray:
+    """The features as they are documented: donor's row; mean, first and last row of the pieces; a constant."""
+    rows = []
+    for row, ids in zip(donor, pieces, strict=True):
+        parts = fitted.base[ids] if ids else fitted.fallback[None]
+        ends = [parts.mean(dim=0), parts[0], parts[-1]]
+        rows.append(torch.cat([row, *(fitted.scale * part for part in ends), torch.tensor([fitted.bias])]))
+    return torch.stack(rows).double().numpy()
+
+
+@pytest.mark.parametrize("lengths", [(3,), (2,), (0, 1, 2, 3)], ids=str)
+def test_the_regression_is_ridge_regression(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with scikit-learn's Ridge on the same features, with the documented regularisation, in three batches."""
+    monkeypatch.setattr(features, "TOKENS_PER_BATCH", 80)
     problem = Problem(noise=0.5)
+    problem.anchor_pieces, problem.target_pieces = (
+        [rows[: lengths[index % len(lengths)]] for index, rows in enumerate(split)]
+        for split in (problem.anchor_pieces, problem.target_pieces)
+    )
     fitted = problem.fit(ridge=0.01)
-    known = fitted.features(problem.anchors, problem.anchor_pieces).numpy()
+    known = written_out(fitted, problem.anchors, problem.anchor_pieces)
     reference = Ridge(alpha=0.01 * float(np.mean(np.sum(known**2, axis=0))), fit_intercept=False)
-    reference.fit(known, problem.base[:N].numpy())
-    expected = reference.predict(fitted.features(problem.targets, problem.target_pieces).numpy())
-    np.testing.assert_allclose(problem.predict(ridge=0.01, correction=0.0).numpy(), expected, atol=1e-4)
+    reference.fit(known, problem.base[:N].double().numpy())
+    expected = reference.predict(written_out(fitted, problem.targets, problem.target_pieces))
+    np.testing.assert_allclose(problem.predict(ridge=0.01, correction=0.0).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(fitted.residuals.numpy(), problem.base[:N] - reference.predict(known), atol=1e-5)
 
 
 def test_a_full_correction_gives_a_copy_of_an_anchor_its_row() -> None:
@@ -84,12 +102,22 @@ def test_a_ridge_of_zero_is_refused() -> None:
         Problem().fit(ridge=0)
 
 
-def test_piece_rows_are_mean_first_and_last() -> None:
+def test_equal_features_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "TOKENS_PER_BATCH", 4)
     base = torch.arange(8.0).reshape(4, 2)
-    mean, first, last = piece_rows([[1, 2, 3], [], [0]], base, fallback=torch.tensor([9.0, 9.0]))
-    assert mean.tolist() == [[4, 5], [9, 9], [0, 1]]
-    assert first.tolist() == [[2, 3], [9, 9], [0, 1]]
-    assert last.tolist() == [[6, 7], [9, 9], [0, 1]]
+    pieces = [[1, 2], [0], [1, 3, 2], [], [1, 3]]
+    first, last, between = features.piece_blocks(pieces, base, fallback=torch.tensor([9.0, 9.0]), scale=2.0)
+    found = [list(block.groups()) for block in (first, last, between)]
+    assert [len(group.rows) for groups in found for group in groups] == [2, 1, 3, 1, 1]
+    assert [group.counts.tolist() for group in found[0]] == [[1, 3], [1]]
+    dense = torch.zeros(3, 5, 2)
+    for number, groups in enumerate(found):
+        for group in groups:
+            dense[number, group.tokens] = group.rows[group.place].float()
+    assert dense[0].tolist() == [[4, 6], [0, 2], [4, 6], [18, 18], [4, 6]]
+    assert dense[1].tolist() == [[8, 10], [0, 2], [8, 10], [18, 18], [12, 14]]
+    mean = torch.stack([base[rows].mean(dim=0) if rows else torch.tensor([9.0, 9.0]) for rows in pieces])
+    torch.testing.assert_close(dense[2] + (dense[0] + dense[1]) / 2, 2 * mean)
 
 
 def test_anchors_are_split_without_themselves() -> None:

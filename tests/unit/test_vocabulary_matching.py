@@ -1,7 +1,6 @@
 """Test the match of output tokens with the rows of a model."""
 
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import helpers.tokenizers_for_tests as tt
@@ -105,7 +104,7 @@ R1_NAMES = {
 def renamed(vocabulary: Vocabulary, names: dict[int, str], **roles: int) -> Vocabulary:
     """Return the same vocabulary with other names of special tokens."""
     tokens = {
-        id_: replace(token, text=names[id_], data=names[id_].encode(), kind=SPECIAL) if id_ in names else token
+        id_: token._replace(text=names[id_], data=names[id_].encode(), kind=SPECIAL) if id_ in names else token
         for id_, token in vocabulary.tokens.items()
     }
     return Vocabulary(tokens, roles)
@@ -134,7 +133,7 @@ def test_renamed_special_tokens_pair_by_id_and_role(qwen: Vocabulary) -> None:
 def test_equal_ids_mean_nothing_in_other_vocabularies(smollm2: Vocabulary) -> None:
     """Check that a different vocabulary with a special token of the same id and role matches by role."""
     shifted = {
-        id_: token if token.kind is SPECIAL else replace(smollm2.tokens[49151 - id_ + 17], id=id_)
+        id_: token if token.kind is SPECIAL else smollm2.tokens[49151 - id_ + 17]._replace(id=id_)
         for id_, token in smollm2.tokens.items()
     }
     other = renamed(Vocabulary(shifted, {}), {0: "<eos>"}, eos=0)

@@ -151,7 +151,7 @@ def test_a_token_without_bytes_gets_the_mean_of_the_anchors(
     save_hypernetwork(tmp_path, tokenizer)
     new = make_new_tokens()
     id_ = new.problem.target_ids[0].item()
-    tokens = {**new.output.tokens, id_: replace(new.output.tokens[id_], data=b"")}
+    tokens = {**new.output.tokens, id_: new.output.tokens[id_]._replace(data=b"")}
     caplog.set_level(logging.INFO)
     rows = zett(replace(new, output=replace(new.output, tokens=tokens)))(matrices[1], True)
     torch.testing.assert_close(rows[0], matrices[1][new.anchor_rows].float().mean(dim=0))
