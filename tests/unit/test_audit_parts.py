@@ -129,6 +129,17 @@ def test_tokens_of_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
     assert [token.id for token in found] == [size, size + 1]
 
 
+def test_words_of_the_vocabulary_that_need_no_merges() -> None:
+    """Tokenizers like Llama 3's write a word of the vocabulary as it is; a part of a character is no word."""
+    tokenizer = byte_level_tokenizer(ENGLISH)
+    size = len(tokenizer)
+    changed = with_vocabulary(tokenizer, xqzj=size, ÿþ=size + 1)
+    changed.backend_tokenizer.model.ignore_merges = True
+    found = check_tokens(changed, read_vocabulary(changed)).unreachable
+    assert [token.id for token in found] == [size + 1]
+    assert changed.backend_tokenizer.model.ignore_merges
+
+
 def test_added_tokens_with_control_strings() -> None:
     tokenizer = byte_level_tokenizer(ENGLISH, special=("<|im_end|>",))
     assert not check_tokens(tokenizer, read_vocabulary(tokenizer)).control
