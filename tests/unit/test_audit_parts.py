@@ -5,17 +5,23 @@ import json
 import pytest
 import torch
 from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, sentencepiece_tokenizer
+from sklearn.linear_model import Ridge
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_omp.audit.audit import check_rows_of
 from mergekit_omp.audit.bounds import ByteBounds, excess_over_bounds
 from mergekit_omp.audit.head import FEWEST, likely_everywhere
+from mergekit_omp.audit.pieces import FEWEST as FEWEST_NEW
+from mergekit_omp.audit.pieces import RIDGE, SPREADS, PieceCheck
 from mergekit_omp.audit.scripts import SCRIPTS
 from mergekit_omp.audit.states import States, last_states, logits_of, with_head
 from mergekit_omp.audit.tokens import check_tokens
 from mergekit_omp.errors import OmpError
+from mergekit_omp.initializers.regression import pieces_of_anchors
+from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.matching import match_vocabularies
+from mergekit_omp.vocabulary.segmentation import ids_by_bytes, pieces
 from mergekit_omp.vocabulary.tokens import TokenKind, read_vocabulary
 
 
@@ -96,6 +102,33 @@ def test_rows_that_are_likely_everywhere_by_the_head_alone() -> None:
     assert set(planted.tolist()) <= set(found.tolist())
     assert len(found) - len(planted) <= 0.005 * new
     assert likely_everywhere(rows, torch.arange(FEWEST - 1), ids) is None
+
+
+def test_distances_from_pieces() -> None:
+    """Reference: scikit-learn's ridge regression on the mean rows of the pieces, token by token."""
+    random = torch.Generator().manual_seed(0)
+    tokenizer, other = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    own, output = read_vocabulary(tokenizer), read_vocabulary(other)
+    match = match_vocabularies(output, own)
+    alignment, ids = Alignment("base", tokenizer, own, match, match), match.is_new().nonzero().flatten()
+    base, new = torch.randn(own.size, 16, generator=random), torch.randn(len(ids), 16, generator=random)
+    new[3] *= 5
+    check = PieceCheck(alignment, output, ids)
+    kept = base[match.rows[check.anchors]]
+    found = check.distances(base, kept, new)
+
+    anchors = pieces_of_anchors([output.tokens[id_].data for id_ in check.anchors.tolist()], ids_by_bytes(own))
+    x, z = (
+        torch.stack([base[rows].mean(dim=0) for rows in split]).double().numpy()
+        for split in (anchors, pieces(output, tokenizer, ids.tolist(), own))
+    )
+    ridge = Ridge(alpha=RIDGE * ((x - x.mean(axis=0)) ** 2).sum() / 16).fit(x, kept.double().numpy())
+    sizes = (new.double() - torch.from_numpy(ridge.predict(z))).norm(dim=1)
+    median, upper = sizes.quantile(torch.tensor([0.5, 0.84]).double())
+    assert found is not None
+    torch.testing.assert_close(found[ids].double(), sizes / (median + SPREADS * (upper - median)), rtol=1e-4, atol=0)
+    assert (found > 1).nonzero().flatten().tolist() == [ids[3]]
+    assert PieceCheck(alignment, output, ids[: FEWEST_NEW - 1]).distances(base, kept, new) is None
 
 
 def test_what_all_rows_moved_by_is_nobodys_doing(states: States) -> None:
