@@ -3,7 +3,8 @@
 A ridge regression of anchors' rows on the mean row of their pieces tells a part of every row. What it leaves of a new
 row is the donor's part. The row of an unrelated token, a combination of rows that rebuilds a direction, or a direction
 that was added to a row, makes this part larger than those of other new rows. How large they are depends on how rows
-are made, so that new rows are compared with each other and not with anchors.
+are made, so that new rows are compared with each other and not with anchors. The first principal direction of the
+anchors is left out: it says how frequent tokens are, and honest rows differ most in it.
 """
 
 from collections.abc import Sequence
@@ -84,12 +85,14 @@ class PieceCheck:
         gram = pieces_mean.T @ pieces_mean
         ridge = RIDGE * gram.diagonal().mean()
         gram.diagonal().add_(ridge.clamp(min=torch.finfo(torch.float32).tiny))
-        weights = torch.linalg.solve(gram, pieces_mean.T @ (kept.float() - mean))
+        centred = kept.float() - mean
+        weights = torch.linalg.solve(gram, pieces_mean.T @ centred)
+        axis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1:]
         parts = []
         for start in range(0, len(new), _ROWS_AT_A_TIME):
             part = slice(start, start + _ROWS_AT_A_TIME)
-            predicted = (_means(self._of_new[part], base) - center) @ weights + mean
-            parts.append((new[part].float() - predicted).norm(dim=1).cpu())
+            left = new[part].float() - mean - (_means(self._of_new[part], base) - center) @ weights
+            parts.append((left - left @ axis @ axis.T).norm(dim=1).cpu())
         sizes = torch.cat(parts) * judged
         median, upper = sizes[judged].quantile(torch.tensor([0.5, 0.84]))
         distances = torch.zeros(self._size)
