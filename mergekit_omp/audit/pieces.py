@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mergekit_omp.initializers.regression import piece_rows, pieces_of_anchors
+from mergekit_omp.initializers.regression import pieces_of_anchors
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.segmentation import ids_by_bytes, pieces
 from mergekit_omp.vocabulary.tokens import Vocabulary
@@ -110,4 +110,10 @@ def matrices_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _means(split: Sequence[Sequence[int]], base: Tensor) -> Tensor:
-    return piece_rows(split, base, base.new_zeros(base.shape[1]))[0]
+    """Return the mean row of each token's pieces, float32 (T, d); 0 for tokens without pieces."""
+    flat, ends = (
+        torch.tensor([row for rows in split for row in rows]),
+        torch.tensor([len(rows) for rows in split]).cumsum(0),
+    )
+    starts = (ends - ends.diff(prepend=torch.zeros(1, dtype=torch.int64))).to(base.device)
+    return torch.nn.functional.embedding_bag(flat.to(base.device), base, starts, mode="mean").float()

@@ -61,7 +61,7 @@ class ReplaceUnsafe(Task[SafeRows]):
             )
         model = load_complete(self.model, f"unsafe_tokens: {self.unsafe_tokens.value}")
         found = find_unsafe(
-            model.to(weight.device),  # type: ignore[arg-type]  # transformers' annotation of `to` lacks self
+            model.to(weight.device),
             self.model.alignment,
             self.transplant.vocabulary,
             made,
