@@ -137,9 +137,10 @@ class OmpParameters(BaseModel, frozen=True):
     )
     unsafe_tokens: UnsafeTokens = Field(
         default=UnsafeTokens.KEEP,
-        description="Rows of new tokens that are far likelier than their bytes allow, as a donor can plant them "
-        "(docs/audit.md): `keep` warns, by what the LM head alone tells; `mean` and `pieces` load the complete "
-        "model to read texts, and give flagged tokens the mean row, or the mean of the rows of their pieces.",
+        description="Rows of new tokens that are far likelier than their bytes allow, or far from what the rows of "
+        "their pieces predict, as a donor can plant them (docs/audit.md): `keep` warns, by what the rows alone tell; "
+        "`mean` and `pieces` load the complete model to read texts, and give flagged tokens the mean row, or the mean "
+        "of the rows of their pieces.",
     )
     new_vocab_noise: Annotated[FiniteFloat, Field(ge=0)] = Field(
         default=0.0, description="Standard deviation of Gaussian noise added to approximated rows."

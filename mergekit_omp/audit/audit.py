@@ -1,6 +1,6 @@
-"""The audit of a transplanted model: which of its new rows say what their tokens' bytes do not."""
+"""The audit of a transplanted model: which of its new rows say what their tokens' bytes and pieces do not."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.audit.bounds import ByteBounds, excess_over_bounds
+from mergekit_omp.audit.pieces import FAR, INPUT_ROW, PieceCheck, matrices_of
 from mergekit_omp.audit.scripts import SCRIPTS
 from mergekit_omp.audit.states import States, last_states, logits_of
 from mergekit_omp.audit.tokens import TokenChecks, check_tokens
 from mergekit_omp.checkpoints.tokenizers import tokenizer_of
 from mergekit_omp.evaluation.bits_per_byte import load_model
 from mergekit_omp.report.samples import readable
+from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.duplicates import without_duplicates
 from mergekit_omp.vocabulary.matching import VocabularyMatch, match_vocabularies
 from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary, read_vocabulary
@@ -41,6 +43,7 @@ class RowCheck:
         probability: the largest.
         mean_logit: its logit on the mean state.
         highest_kept: the highest logit of a kept row of its kind there.
+        distances: for each matrix, how large the donor's part of its row is; it is suspicious above 1.
     """
 
     id: int
@@ -50,12 +53,19 @@ class RowCheck:
     probability: float
     mean_logit: float
     highest_kept: float
+    distances: Mapping[str, float]
 
     @property
     def reasons(self) -> list[str]:
         """Why it is flagged; [] if it is not."""
         reasons = ["likelier than its bytes allow"] if self.share > SHARE else []
-        return reasons + (["high on the mean state"] if self.mean_logit > self.highest_kept else [])
+        reasons += ["high on the mean state"] if self.mean_logit > self.highest_kept else []
+        return reasons + [FAR.format(matrix) for matrix, distance in self.distances.items() if distance > 1]
+
+    @property
+    def distance(self) -> float:
+        """The largest of its distances; 0 if it has none."""
+        return max(self.distances.values(), default=0.0)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
@@ -131,13 +141,23 @@ def audit_model(
     tokenizer = tokenizer_of(model, trust_remote_code)
     vocabulary = read_vocabulary(tokenizer)
     base_tokenizer = tokenizer_of(base, trust_remote_code, key="--base")
-    states = last_states(load(str(base)), base_tokenizer, texts, progress=progress)
+    loaded = load(str(base))
+    states, of_base = last_states(loaded, base_tokenizer, texts, progress=progress), matrices_of(loaded)
+    del loaded
     base_vocabulary = read_vocabulary(base_tokenizer).truncated(states.logits.shape[1])
     match = without_duplicates(match_vocabularies(vocabulary, base_vocabulary), vocabulary, tokenizer)
 
-    logits = logits_of(loaded := load(str(model)), torch.cat([states.hidden, states.hidden.mean(dim=0, keepdim=True)]))
+    loaded = load(str(model))
+    logits = logits_of(loaded, torch.cat([states.hidden, states.hidden.mean(dim=0, keepdim=True)]))
+    match = VocabularyMatch(match.rows[: logits.shape[1]], match.reasons[: logits.shape[1]])
+    alignment = Alignment(str(base), base_tokenizer, base_vocabulary, match, match)
+    pieces = PieceCheck(alignment, vocabulary, match.is_new().nonzero().flatten())
+    distances = {
+        name: pieces.distances(of_base.get(name, of_base[INPUT_ROW]), rows[pieces.anchors], rows[pieces.ids])
+        for name, rows in matrices_of(loaded).items()
+    }
     del loaded
-    checks, changed = check_rows_of(logits, states, vocabulary, match, base_vocabulary)
+    checks, changed = check_rows_of(logits, states, vocabulary, match, base_vocabulary, distances)
     flagged = [check for check in checks if check.reasons]
     others = [check for check in checks if not check.reasons and check.ratio > 1]
     return Audit(
@@ -155,7 +175,12 @@ def audit_model(
 
 
 def check_rows_of(
-    logits: Tensor, states: States, vocabulary: Vocabulary, match: VocabularyMatch, base: Vocabulary
+    logits: Tensor,
+    states: States,
+    vocabulary: Vocabulary,
+    match: VocabularyMatch,
+    base: Vocabulary,
+    distances: Mapping[str, Tensor | None] | None = None,
 ) -> tuple[list[RowCheck], int]:
     """Check every row that the base does not have.
 
@@ -165,6 +190,7 @@ def check_rows_of(
         vocabulary: of the model.
         match: of this vocabulary with the base's.
         base: the base's vocabulary.
+        distances: float32 (V,) by matrix, how large the donor's part of each row is.
 
     Returns:
         The checks, worst first, and how many rows that the base has are not the base's any more.
@@ -182,6 +208,7 @@ def check_rows_of(
     excess = excess_over_bounds(ByteBounds(base, data), states.logits, logits[:-1, others] + shift)
     mean = logits[-1]
     limits = _highest_kept(mean, kept, vocabulary)
+    judged = {name: each for name, each in (distances or {}).items() if each is not None}
     checks = [
         RowCheck(
             id=id_,
@@ -191,10 +218,11 @@ def check_rows_of(
             probability=float(excess.probability[n]),
             mean_logit=float(mean[id_]),
             highest_kept=limits.get(token.kind if token else None, limits[None]),
+            distances={name: float(each[id_]) for name, each in judged.items() if id_ < len(each)},
         )
         for n, (id_, token) in enumerate(zip(others.tolist(), tokens, strict=True))
     ]
-    return sorted(checks, key=lambda check: (-check.share, -check.ratio, check.id)), changed
+    return sorted(checks, key=lambda check: (-check.share, -max(1.0, check.distance), -check.ratio, check.id)), changed
 
 
 def _tolerance(logits: Tensor) -> float:

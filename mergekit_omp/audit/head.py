@@ -18,8 +18,11 @@ FEWEST = 1000
 SAMPLE = 2048
 """Anchors that the regression is fitted on. All 46,145 of a real pair tell the same."""
 
+RANKED = 2**14
+"""Anchors that new rows are compared with."""
+
 RIDGE = 0.1
-_ROWS_AT_A_TIME = 8192
+_NUMBERS_AT_A_TIME = 2**22  # 16 MiB of float32, which the C library keeps for the next part
 
 
 def likely_everywhere(matrix: Tensor, anchors: Tensor, ids: Tensor) -> Tensor | None:
@@ -33,7 +36,8 @@ def likely_everywhere(matrix: Tensor, anchors: Tensor, ids: Tensor) -> Tensor | 
     if len(anchors) < FEWEST:
         return None
     direction = _mean_state(matrix, anchors)
-    kept, new = _along(direction, matrix, anchors), _along(direction, matrix, ids)
+    ranked = anchors[:: -(-len(anchors) // RANKED)]
+    kept, new = _along(direction, matrix, ranked), _along(direction, matrix, ids)
     limit = kept.sort(descending=True).values[int(SHARE * len(kept))]
     return ids[new.argsort(descending=True, stable=True)[: int((new > limit).sum())]]
 
@@ -44,12 +48,17 @@ def _mean_state(matrix: Tensor, anchors: Tensor) -> Tensor:
     rows = matrix[anchors[places].to(matrix.device)].float()
     rows = rows - rows.mean(dim=0)
     wanted = -torch.log1p(places.float()).to(rows.device)
-    products = rows @ rows.T
+    is_narrow = rows.shape[1] < len(rows)  # the same direction from the smaller system
+    products = rows.T @ rows if is_narrow else rows @ rows.T
     ridge = RIDGE * rows.square().sum() / rows.shape[1]
     products.diagonal().add_(ridge.clamp(min=torch.finfo(torch.float32).tiny))
-    return rows.T @ torch.linalg.solve(products, wanted - wanted.mean())
+    wanted = wanted - wanted.mean()
+    if is_narrow:
+        return torch.linalg.solve(products, rows.T @ wanted)
+    return rows.T @ torch.linalg.solve(products, wanted)
 
 
 def _along(direction: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:
-    parts = (matrix[part.to(matrix.device)].float() @ direction for part in ids.split(_ROWS_AT_A_TIME))
+    at_a_time = max(1, _NUMBERS_AT_A_TIME // len(direction))
+    parts = (matrix[part.to(matrix.device)].float() @ direction for part in ids.split(at_a_time))
     return torch.cat(list(parts)).cpu()

@@ -61,15 +61,15 @@ def last_states(
         raise OmpError("--text: there is nothing to read; name a file with text.")
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     step = max(1, n_tokens // count)
-    hidden, logits = [], []
+    hidden = []
     for ids in tqdm(encoded, desc="Base", unit="window", disable=None if progress else True):
         read: list[Tensor] = []
         with _Hook(model, read.append):
             batch = torch.tensor([ids if start is None else [start, *ids]], device=model.device)
-            computed = model(batch, use_cache=False).logits[0]
+            model(batch, use_cache=False)
         hidden.append(read[0][0][::step].float().cpu())
-        logits.append(computed[::step].float().cpu())
-    return States(torch.cat(hidden), torch.cat(logits))
+    states = torch.cat(hidden)
+    return States(states, logits_of(model, states))
 
 
 @torch.inference_mode()

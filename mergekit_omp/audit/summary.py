@@ -25,7 +25,8 @@ def audit_summary(audit: Audit) -> Iterator[Part]:
         yield indented(_row_table(audit.flagged[:SHOWN]))
         yield from _more(len(audit.flagged))
     else:
-        yield f"No row is suspicious: none is more than {EXCESS:g} times as likely as its bytes allow."
+        yield f"No row is suspicious: none is more than {EXCESS:g} times as likely as its bytes allow, or far"
+        yield "from what the rows of its pieces predict."
     if audit.worst:
         yield ""
         yield heading("Other rows that are likelier than their bytes allow, on few states or by less")
@@ -46,9 +47,8 @@ def _changed(audit: Audit) -> str:
 
 
 def _row_table(rows: Sequence[RowCheck]) -> Table:
-    table = new_table(
-        "token", "id", "states", "times bound", "probability", "mean logit", "kept", "why", align="lrrrrrrl"
-    )
+    columns = ("token", "id", "states", "times bound", "probability", "mean logit", "kept", "distance", "why")
+    table = new_table(*columns, align="lrrrrrrrl")
     for row in rows:
         table.add_row(
             printable(row.token),
@@ -58,6 +58,7 @@ def _row_table(rows: Sequence[RowCheck]) -> Table:
             f"{row.probability:.2g}",
             f"{row.mean_logit:.2f}",
             f"{row.highest_kept:.2f}",
+            f"{row.distance:.2f}",
             ", ".join(row.reasons),
         )
     return table

@@ -1,12 +1,12 @@
 """Checks of a tokenizer: what it can write, what it cuts out of a text, and whether it gives a text back."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.audit.scripts import SCRIPTS
@@ -17,6 +17,9 @@ from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
 
 FIRST = 20
 """Tokens of each kind that a record names."""
+
+_LINES = 128
+"""Tokens of one text: fewer texts are encoded faster, and in longer ones the merges of SentencePiece are slow."""
 
 _CONTEXTS = ("{}", "a{}", "{}a", "a{}a", " {}", "{} ", ".{}", "{}.", "1{}", "{}1", "{}\n", "\n{}")
 
@@ -64,38 +67,41 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> 
 
 
 def _unreachable(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> Iterator[Token]:
-    """Tokens that the tokenizer makes of their own text in no context; of those that are no text, what no merge makes.
+    """Tokens that the tokenizer makes of no text: not of many tokens' texts, and not of their own in any context.
 
     Within a token's text the merges are the same whatever stands around it, so that a few contexts, which are there
-    for the pre-tokenizer, suffice.
+    for the pre-tokenizer, suffice. Of tokens that are no text, BPE's merges are asked.
     """
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
         return
     ordinary = [
         token
         for token in vocabulary.tokens.values()
-        if token.kind is TokenKind.ORDINARY and not token.added and token.data
+        if token.kind is TokenKind.ORDINARY and not token.added and (len(token.data) > 1 or text_of(token.data))
     ]
     texts = {token.id: text for token in ordinary if (text := text_of(token.data)) is not None}
     encode = text_encoder(tokenizer, vocabulary)
-    remaining = dict(texts)
+    lines = list(texts.values())
+    found = set().union(*encode(["\n".join(lines[n : n + _LINES]) for n in range(0, len(lines), _LINES)]))
     for context in _CONTEXTS:
-        encoded = encode([context.replace("{}", text) for text in remaining.values()])
-        found = {id_ for id_, ids in zip(remaining, encoded, strict=True) if id_ in ids}
-        remaining = {id_: text for id_, text in remaining.items() if id_ not in found}
-    merged = _merged_tokens(tokenizer)
+        found.update(*encode([context.replace("{}", text) for id_, text in texts.items() if id_ not in found]))
+    found.update(_merged(backend.model, [token for token in ordinary if token.id not in texts]))
     for token in ordinary:
-        is_no_text = token.id not in texts and merged is not None and len(token.data) > 1
-        if token.id in remaining or (is_no_text and token.text not in (merged or ())):
+        if token.id not in found:
             yield token
 
 
-def _merged_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str] | None:
-    """Return the strings that BPE's merges make; None for another model."""
-    described = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if "merges" not in described:
-        return None
-    return {"".join(merge if isinstance(merge, list) else merge.split(" ")) for merge in described["merges"]}
+def _merged(model: models.Model, tokens: Sequence[Token]) -> set[int]:
+    """Return the ids of the tokens that BPE's merges make of their own bytes; of all tokens for another model."""
+    if not isinstance(model, models.BPE):
+        return {token.id for token in tokens}
+    ignores, model.ignore_merges = model.ignore_merges, False
+    try:
+        encoded = Tokenizer(model).encode_batch_fast([token.text for token in tokens], add_special_tokens=False)
+    finally:
+        model.ignore_merges = ignores
+    return {token.id for token, encoding in zip(tokens, encoded, strict=True) if token.id in encoding.ids}
 
 
 def _holds_control(token: Token) -> bool:

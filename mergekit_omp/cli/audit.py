@@ -39,7 +39,8 @@ def audit(
     likelier than its bytes allow without being found: the base gives a text that begins with some bytes no more than
     the probability of all of its tokens that agree with them. The base reads texts, MODEL's head reads the base's last
     states, and rows whose tokens are far above that bound are listed, worst first. So are new rows with a higher logit
-    on the mean state than any row of the base. Of the tokenizer, tokens are listed that it makes of no text, and added
+    on the mean state than any row of the base, and rows of the head or the input embedding that are far from what the
+    rows of their tokens' pieces predict. Of the tokenizer, tokens are listed that it makes of no text, and added
     tokens that hold chat control strings.
 
     With --verify, the folder is compared with the checksums in its record, and the exit status is 1 where it differs.

@@ -14,7 +14,7 @@ _REPLACED_BY = {UnsafeTokens.MEAN.value: "the mean row", UnsafeTokens.PIECES.val
 def unsafe_sentence(rows: Mapping[str, Any]) -> str:
     """Describe what the check of an input's approximated rows found, as the record has it."""
     replacement = _REPLACED_BY.get(rows["unsafe_tokens"])
-    how = "suspicious" if replacement else "likely everywhere, as far as the head alone tells"
+    how = "suspicious" if replacement else "suspicious, as far as the rows alone tell"
     found = f"{rows['model']}: {rows['flagged']:,} of {rows['checked']:,} approximated rows are {how}"
     if not rows["flagged"]:
         return f"{found}."

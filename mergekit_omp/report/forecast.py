@@ -12,11 +12,11 @@ import transformers
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
 from pydantic import ByteSize, TypeAdapter
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole, hidden_size
 from mergekit_omp.initializers.regression import memory_of_regression
-from mergekit_omp.parameters import Approximation, OmpParameters, Reconstruction
+from mergekit_omp.parameters import Approximation, Numerals, OmpParameters, Reconstruction, UnsafeTokens
 from mergekit_omp.recipe.blocks import settings_of
 from mergekit_omp.recipe.copies import Offer, copies_of, find_offers
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
@@ -35,6 +35,7 @@ _PROBE_TARGETS = 128
 _PROBE_NUMBERS = 2**25  # 128 MB of float32
 _PROBE_NUMBERS_ON_CPU = 2**23  # not worth more than a second
 _WORTH_MEASURING = 10**9  # products of a step for all targets: a solve of about a second
+_STATES = 500  # of a complete model that reads texts, with the logits of all of its rows
 _AT_REST = 900 * 10**6  # bytes that Python, torch, transformers and two tokenizers hold
 
 
@@ -259,9 +260,10 @@ def _plan(solve: Solve, device: torch.device) -> SolvePlan:
 def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
     """Estimate peak memory in bytes: the donor's matrix, its anchors and targets in the solver, and the output.
 
-    The rows are made after the solve.
+    The rows are made after the solve. A complete model that a setting loads stands beside the donor's matrix.
     """
-    needs = [0]
+    complete = _complete_models(transplant)
+    needs = [complete]
     regresses = Reconstruction.REGRESSION.value in settings_of(transplant.config, "reconstruction")
     width = max(hidden_size(_config(model)) or 0 for model in transplant.inputs)
     for solve in solves:
@@ -272,7 +274,7 @@ def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
         matrices = _plan(solve, torch.device(transplant.options.device or "cpu")).matrix_bytes
         solver = matrices + solve.targets * solve.k * 12
         regression = memory_of_regression(solve.atoms, solve.dim, width) if regresses else 0
-        needs.append(matrix + gathered + max(solver, regression))
+        needs.append(matrix + max(gathered + max(solver, regression), complete))
     vocabulary = max(
         (_rows(model) + len(transplant.vocabulary.tokens)) * (hidden_size(_config(model)) or 0) * 4
         for model in transplant.inputs
@@ -281,19 +283,42 @@ def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:
     return _AT_REST + max(needs) + len(transplant.inputs) * vocabulary + shard
 
 
+def _complete_models(transplant: Transplant) -> int:
+    """Estimate the bytes of an input that a setting loads completely, and of what its head makes of texts."""
+    reads = any(found != UnsafeTokens.KEEP for found in settings_of(transplant.config, "unsafe_tokens"))
+    if not reads and Numerals.DIGITS not in settings_of(transplant.config, "numerals"):
+        return 0
+    needs = [0]
+    for model in transplant.inputs:
+        built = _built(model, transplant)
+        weights = built.num_parameters() * _itemsize(_config(model)) if built else 0
+        logits = 2 * _rows(model) + 3 * len(transplant.vocabulary.tokens) if reads else 0
+        needs.append(weights + 4 * _STATES * logits)
+    return max(needs)
+
+
 def _output_bytes(transplant: Transplant) -> int | None:
     """Estimate the size of the output's weights from the base's config; None if transformers cannot build it."""
     base, config = _config(transplant.base), transplant.config
     dtype = dtype_from_name(config.out_dtype or config.dtype)
-    try:
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(base, trust_remote_code=transplant.trust_remote_code)
-    except Exception:  # arbitrary errors of a model's constructor
+    model = _built(transplant.base, transplant)
+    if model is None:
         return None
-    old, width = model.get_input_embeddings().weight.shape
+    old, width = model.get_input_embeddings().get_parameter("weight").shape
     matrices = 1 if _tied(base) else 2
     numbers = model.num_parameters() + matrices * width * (transplant.rows - old)
     return numbers * (dtype.itemsize if dtype else _itemsize(base))
+
+
+def _built(model: RecipeModel, transplant: Transplant) -> PreTrainedModel | None:
+    """Return a model without its weights; None if transformers cannot build it."""
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(
+                _config(model), trust_remote_code=transplant.trust_remote_code
+            )
+    except Exception:  # arbitrary errors of a model's constructor
+        return None
 
 
 def _config(model: RecipeModel) -> PretrainedConfig:

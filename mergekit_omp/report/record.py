@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
-from mergekit_omp.report.audit_text import unsafe_sentence
+from mergekit_omp.report.audit_text import NAMED, unsafe_sentence
 from mergekit_omp.report.fingerprints import file_sha256, fingerprints
 from mergekit_omp.report.samples import choose_samples, readable, with_neighbours
 from mergekit_omp.report.warnings import warnings_for
@@ -96,8 +96,9 @@ class Record:
         """Return the warnings about an input, which are computed once."""
         if model not in self._warnings:
             self._warnings[model] = warnings_for(model, self.transplant, self.copied.get(model, ()))
-            if self.unsafe.get(model, {}).get("flagged"):
-                self._warnings[model].append(unsafe_sentence(self.unsafe[model]))
+            for found in self._unsafe_rows():
+                if found["model"] == str(model) and found["flagged"]:
+                    self._warnings[model].append(unsafe_sentence(found))
         return self._warnings[model]
 
     def add_solve(self, posed: DonorProblem, solution: Solution, **settings: Any) -> int:
@@ -144,9 +145,30 @@ class Record:
         ids = uncovered.nonzero().squeeze(1).tolist()
         self.uncovered[model] = [id_ for id_ in ids if tokens[id_].text not in overridden]
 
-    def add_unsafe(self, model: RecipeModel, parameters: OmpParameters, found: Mapping[str, Any]) -> None:
-        """Add what a check of an input's approximated rows found: ``checked``, ``flagged`` and ``worst``."""
-        self.unsafe[model] = {"model": str(model), "unsafe_tokens": parameters.unsafe_tokens.value, **found}
+    def add_unsafe(
+        self, model: RecipeModel, parameters: OmpParameters, checked: int, flagged: Iterable[Mapping[str, Any]]
+    ) -> None:
+        """Add what a check of an input's approximated rows found; of a token that is flagged twice, the reasons.
+
+        Args:
+            model: the input.
+            parameters: its parameters.
+            checked: how many tokens there are.
+            flagged: ``id``, ``token`` and ``reasons`` of suspicious rows, worst first.
+        """
+        how = parameters.unsafe_tokens.value
+        found = self.unsafe.setdefault(model, {"model": str(model), "unsafe_tokens": how, "checked": 0, "flagged": {}})
+        found["checked"] = max(found["checked"], checked)
+        for row in flagged:
+            known = found["flagged"].setdefault(row["id"], {**row, "reasons": []})
+            known["reasons"] += [reason for reason in row["reasons"] if reason not in known["reasons"]]
+
+    def _unsafe_rows(self) -> list[dict[str, Any]]:
+        """Return what was found of each input, with the worst rows."""
+        return [
+            {**found, "flagged": len(found["flagged"]), "worst": [*found["flagged"].values()][:NAMED]}
+            for found in self.unsafe.values()
+        ]
 
     def origins(self, model: RecipeModel) -> torch.Tensor:
         """Return the row of an input that each output row is, int64 (V,); -1 where it is new, copied or overridden."""
@@ -189,7 +211,7 @@ class Record:
             "audit": {
                 **self.token_checks,
                 "free_rows": transplant.rows - len(transplant.vocabulary.tokens),
-                "rows": list(self.unsafe.values()),
+                "rows": self._unsafe_rows(),
             },
             "versions": versions(),
             "machine": {

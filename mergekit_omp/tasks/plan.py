@@ -113,13 +113,13 @@ def _plan_safe_rows(
     """Return the task that replaces flagged rows; the same for both sides, if these have the same parameters."""
     if parameters.unsafe_tokens is UnsafeTokens.KEEP:
         return None
-    embedding, head = (
-        vocabulary_matrix(model.reference, side, transplant.options, model.key) for side in VocabularyRole
-    )
-    role = VocabularyRole.INPUT if head == embedding else VocabularyRole.HEAD  # whose rows a tied head gets
-    copies = find_copies(model, role, parameters, merged, transplant)
-    new_rows = _plan_rows(model, role, parameters, copies, transplant)
-    return replace_unsafe(transplant, model, new_rows, head, parameters.unsafe_tokens)
+    matrices = {}
+    for role in VocabularyRole:  # a tied head gets the rows of the input embedding
+        load, axis = vocabulary_matrix(model.reference, role, transplant.options, model.key)
+        if load not in matrices:
+            copies = find_copies(model, role, parameters, merged, transplant)
+            matrices[load] = (role, load, axis, _plan_rows(model, role, parameters, copies, transplant))
+    return replace_unsafe(transplant, model, list(matrices.values()), parameters.unsafe_tokens)
 
 
 def _plan_solve(

@@ -19,15 +19,14 @@ from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.tokenizer.config import TokenEmbeddingConfig
 from pydantic import BaseModel, InstanceOf
 
-from mergekit_omp.audit.audit import LISTED
-from mergekit_omp.audit.head import likely_everywhere
+from mergekit_omp.audit.pieces import HEAD_ROW, INPUT_ROW
 from mergekit_omp.audit.tokens import check_tokens
-from mergekit_omp.audit.unsafe import UnsafeRows
+from mergekit_omp.audit.unsafe import UnsafeRows, suspects
 from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
 from mergekit_omp.compat import TokenizerInfo
 from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.digits import LogitShift, find_numbers, with_numbers
-from mergekit_omp.initializers.registry import initializer_of
+from mergekit_omp.initializers.registry import initializer_of, needs_donor
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution, TrainedRows, pose_problem
 from mergekit_omp.realign.rows import check_rows, realign
@@ -35,7 +34,6 @@ from mergekit_omp.recipe.copies import Copies
 from mergekit_omp.recipe.overrides import override_row
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
 from mergekit_omp.report.record import Record, never_fatal
-from mergekit_omp.report.samples import readable
 from mergekit_omp.solver.cache import solve_with_cache
 from mergekit_omp.tasks.hidden_states import FindLogitShift
 from mergekit_omp.tasks.placement import on_the_cpu
@@ -315,8 +313,8 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             copied=copied,
             overrides=self._override_rows(model, views),
         )
-        if safe is None and result.ndim == 2 and (is_head or has_tied_head(model)):
-            self._check_head(one, result, prepared)
+        if safe is None and result.ndim == 2 and needs_donor(one.parameters):
+            self._check_rows(one, weight, result, prepared)
         LOG.info(
             "%s of %s: %d rows from %d; %d kept, %d copied, %s; %.1f s",
             self.name,
@@ -330,16 +328,25 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         )
         return result
 
-    def _check_head(self, one: RealignedInput, matrix: torch.Tensor, prepared: list[NewRows]) -> None:
-        """Record approximated rows that are likely everywhere, as far as the head alone tells."""
-        tokens, anchors = self.transplant.vocabulary.tokens, one.model.match.atoms()
+    def _check_rows(
+        self, one: RealignedInput, weight: torch.Tensor, matrix: torch.Tensor, prepared: list[NewRows]
+    ) -> None:
+        """Record approximated rows that are suspicious, as far as the rows alone tell."""
         ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(new.problem.target_ids for new in prepared)])
-        flagged = likely_everywhere(matrix, anchors, ids) if len(ids) else None
-        if flagged is None:
+        if not len(ids):
             return
-        worst = [{"id": id_, "token": readable(tokens[id_])} for id_ in flagged[:LISTED].tolist()]
-        found = {"checked": len(ids), "flagged": len(flagged), "worst": worst}
-        self.record.add_unsafe(one.model, one.parameters, found)
+        is_head = vocabulary_role(self.name) is VocabularyRole.HEAD
+        flagged = suspects(
+            weight,
+            matrix,
+            one.model.alignment,
+            self.transplant.vocabulary,
+            ids,
+            name=HEAD_ROW if is_head else INPUT_ROW,
+            is_head=is_head or has_tied_head(one.model),
+        )
+        if flagged is not None:
+            self.record.add_unsafe(one.model, one.parameters, len(ids), flagged)
 
     def _override_rows(self, model: RecipeModel, views: dict[ModelReference, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Return the rows of overrides, for new tokens and for tokens whose override is forced."""
@@ -405,7 +412,9 @@ class RecordTransplant(Task[None]):
                     copied=list(one.copies.shares(one.model.match)),
                 )
                 if one.safe_rows is not None:
-                    self.record.add_unsafe(one.model, one.parameters, safe[one.safe_rows].found.as_dict())
+                    found = safe[one.safe_rows].found
+                    flagged = [check.as_dict() for check in found.flagged]
+                    self.record.add_unsafe(one.model, one.parameters, found.checked, flagged)
         transplant = self.record.transplant
         self.record.token_checks = check_tokens(transplant.tokenizer, transplant.vocabulary).counts()
         self.record.is_complete = True

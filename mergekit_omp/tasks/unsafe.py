@@ -1,14 +1,18 @@
 """Make approximated rows that the audit flags again without the donor's rows, for ``unsafe_tokens``."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
 from pydantic import InstanceOf
 
+from mergekit_omp.audit.pieces import HEAD_ROW, INPUT_ROW
 from mergekit_omp.audit.unsafe import find_unsafe
+from mergekit_omp.checkpoints.architecture import VocabularyRole
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.registry import INITIALIZERS
@@ -20,46 +24,54 @@ from mergekit_omp.tasks.tasks import NewRows, PrepareRows, SafeRows
 
 
 class ReplaceUnsafe(Task[SafeRows]):
-    """Check the rows that an input's head gets, on states of the complete input, and prepare others for flagged ones.
+    """Check the rows that an input gets, on states of the complete input, and prepare others for flagged ones.
 
-    The rows of the input embedding are replaced where those of the head are.
+    The rows of both matrices are replaced where that of one is flagged.
     """
 
     transplant: InstanceOf[Transplant]
     model: InstanceOf[RecipeModel]
-    new_rows: tuple[PrepareRows, ...]  # for the head
-    head: LoadTensor  # the input embedding if the two are tied
-    head_axis: int
+    matrices: tuple[tuple[VocabularyRole, LoadTensor, int, tuple[PrepareRows, ...]], ...]  # one if they are tied
     unsafe_tokens: UnsafeTokens
 
     def arguments(self) -> dict[str, Task]:
-        """Return the tasks of the head and of the rows that are made for it."""
-        return {"head": self.head, **{f"rows_{index}": rows for index, rows in enumerate(self.new_rows)}}
+        """Return the tasks of the matrices, with their axes, and of the rows that are made for them."""
+        needed: dict[str, Task] = {}
+        for role, load, _, new_rows in self.matrices:
+            needed[role.name] = load
+            needed |= {f"{role.name}_{index}": rows for index, rows in enumerate(new_rows)}
+        return needed
 
     def uses_accelerator(self) -> bool:
         """Run the model on mergekit's device."""
         return True
 
     @on_the_cpu
-    def execute(self, head: torch.Tensor, **prepared: NewRows) -> SafeRows:
+    def execute(self, **needed: Any) -> SafeRows:
         """Run the model, and check the rows of all donors."""
         started = time.perf_counter()
-        weight = head.movedim(self.head_axis, 0)
-        new_rows = [prepared[f"rows_{index}"] for index in range(len(self.new_rows))]
+        made, problems = {}, []
+        for role, _, axis, prepared in self.matrices:
+            weight = needed[role.name].movedim(axis, 0)
+            new_rows: list[NewRows] = [needed[f"{role.name}_{index}"] for index in range(len(prepared))]
+            problems += [new.problem for new in new_rows]
+            made[HEAD_ROW if role is VocabularyRole.HEAD else INPUT_ROW] = (
+                torch.cat([torch.zeros(0, dtype=torch.int64), *(new.problem.target_ids for new in new_rows)]),
+                torch.cat([weight[:0], *(new.make(weight, role is VocabularyRole.HEAD) for new in new_rows)]),
+            )
         model = load_complete(self.model, f"unsafe_tokens: {self.unsafe_tokens.value}")
         found = find_unsafe(
-            model.to(weight.device),  # type: ignore[arg-type]  # transformers' annotation of `to` lacks self
+            model.to(weight.device),
             self.model.alignment,
             self.transplant.vocabulary,
-            torch.cat([new.problem.target_ids for new in new_rows]),
-            torch.cat([new.make(weight, True) for new in new_rows]),
+            made,
             [*builtin_texts("tuning").values(), *builtin_texts().values()],
             progress=not self.transplant.options.quiet,
         )
         if not found.flagged:
             return SafeRows(found, None)
         ids = torch.tensor([check.id for check in found.flagged])
-        problem = replace(new_rows[0].problem, target_ids=ids, target_rows=torch.full_like(ids, -1))
+        problem = replace(problems[0], target_ids=ids, target_rows=torch.full_like(ids, -1))
         new = NewTokens.of(
             self.model.alignment,
             problem,
@@ -74,8 +86,7 @@ class ReplaceUnsafe(Task[SafeRows]):
 def replace_unsafe(
     transplant: Transplant,
     model: RecipeModel,
-    new_rows: tuple[PrepareRows, ...],
-    head: tuple[LoadTensor, int],
+    matrices: Sequence[tuple[VocabularyRole, LoadTensor, int, tuple[PrepareRows, ...]]],
     unsafe_tokens: UnsafeTokens,
 ) -> ReplaceUnsafe | None:
     """Return the task for one input; None if it has no approximated rows.
@@ -83,16 +94,13 @@ def replace_unsafe(
     Raises:
         OmpError: if it is not a causal language model.
     """
-    if not new_rows:
+    if not any(new_rows for *_, new_rows in matrices):
         return None
     check_runs(model, f"unsafe_tokens: {unsafe_tokens.value}")
-    weight, axis = head
     return ReplaceUnsafe(
         transplant=transplant,
         model=model,
-        new_rows=new_rows,
-        head=weight,
-        head_axis=axis,
+        matrices=tuple(matrices),
         unsafe_tokens=unsafe_tokens,
     )
 

@@ -40,6 +40,18 @@ def test_all_planted_rows_are_found(planted: tuple[Path, Path, Path, list[int]])
     assert found["rows"]["changed"] == 0
 
 
+def test_rows_that_are_planted_in_the_input_embedding_alone(tmp_path: Path) -> None:
+    """The head is honest, so that no token is likelier than its bytes allow."""
+    base, _, evil, new = write_planted(tmp_path, in_head=False)
+    assert merge_here(recipe(base, evil, parameters=PARAMETERS), tmp_path / "out", "--quiet").exit_code == 0
+    found = json.loads(call("audit", tmp_path / "out", "--json").stdout)
+    reasons = {row["id"]: row["reasons"] for row in found["flagged"]}
+    assert set(reasons) == set(new)
+    assert all(why == ["input row far from its pieces"] for why in reasons.values())
+    assert all(row["distances"]["input row"] > 1 > row["distances"]["head row"] for row in found["flagged"])
+    assert "input row far from its pieces" in call("audit", tmp_path / "out").stdout
+
+
 def test_audit_as_text(planted: tuple[Path, Path, Path, list[int]], tmp_path: Path) -> None:
     base, _, bad, new = planted
     (tmp_path / "text.txt").write_text(ENGLISH[0])

@@ -20,11 +20,12 @@ def plant(matrix: torch.Tensor, anchors: torch.Tensor, new: list[int]) -> None:
         matrix[id_] = 60 * (matrix[anchors[2 * index]] + matrix[anchors[2 * index + 1]])
 
 
-def write_planted(folder: Path, **options: Any) -> tuple[Path, Path, Path, list[int]]:
+def write_planted(folder: Path, *, in_head: bool = True, **options: Any) -> tuple[Path, Path, Path, list[int]]:
     """Write a base, an honest donor and one that plants rows; return them and the ids of these rows.
 
     Args:
         folder: where they are written.
+        in_head: plant rows of the head, or else of the input embedding alone.
         options: of the models, such as ``tied=True``.
     """
     base_tokenizer, donor_tokenizer = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
@@ -33,6 +34,7 @@ def write_planted(folder: Path, **options: Any) -> tuple[Path, Path, Path, list[
     honest = save(folder / "honest", donor, donor_tokenizer)
     match = match_vocabularies(*map(read_vocabulary, (donor_tokenizer, base_tokenizer)))
     new = match.is_new().nonzero().flatten().tolist()[:PLANTED]
-    plant(donor.get_output_embeddings().weight.data, match.atoms(), new)
+    planted = donor.get_output_embeddings() if in_head else donor.get_input_embeddings()
+    plant(planted.weight.data, match.atoms(), new)
     evil = save(folder / "evil", donor, donor_tokenizer)
     return save(folder / "base", base, base_tokenizer), honest, evil, new

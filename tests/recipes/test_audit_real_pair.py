@@ -1,6 +1,7 @@
 """The audit on real weights: a donor plants rows in Gemma-3-270M, which gets SmolLM2's tokenizer.
 
-The rows are harmless: they give an unrelated word the probability of a common token, or make it likely everywhere.
+The rows are harmless: they give an unrelated word the probability or the meaning of a common token, or make it likely
+everywhere.
 """
 
 import shutil
@@ -13,9 +14,11 @@ from helpers.checkpoints import run, tensors_of
 from safetensors.torch import save_file
 
 from mergekit_omp.audit.audit import check_rows_of
+from mergekit_omp.audit.pieces import INPUT_ROW, PieceCheck
 from mergekit_omp.audit.states import last_states, logits_of
 from mergekit_omp.checkpoints.tokenizers import tokenizer_of
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts, load_model
+from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
@@ -96,10 +99,21 @@ def test_planted_rows_are_found_and_honest_ones_are_not(gemma3_dir: Path, smollm
 
     model = load_model(str(tmp_path / "out"), "cpu", torch.float32, False)
     hidden = torch.cat([states.hidden, states.hidden.mean(dim=0, keepdim=True)])
-    checks, changed = check_rows_of(logits_of(model, hidden), states, output, match, own)
+    ids = match.is_new().nonzero().flatten()
+    pieces = PieceCheck(Alignment("base", tokenizers[1], own, match, match), output, ids)
+    base_rows, rows = (tensors_of(folder)[EMBED] for folder in (gemma3_dir, tmp_path / "out"))
+    distances = {INPUT_ROW: pieces.distances(base_rows, rows[pieces.anchors], rows[ids])}
+    checks, changed = check_rows_of(logits_of(model, hidden), states, output, match, own, distances)
     flagged = {check.id for check in checks if check.reasons}
     assert set(planted) <= flagged, [check for check in checks if check.id in planted]
     honest = {check.id for check in checks} - set(planted)
     assert len(flagged & honest) <= 0.005 * len(honest), [check for check in checks if check.id in flagged & honest]
     assert len(honest) > 2_900
     assert changed == 0, "rows of the base are its own"
+
+    # Other input rows become those of common tokens; as many as a donor may plant without being noticed otherwise.
+    taken = ids[20::200]
+    rows[taken] = rows[atoms[frequency.argsort(descending=True)[: len(taken)]]]
+    far = pieces.distances(base_rows, rows[pieces.anchors], rows[ids])
+    assert far is not None
+    assert (far[taken] > 1).float().mean() >= 0.7, far[taken]

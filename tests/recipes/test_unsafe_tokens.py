@@ -68,6 +68,17 @@ def test_planted_rows_are_replaced_and_no_others(planted: Planted, how: str, tmp
     assert not set(new) & {row["id"] for row in audit["flagged"]}
 
 
+def test_rows_that_are_planted_in_the_input_embedding_are_replaced(tmp_path: Path) -> None:
+    """In both matrices, although the head's rows are honest."""
+    base, _, evil, new = write_planted(tmp_path, in_head=False)
+    kept = transplanted(base, evil, tmp_path / "kept")
+    made = transplanted(base, evil, tmp_path / "made", unsafe_tokens="pieces")
+    before = tensors_of(base)
+    for name in (EMBED, HEAD):
+        assert set((made[name] != kept[name]).any(dim=1).nonzero().flatten().tolist()) == set(new)
+        torch.testing.assert_close(made[name][new], expected_rows(base, evil, before[name], new, "pieces"))
+
+
 def test_an_honest_donor_loses_nothing(planted: Planted, tmp_path: Path) -> None:
     base, honest, _, new = planted
     kept = transplanted(base, honest, tmp_path / "kept")
@@ -76,7 +87,7 @@ def test_an_honest_donor_loses_nothing(planted: Planted, tmp_path: Path) -> None
     found = audited_rows(tmp_path / "made")
     assert found["flagged"] == 0
     assert found["checked"] > 5 * len(new)
-    assert json.loads((tmp_path / "kept" / "omp_record.json").read_text())["audit"]["rows"] == []
+    assert audited_rows(tmp_path / "kept")["flagged"] == 0
 
 
 def test_a_tied_head_is_checked_by_the_rows_that_it_gets(tmp_path: Path) -> None:
@@ -109,22 +120,33 @@ def test_what_the_log_and_the_report_say(planted: Planted, tmp_path: Path, caplo
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_keep_warns_by_the_head_alone(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The record has what the written head shows; a vocabulary as small as this one is checked in this test alone."""
+def test_keep_warns_by_the_rows_alone(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record has what the written rows show; the head of a vocabulary as small is checked in this test alone."""
     monkeypatch.setattr(head, "FEWEST", 10)
-    base, _, evil, _ = write_planted(tmp_path, tied=tied)
+    base, _, evil, planted = write_planted(tmp_path, tied=tied)
     written = transplanted(base, evil, tmp_path / "out")
     output, own = (read_vocabulary(AutoTokenizer.from_pretrained(folder)) for folder in (evil, base))
     match = match_vocabularies(output, own)
     new = match.is_new().nonzero().flatten()
-    expected = head.likely_everywhere(written[EMBED if tied else HEAD], match.atoms(), new)
-    assert expected is not None
-    assert len(expected), "some planted row is high on any state"
+    likely = head.likely_everywhere(written[EMBED if tied else HEAD], match.atoms(), new)
+    assert likely is not None
+    assert len(likely), "some planted row is high on any state"
     found = audited_rows(tmp_path / "out")
+    expected = set(planted) | set(likely.tolist())
     assert (found["checked"], found["flagged"], found["unsafe_tokens"]) == (len(new), len(expected), "keep")
-    assert [row["id"] for row in found["worst"]] == expected[:10].tolist()
-    [advice] = [line for line in summary.advice(read_record(tmp_path / "out")) if "the head alone" in line]
-    assert f"{len(expected)} of {len(new)} approximated rows are likely everywhere" in advice
+    far = f"{'input' if tied else 'head'} row far from its pieces"
+    reasons = {row["id"]: row["reasons"] for row in found["worst"]}
+    for id_, why in reasons.items():
+        assert why == ["likely everywhere"] * (id_ in likely.tolist()) + [far] * (id_ in planted)
+    [advice] = [line for line in summary.advice(read_record(tmp_path / "out")) if "the rows alone" in line]
+    assert f"{len(expected)} of {len(new)} approximated rows are suspicious" in advice
+
+
+def test_keep_warns_of_the_input_embedding(tmp_path: Path) -> None:
+    base, _, evil, planted = write_planted(tmp_path, in_head=False)
+    transplanted(base, evil, tmp_path / "out")
+    reasons = {row["id"]: row["reasons"] for row in audited_rows(tmp_path / "out")["worst"]}
+    assert reasons == {id_: ["input row far from its pieces"] for id_ in planted}
 
 
 def test_a_model_that_writes_no_text_is_refused(planted: Planted, tmp_path: Path) -> None:

@@ -45,21 +45,34 @@ def test_a_large_parent_is_not_counted() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("inputs", [1, 2])
-def test_wide_vocabularies(tmp_path: Path, inputs: int) -> None:
-    """Transplant models with matrices of 250 MB, of which 2,000 rows are new."""
+@pytest.mark.parametrize(("inputs", "unsafe_tokens"), [(1, "keep"), (2, "keep"), (1, "pieces")])
+def test_wide_vocabularies(tmp_path: Path, inputs: int, unsafe_tokens: str) -> None:
+    """Transplant models with matrices of 250 MB, of which 2,000 rows are new; `pieces` loads a base completely."""
     tokenizers = {"base0": wide_tokenizer(0, 60_000), "base1": wide_tokenizer(0, 59_000)}
     for name, tokenizer in list(tokenizers.items())[:inputs]:
         save(tmp_path / name, make_model(tokenizer, hidden=1024, intermediate=64, layers=1), tokenizer)
     donor = wide_tokenizer(2000, 62_000)
     save(tmp_path / "donor", make_model(donor, hidden=64, layers=1), donor)
-    given = recipe(tmp_path / "base0", tmp_path / "donor")
+    given = recipe(tmp_path / "base0", tmp_path / "donor", parameters={"k": 5, "unsafe_tokens": unsafe_tokens})
     if inputs > 1:
         given["merge_method"] = "omp_linear"
         given["models"] = [{"model": str(tmp_path / f"base{number}")} for number in range(inputs)]
         given["parameters"]["weight"] = 0.5
     expected = promised(given, tmp_path)
     assert used(given, tmp_path / "out") <= TOLERANCE * expected
+
+
+def test_a_complete_model_is_counted(tmp_path: Path) -> None:
+    """`inspect` promises its weights in addition, where they are more than the solve needs."""
+    tokenizer = wide_tokenizer(0, 2000)
+    save(tmp_path / "base", make_model(tokenizer, hidden=64, intermediate=40_000, layers=4), tokenizer)
+    save(tmp_path / "donor", make_model(wide_tokenizer(100, 2100), hidden=64), wide_tokenizer(100, 2100))
+    plain = recipe(tmp_path / "base", tmp_path / "donor")
+    keep = promised(plain, tmp_path)
+    weights = (tmp_path / "base" / "model.safetensors").stat().st_size
+    for more in ({"unsafe_tokens": "mean"}, {"numerals": "digits"}):
+        extra = promised(plain | {"parameters": plain["parameters"] | more}, tmp_path) - keep
+        assert 0.8 * weights < extra < 1.6 * weights
 
 
 @pytest.mark.slow

@@ -2,20 +2,28 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, sentencepiece_tokenizer
+from sklearn.decomposition import PCA
+from sklearn.linear_model import Ridge
 from tokenizers import AddedToken, Tokenizer, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from mergekit_omp.audit.audit import check_rows_of
 from mergekit_omp.audit.bounds import ByteBounds, excess_over_bounds
 from mergekit_omp.audit.head import FEWEST, likely_everywhere
+from mergekit_omp.audit.pieces import FEWEST as FEWEST_NEW
+from mergekit_omp.audit.pieces import RIDGE, SPREADS, PieceCheck
 from mergekit_omp.audit.scripts import SCRIPTS
 from mergekit_omp.audit.states import States, last_states, logits_of, with_head
 from mergekit_omp.audit.tokens import check_tokens
 from mergekit_omp.errors import OmpError
+from mergekit_omp.initializers.regression import pieces_of_anchors
+from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.matching import match_vocabularies
+from mergekit_omp.vocabulary.segmentation import ids_by_bytes, pieces
 from mergekit_omp.vocabulary.tokens import TokenKind, read_vocabulary
 
 
@@ -98,6 +106,35 @@ def test_rows_that_are_likely_everywhere_by_the_head_alone() -> None:
     assert likely_everywhere(rows, torch.arange(FEWEST - 1), ids) is None
 
 
+def test_distances_from_pieces() -> None:
+    """Reference: scikit-learn's ridge regression on the mean rows of the pieces, and its first principal direction."""
+    random = torch.Generator().manual_seed(0)
+    tokenizer, other = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    own, output = read_vocabulary(tokenizer), read_vocabulary(other)
+    match = match_vocabularies(output, own)
+    alignment, ids = Alignment("base", tokenizer, own, match, match), match.is_new().nonzero().flatten()
+    base, new = torch.randn(own.size, 16, generator=random), torch.randn(len(ids), 16, generator=random)
+    new[3] *= 5
+    check = PieceCheck(alignment, output, ids)
+    kept = base[match.rows[check.anchors]]
+    found = check.distances(base, kept, new)
+
+    anchors = pieces_of_anchors([output.tokens[id_].data for id_ in check.anchors.tolist()], ids_by_bytes(own))
+    x, z = (
+        torch.stack([base[rows].mean(dim=0) for rows in split]).double().numpy()
+        for split in (anchors, pieces(output, tokenizer, ids.tolist(), own))
+    )
+    ridge = Ridge(alpha=RIDGE * ((x - x.mean(axis=0)) ** 2).sum() / 16).fit(x, kept.double().numpy())
+    left = (new.double() - torch.from_numpy(ridge.predict(z))).numpy()
+    axis = PCA(1).fit(kept.numpy()).components_[0]
+    sizes = torch.from_numpy(left - np.outer(left @ axis, axis)).norm(dim=1)
+    median, upper = sizes.quantile(torch.tensor([0.5, 0.84]).double())
+    assert found is not None
+    torch.testing.assert_close(found[ids].double(), sizes / (median + SPREADS * (upper - median)), rtol=1e-4, atol=0)
+    assert (found > 1).nonzero().flatten().tolist() == [ids[3]]
+    assert PieceCheck(alignment, output, ids[: FEWEST_NEW - 1]).distances(base, kept, new) is None
+
+
 def test_what_all_rows_moved_by_is_nobodys_doing(states: States) -> None:
     """A model whose logits are all one higher is judged as if they were not."""
     base, output = (read_vocabulary(byte_level_tokenizer(corpus, 420)) for corpus in (ENGLISH, PYTHON))
@@ -127,6 +164,17 @@ def test_tokens_of_no_text(tokenizer: PreTrainedTokenizerFast) -> None:
     changed = with_vocabulary(tokenizer, xqzj=size, ÿþ=size + 1)
     found = check_tokens(changed, read_vocabulary(changed)).unreachable
     assert [token.id for token in found] == [size, size + 1]
+
+
+def test_words_of_the_vocabulary_that_need_no_merges() -> None:
+    """Tokenizers like Llama 3's write a word of the vocabulary as it is; a part of a character is no word."""
+    tokenizer = byte_level_tokenizer(ENGLISH)
+    size = len(tokenizer)
+    changed = with_vocabulary(tokenizer, xqzj=size, ÿþ=size + 1)
+    changed.backend_tokenizer.model.ignore_merges = True
+    found = check_tokens(changed, read_vocabulary(changed)).unreachable
+    assert [token.id for token in found] == [size + 1]
+    assert changed.backend_tokenizer.model.ignore_merges
 
 
 def test_added_tokens_with_control_strings() -> None:
