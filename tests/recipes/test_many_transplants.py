@@ -99,6 +99,7 @@ def test_ray(recipes: list[Path], tmp_path: Path, python_with_ray: Path) -> None
     assert len(list(cache.iterdir())) == 2, "one solve at each sparsity"
 
 
+@pytest.mark.slow
 def test_slurm(recipes: list[Path], tmp_path: Path) -> None:
     """Run tasks of an array by hand: each has its own log and status."""
     out, cache = tmp_path / "out", tmp_path / "codes"
