@@ -18,9 +18,10 @@ from transformers import PretrainedConfig
 from mergekit_omp.checkpoints.architecture import VocabularyRole, architecture_of, vocabulary_role
 from mergekit_omp.checkpoints.files import WEIGHT_FILES, config_of_donor
 from mergekit_omp.compat import open_loaders
-from mergekit_omp.errors import OmpError, first_line
+from mergekit_omp.errors import OmpError, failures_as, first_line
 
 SINGLE_FILE = WEIGHT_FILES[0]
+_OTHER_MODEL = "name a model of an architecture that mergekit supports."
 
 _PREFIXES = (
     "",
@@ -63,11 +64,11 @@ def vocabulary_matrix(
             "OMP needs embeddings of new tokens, so name a model that has both, or write an approximation that needs "
             "no weights, such as subword."
         ) from error
-    found = _vocabulary_tensors(model, stored, options)
+    with failures_as(lambda reason: f"{key}: mergekit cannot tell the tensors of {model} ({reason}); {_OTHER_MODEL}"):
+        found = _vocabulary_tensors(model, stored, options)
     if not found:
         raise OmpError(
-            f"{key}: mergekit finds no tensor of {model} with a vocabulary axis; "
-            "name a model of an architecture that mergekit supports."
+            f"{key}: mergekit finds no tensor of {model} with a vocabulary axis; {_OTHER_MODEL}"
         )
     tasks = {
         side: (LoadTensor(model=model, tensor=name, device=options.device if options.read_to_gpu else None), axis)
@@ -106,7 +107,7 @@ def _vocabulary_tensors(
     if by_name:
         return {role: (name, 0) for role, name in by_name.items()}
     found: dict[VocabularyRole, tuple[str, int]] = {}
-    for weight in architecture_of(model, options).all_weights():
+    for weight in architecture_of(model, options, config).all_weights():
         name = _stored_name(weight, stored)
         if weight.vocabulary_axis is not None and name is not None and not name.endswith(".bias"):
             found.setdefault(vocabulary_role(weight.name), (name, weight.vocabulary_axis))

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole
 from mergekit_omp.checkpoints.weights import vocabulary_matrix
+from mergekit_omp.errors import OmpError
 
 
 @pytest.fixture
@@ -219,3 +220,18 @@ def test_matrices_are_found_by_their_names(tmp_path: Path, names: list[str], mat
     model = ModelReference.model_validate(str(tmp_path))
     found = [vocabulary_matrix(model, role, MergeOptions(), "tokenizer.source") for role in VocabularyRole]
     assert [(task.tensor, axis) for task, axis in found] == [(name, 0) for name in matrices]
+
+
+def test_a_known_architecture_serves_without_a_known_type(tmp_path: Path) -> None:
+    """Read what mergekit's data names, though transformers has no class for the configuration."""
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    config = {"model_type": "zzz", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "x")}))
+    model = ModelReference.model_validate(str(tmp_path))
+    found = [vocabulary_matrix(model, role, MergeOptions(), "tokenizer.source") for role in VocabularyRole]
+    assert [(task.tensor, axis) for task, axis in found] == [(name, 0) for name in names]
+    del config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OmpError, match=r"tokenizer\.source: mergekit cannot tell the tensors of .* \(.*\); name a model"):
+        vocabulary_matrix(model, VocabularyRole.HEAD, MergeOptions(), "tokenizer.source")
