@@ -40,17 +40,9 @@ def vocabulary_role(name: str) -> VocabularyRole:
     return VocabularyRole.INPUT if _INPUT_NAME.search(name) else VocabularyRole.HEAD
 
 
-def architecture_of(
-    model: ModelReference, options: MergeOptions, config: PretrainedConfig | None = None
-) -> ConfiguredModelArchitecture:
-    """Return a model's architecture from mergekit's data if that fits, else inferred from the checkpoint.
-
-    Args:
-        model: the model.
-        options: mergekit's options.
-        config: its configuration; None to read it.
-    """
-    config = config or model.config(trust_remote_code=options.trust_remote_code)
+def architecture_of(model: ModelReference, options: MergeOptions) -> ConfiguredModelArchitecture:
+    """Return a model's architecture from mergekit's data if that fits, else inferred from the checkpoint."""
+    config = model.config(trust_remote_code=options.trust_remote_code)
     known = arch_info_for_config(config)
     info = fitting_architecture(known, (model,), None, options) if known else infer((model,), None, options)
     return ConfiguredModelArchitecture(info=info, config=config)

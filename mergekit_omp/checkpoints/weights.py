@@ -67,9 +67,7 @@ def vocabulary_matrix(
     with failures_as(lambda reason: f"{key}: mergekit cannot tell the tensors of {model} ({reason}); {_OTHER_MODEL}"):
         found = _vocabulary_tensors(model, stored, options)
     if not found:
-        raise OmpError(
-            f"{key}: mergekit finds no tensor of {model} with a vocabulary axis; {_OTHER_MODEL}"
-        )
+        raise OmpError(f"{key}: mergekit finds no tensor of {model} with a vocabulary axis; {_OTHER_MODEL}")
     tasks = {
         side: (LoadTensor(model=model, tensor=name, device=options.device if options.read_to_gpu else None), axis)
         for side, (name, axis) in found.items()
@@ -103,11 +101,12 @@ def _vocabulary_tensors(
     class of transformers nor other tensors of the checkpoint.
     """
     config = config_of_donor(model, options.trust_remote_code)
-    by_name = {} if arch_info_for_config(config) else _known_names(stored, config)
+    is_known = type(config) is not PretrainedConfig and arch_info_for_config(config)
+    by_name = {} if is_known else _known_names(stored, config)
     if by_name:
         return {role: (name, 0) for role, name in by_name.items()}
     found: dict[VocabularyRole, tuple[str, int]] = {}
-    for weight in architecture_of(model, options, config).all_weights():
+    for weight in architecture_of(model, options).all_weights():
         name = _stored_name(weight, stored)
         if weight.vocabulary_axis is not None and name is not None and not name.endswith(".bias"):
             found.setdefault(vocabulary_role(weight.name), (name, weight.vocabulary_axis))
