@@ -121,7 +121,7 @@ def _check_merges(described: Mapping[str, Any]) -> None:
     It takes the prefix of a continuing word off the second part of every merge, also of one that is shorter.
     """
     model = described.get("model") or {}
-    prefix = model.get("continuing_subword_prefix")
+    prefix = model.get("continuing_subword_prefix") or ""
     for merge in model.get("merges", ()) if prefix else ():
         second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
         if not second.startswith(prefix):
