@@ -162,28 +162,31 @@ def _texts_by_id(tokenizer: PreTrainedTokenizerBase, added: Mapping[int, AddedTo
     Bytes, as in vocabularies of tiktoken's kind, become strings of the byte-level alphabet.
 
     Raises:
-        OmpError: if two tokens that are not added have one id.
+        OmpError: if two tokens of the tokenizer's model have one id.
     """
     vocabulary = tokenizer.get_vocab()
     texts = {id_: text if isinstance(text, str) else as_text(text) for text, id_ in vocabulary.items()}
     if len(texts) < len(vocabulary):
-        _check_ids(tokenizer, vocabulary, texts, added)
+        _check_ids(tokenizer, vocabulary, added)
     texts.update((id_, token.content) for id_, token in added.items())
     return texts
 
 
 def _check_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: Mapping[str, int],
-    texts: Mapping[int, str],
-    added: Mapping[int, AddedToken],
+    tokenizer: PreTrainedTokenizerBase, vocabulary: Mapping[str, int], added: Mapping[int, AddedToken]
 ) -> None:
     """Raise an OmpError for an id of two tokens, of which one would be lost when the tokenizer is saved."""
-    for text, id_ in vocabulary.items():
-        if texts[id_] != as_text(text) and id_ not in added:
-            one, other = sorted((as_text(text), texts[id_]))  # a vocabulary has no fixed order
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        own = {text: id_ for text, id_ in vocabulary.items() if id_ not in added}
+    else:
+        own = backend.get_vocab(with_added_tokens=False)  # an added token may replace one of these
+    texts: dict[int, str] = {}
+    for text, id_ in sorted((as_text(text), id_) for text, id_ in own.items()):  # a vocabulary has no fixed order
+        other = texts.setdefault(id_, text)
+        if other != text:
             raise OmpError(
-                f"The tokenizer {name_of(tokenizer)} gives {one!r} and {other!r} the same id, {id_}; download the "
+                f"The tokenizer {name_of(tokenizer)} gives {other!r} and {text!r} the same id, {id_}; download the "
                 "tokenizer again."
             )
 

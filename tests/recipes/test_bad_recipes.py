@@ -779,6 +779,10 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
         lambda w: w.bad_donor(edit("tokenizer.json", "model", "vocab", "Ġthe", value=7)),
         "The tokenizer '{bad}' gives \"'\" and 'Ġthe' the same id, 7; download the tokenizer again.",
     ),
+    "tokenizer.json: an added token with the id of another": (
+        lambda w: w.bad_donor(edit("tokenizer.json", "model", "vocab", "Ġthe", value=0)),
+        "The tokenizer '{bad}' gives '<|endoftext|>' and 'Ġthe' the same id, 0; download the tokenizer again.",
+    ),
     "tokenizer.json: merges on which tokenizers ends the process": (
         lambda w: w.bad_base(edit("tokenizer.json", "model", "continuing_subword_prefix", value="@" * 9)),
         (
