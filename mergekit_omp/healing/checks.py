@@ -1,5 +1,6 @@
 """Checks of a model on held-out windows: bits per byte, and the gap to its base by span class."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log
@@ -22,7 +23,7 @@ class Check:
 
     Attributes:
         tokens: how many tokens it was trained on before.
-        seconds: how long the run had taken.
+        seconds: how long the run had taken, this check included.
         bits_per_byte: -log2 of the probability of the windows' tokens, per byte of UTF-8.
         spans: the tokens by how they lie over the base's, beside what they should cost.
         n_bytes: bytes of all windows.
@@ -76,19 +77,20 @@ class Checker:
             self._ideals.append(ideals)
         self.base_bits_per_byte = base_bits / self.n_bytes
 
-    def check(self, logits_of: Logits, tokens: int, seconds: float) -> Check:
+    def check(self, logits_of: Logits, tokens: int, started: float) -> Check:
         """Measure a model.
 
         Args:
             logits_of: its logits (1, T, V), given ids (1, T).
             tokens: how many tokens it was trained on.
-            seconds: how long that took.
+            started: when the run began, by the monotonic clock.
         """
         scores, total = [], 0.0
         for window, ideals in zip(self._windows, self._ideals, strict=True):
             bits = _bits(_run(logits_of, window.output_ids, self._output, self._device), window.output_ids)
             total += sum(bits)
             scores.append(score_spans(ideals, bits))
+        seconds = time.monotonic() - started
         return Check(tokens, seconds, total / self.n_bytes, add_scores(scores), self.n_bytes)
 
 

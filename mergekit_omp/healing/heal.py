@@ -4,7 +4,6 @@ import logging
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,10 +81,9 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
             ruler = SpanRuler(base_reader.vocabulary, reader.tokenizer, reader.vocabulary)
             checker = Checker(held_out, base, base_reader, reader, ruler)
             trainer = Trainer(student, Teacher(base, ruler, base_reader, reader, rows), reader, options)
-            started = budget.started
 
             def check(tokens: int) -> Check:
-                found = checker.check(student.logits, tokens, time.monotonic() - started)
+                found = checker.check(student.logits, tokens, budget.started)
                 if progress:
                     _tell(found, checker)
                 return found

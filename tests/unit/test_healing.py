@@ -175,7 +175,7 @@ def test_chunks_cover_every_row_once() -> None:
 
 def test_texts_of_both_kinds_are_read_whole(tmp_path: Path) -> None:
     plain, lines = tmp_path / "plain.txt", tmp_path / "lines.jsonl"
-    plain.write_text("A sentence about foxes.\n" * 400)
+    plain.write_text("".join(f"A sentence about {n} foxes.\n" for n in range(400)))
     lines.write_text("".join(json.dumps({"text": f"Document {n}. " * 60}) + "\n" for n in range(20)))
     texts = read_texts([str(plain), str(lines)], seed=1)
     windows = [*texts.training, *texts.held_out]
