@@ -26,7 +26,7 @@ LOG = logging.getLogger(__name__)
 WINDOW_BYTES = 1536
 """Default length of a window in bytes: about 400 tokens of English, which fit every model's context."""
 
-_LOGITS_AT_A_TIME = 2**25
+_LOGITS_AT_A_TIME = 2**22  # 16 MiB of float32, which the C library keeps for the next part
 TokenizerReader = Callable[[str], PreTrainedTokenizerBase]
 """From a folder or hub id to its tokenizer."""
 
@@ -323,7 +323,7 @@ def read_text(
         ids = tokenizer(window, add_special_tokens=False).input_ids
         _check_ids(ids, model)
         logits = _logits([start_id, *ids], model)
-        window_bits, greedy = _predict(logits, ids)
+        window_bits, greedy = bits_of_tokens(logits, ids), logits.argmax(dim=1).tolist()
         token_bits += window_bits
         starts = token_starts(ids, window, vocabulary)
         for name, ruler in (rulers or {}).items():
@@ -429,18 +429,21 @@ def _logits(ids: Sequence[int], model: PreTrainedModel) -> Tensor:
     return model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, :-1]
 
 
-def _predict(logits: Tensor, ids: Sequence[int]) -> tuple[list[float], list[int]]:
-    """Return -log2 p of each of the T tokens, given logits (T, V), and the most likely token at each position."""
+def bits_of_tokens(logits: Tensor, ids: Sequence[int]) -> list[float]:
+    """Return -log2 of the probability of each of T tokens.
+
+    Args:
+        logits: (T, V) of any floating dtype, before each token.
+        ids: the tokens.
+    """
     followers = torch.tensor(ids, device=logits.device)
     bits: list[float] = []
-    greedy: list[int] = []
     step = max(1, _LOGITS_AT_A_TIME // logits.shape[1])
     for start in range(0, len(logits), step):
         part = logits[start : start + step].float()
         chosen = part.gather(1, followers[start : start + step, None])[:, 0]
         bits += ((part.logsumexp(dim=1) - chosen).double() / log(2)).tolist()
-        greedy += part.argmax(dim=1).tolist()
-    return bits, greedy
+    return bits
 
 
 def _bytes_of(token: int, vocabulary: Vocabulary) -> bytes:

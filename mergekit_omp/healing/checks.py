@@ -3,16 +3,15 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mergekit_omp.evaluation.bits_per_byte import bits_of_tokens
 from mergekit_omp.evaluation.spans import IdealToken, SpanRuler, SpanScores, add_scores, score_spans
 from mergekit_omp.healing.alignment import AlignedWindow, Reader
-from mergekit_omp.healing.chunks import row_chunks
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -70,7 +69,7 @@ class Checker:
             logits = _run(
                 lambda ids: base(input_ids=ids, use_cache=False).logits, window.base_ids, reader, base.device
             )
-            bits = _bits(logits, window.base_ids)
+            bits = bits_of_tokens(logits, window.base_ids)
             base_bits += sum(bits)
             ideals = ruler.measure(window.text, logits, window.base_starts, bits)
             assert ideals is not None  # an aligned window is spelled by both
@@ -87,7 +86,7 @@ class Checker:
         """
         scores, total = [], 0.0
         for window, ideals in zip(self._windows, self._ideals, strict=True):
-            bits = _bits(_run(logits_of, window.output_ids, self._output, self._device), window.output_ids)
+            bits = bits_of_tokens(_run(logits_of, window.output_ids, self._output, self._device), window.output_ids)
             total += sum(bits)
             scores.append(score_spans(ideals, bits))
         seconds = time.monotonic() - started
@@ -99,10 +98,3 @@ def _run(logits_of: Logits, ids: Sequence[int], reader: Reader, device: torch.de
     """Return the logits (T, V) before each of T tokens."""
     context = torch.tensor([[reader.start_id, *ids[:-1]]], device=device)
     return logits_of(context)[0]
-
-
-def _bits(logits: Tensor, ids: Sequence[int]) -> list[float]:
-    """-log2 of the probability of each of T tokens, given logits (T, V)."""
-    chosen = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].float()
-    totals = torch.cat([logits[rows].float().logsumexp(dim=1) for rows in row_chunks(logits)])
-    return ((totals - chosen).double() / log(2)).tolist()
