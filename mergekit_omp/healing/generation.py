@@ -9,71 +9,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from mergekit_omp.healing.alignment import Reader
-from mergekit_omp.healing.chunks import row_chunks
+from mergekit_omp.healing.beginnings import BEGINNINGS
+from mergekit_omp.healing.memory import row_chunks
 
-TEXTS_AT_A_TIME = 2
-"""Texts that are written together from each beginning."""
 MAX_TOKENS = 224
 """Tokens that are written after each beginning: with it, about a window."""
-
-BEGINNINGS = (
-    "",
-    "The",
-    "In the",
-    "When she",
-    "Yesterday",
-    "According to",
-    "Chapter 1\n\n",
-    "He looked at",
-    "def ",
-    "import ",
-    "class ",
-    "#include <",
-    "function ",
-    "public static void main(",
-    "SELECT ",
-    "#!/bin/bash\n",
-    "<html>\n",
-    "package main\n",
-    '{"name": "',
-    "| Name | ",
-    "12 + 35 = 47\n8 * 7 = 56\n",
-    "3417 - 209 = 3208\n",
-    "Question: If a train travels 60 km in 45 minutes,",
-    "Solve for x: ",
-    "Der",
-    "Die Stadt",
-    "Im Jahr",
-    "Le",
-    "Dans les",
-    "La ville",
-    "El",
-    "En el año",
-    "Il",
-    "Nel",
-    "O",
-    "Em",
-    "De",
-    "Het is",
-    "W",
-    "Na",
-    "V roce",
-    "Bu",
-    "Köyün",
-    "В",
-    "Місто",
-    "Η",
-    "在",
-    "日本",
-    "한국",
-    "في",
-    "בשנת",
-    "यह",
-    "ประเทศ",
-    "Thành phố",
-    "Trong",
-    "I",
-)
 
 
 class Draw(LogitsProcessor):
@@ -111,7 +51,7 @@ def generate(
     started, written = time.monotonic(), 0
     texts: list[str] = []
     eos_id = reader.vocabulary.roles.get("eos", reader.start_id)
-    batch = [[reader.start_id, *reader.ids(beginning)] for beginning in BEGINNINGS for _ in range(TEXTS_AT_A_TIME)]
+    batch = [[reader.start_id, *reader.ids(beginning)] for beginning in BEGINNINGS]
     longest = max(map(len, batch))
     padded = torch.tensor([[eos_id] * (longest - len(ids)) + ids for ids in batch], device=model.device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=model.device)

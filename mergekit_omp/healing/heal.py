@@ -17,8 +17,10 @@ from mergekit_omp.errors import OmpError, explained
 from mergekit_omp.evaluation.bits_per_byte import load_model
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
+from mergekit_omp.healing.beginnings import sums
 from mergekit_omp.healing.checks import Check, Checker
 from mergekit_omp.healing.generation import generate
+from mergekit_omp.healing.memory import keep_freed_memory
 from mergekit_omp.healing.models import check_bodies, check_rows, load_reader, teacher_of
 from mergekit_omp.healing.options import HealOptions
 from mergekit_omp.healing.output import folder_of, read_json, write_model
@@ -61,6 +63,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
         raise OmpError(f"base: {base_name} has the tokenizer of {options.model} already, and nothing is to be healed.")
     with explained(options.out), staged(options.out) as folder, inputs.unchanged(), _memory_explained():
         torch.manual_seed(options.seed)
+        keep_freed_memory()
         dtype = getattr(torch, options.dtype)
         base = load_model(base_name, options.device, dtype, options.trust_remote_code, "base")
         model = load_model(options.model, options.device, "auto", options.trust_remote_code, "model")
@@ -105,7 +108,7 @@ def _written_by(base: Any, reader: Reader, options: HealOptions, bar: tqdm) -> T
     bar.set_description("Writing texts")
     seconds = None if options.seconds is None else options.seconds * GENERATING_SHARE
     tokens = 2**62 if options.tokens is None else max(1, options.tokens // 2)
-    texts = generate(base, reader, seconds=seconds, tokens=tokens, progress=bar.update)
+    texts = [*generate(base, reader, seconds=seconds, tokens=tokens, progress=bar.update), *sums(options.seed)]
     sources = [{"name": "generated", "bytes": sum(len(text.encode()) for text in texts), "seed": options.seed}]
     return make_texts(texts, sources, options.seed)
 
