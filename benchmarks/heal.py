@@ -32,11 +32,10 @@ import yaml
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import ModelScore, builtin_texts, evaluate
 from mergekit_omp.evaluation.spans import SpanClass
-from mergekit_omp.healing.heal import heal
-from mergekit_omp.healing.options import make_options
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import demo
+import one_vocabulary
 import real_weights
 
 PAIRS = {"gemma3-smollm2": 64, "smollm2-gemma3": 8}
@@ -56,18 +55,18 @@ class Run:
     """One way to heal: the training texts (none: the base writes them) and options."""
 
     texts: tuple[str, ...]
-    options: Mapping[str, object]
+    options: tuple[str, ...] = ()
 
 
 RUNS = {
-    "text": Run(KINDS, {}),
-    "generate": Run((), {}),
-    "next-token": Run(KINDS, {"objective": "next-token"}),
-    "english-and-code": Run(("code", "prose"), {}),
-    "many-languages": Run((*KINDS, OTHER_KIND), {}),
-    "rows": Run(KINDS, {"train": "rows"}),
-    "lora": Run(KINDS, {"train": "lora"}),
-    "full": Run(KINDS, {"train": "full"}),
+    "text": Run(KINDS),
+    "generate": Run(()),
+    "next-token": Run(KINDS, ("--objective=next-token",)),
+    "english-and-code": Run(("code", "prose")),
+    "many-languages": Run((*KINDS, OTHER_KIND)),
+    "rows": Run(KINDS, ("--train=rows",)),
+    "lora": Run(KINDS, ("--train=lora",)),
+    "full": Run(KINDS, ("--train=full",)),
 }
 
 
@@ -93,11 +92,9 @@ def main() -> None:
         for name in [] if arguments.table else arguments.runs:
             out = folder / name
             if not out.exists():
-                run = RUNS[name]
-                texts = [str(training[text]) for text in run.texts]
-                options = {"model": str(transplanted), "out": str(out), "text": texts}
-                bound = {"tokens": arguments.tokens} if arguments.tokens else {"minutes": arguments.minutes}
-                heal(make_options(options | bound | run.options, name))
+                texts = one_vocabulary.text_options([training[text] for text in RUNS[name].texts])
+                bound = f"--tokens={arguments.tokens}" if arguments.tokens else f"--minutes={arguments.minutes}"
+                one_vocabulary.heal(transplanted, out, bound, *texts, *RUNS[name].options)
         print("\n".join(table(pair, base, transplanted, [folder / name for name in arguments.runs], test)), flush=True)
 
 

@@ -20,7 +20,6 @@ from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.beginnings import sums
 from mergekit_omp.healing.checks import Check, Checker
 from mergekit_omp.healing.generation import generate
-from mergekit_omp.healing.memory import keep_freed_memory
 from mergekit_omp.healing.models import check_bodies, check_rows, load_reader, teacher_of
 from mergekit_omp.healing.options import HealOptions
 from mergekit_omp.healing.output import folder_of, read_json, write_model
@@ -63,7 +62,6 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
         raise OmpError(f"base: {base_name} has the tokenizer of {options.model} already, and nothing is to be healed.")
     with explained(options.out), staged(options.out) as folder, inputs.unchanged(), _memory_explained():
         torch.manual_seed(options.seed)
-        keep_freed_memory()
         dtype = getattr(torch, options.dtype)
         base = load_model(base_name, options.device, dtype, options.trust_remote_code, "base")
         model = load_model(options.model, options.device, "auto", options.trust_remote_code, "model")

@@ -154,8 +154,9 @@ class Trainer:
     def _accumulate(self, batch: Sequence[AlignedWindow]) -> float:
         count = sum(len(window.output_ids) for window in batch)
         loss = 0.0
+        alike = sorted(batch, key=lambda window: len(window.output_ids))  # so that little is padded
         for start in range(0, len(batch), self._windows_at_once):
-            part = batch[start : start + self._windows_at_once]
+            part = alike[start : start + self._windows_at_once]
             logits = self._logits(part)
             gradient = torch.zeros_like(logits)
             for place, window in enumerate(part):

@@ -1,10 +1,6 @@
 """Healing: the teacher's distributions, the gradients of the objectives, texts and options."""
 
 import json
-import platform
-import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +15,8 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.beginnings import sums
+from mergekit_omp.healing.chunks import row_chunks
 from mergekit_omp.healing.generation import Draw
-from mergekit_omp.healing.memory import row_chunks
 from mergekit_omp.healing.objective import cross_entropy, next_token
 from mergekit_omp.healing.options import make_options
 from mergekit_omp.healing.teacher import Targets, Teacher
@@ -268,25 +264,3 @@ def test_sums_are_right() -> None:
         one, sign, other, _, result = line.split()
         assert {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}[sign](int(one), int(other)) == int(result)
     assert sums(seed=3) == sums(seed=3) != sums(seed=4)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="acts on glibc alone")
-def test_freed_memory_is_kept() -> None:
-    code = """
-import ctypes, sys
-from mergekit_omp.healing.memory import keep_freed_memory
-if sys.argv[1:]:
-    keep_freed_memory()
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-place = libc.malloc(2**27)
-ctypes.memset(place, 1, 2**27)
-libc.free(place)
-pages = int(open("/proc/self/statm").read().split()[1])
-print(pages)
-"""
-    plain, kept = (
-        int(subprocess.run([sys.executable, "-c", code, *more], check=True, capture_output=True, text=True).stdout)
-        for more in ([], ["keep"])
-    )
-    assert (kept - plain) * resource.getpagesize() > 2**26
