@@ -128,7 +128,8 @@ class RowRegression:
 def _normal_equations(blocks: Sequence[Block], rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return φᵀφ (F, F), of which only the lower triangle is defined, and φᵀb (F, D) for rows b (N, D), in float64."""
     width = sum(block.width for block in blocks)
-    gram, right = (rows.new_zeros(width, columns, dtype=torch.float64) for columns in (width, rows.shape[1]))
+    # Column by column, as LAPACK needs them to work in place.
+    gram, right = (rows.new_zeros(columns, width, dtype=torch.float64).mT for columns in (width, rows.shape[1]))
     parts = _parts(blocks)
     for number, (block, part) in enumerate(zip(blocks, parts, strict=True)):
         for group in block.groups():
@@ -140,7 +141,7 @@ def _normal_equations(blocks: Sequence[Block], rows: Tensor) -> tuple[Tensor, Te
 
 
 def _solve(gram: Tensor, right: Tensor, blocks: Sequence[Block], ridge: float) -> Tensor:
-    """Return the coefficients V float32 (F, D); ``gram`` is modified.
+    """Return the coefficients V float32 (F, D); ``gram`` and ``right`` are overwritten.
 
     With M = z + (first + last) / 2, the features' mean, the diagonal of φᵀφ has that of MᵀM, and ‖W‖² is
     ‖V‖² + ½ ‖V of z‖² - ⟨V of z, V of first + V of last⟩.
@@ -154,7 +155,12 @@ def _solve(gram: Tensor, right: Tensor, blocks: Sequence[Block], ridge: float) -
     gram[between, between].diagonal().add_(penalty / 2)
     for ends in (first, last):
         gram[between, ends].diagonal().sub_(penalty / 2)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(gram)).float()
+    # Copies of these matrices would be the peak of a run: 3 GB each for a base and a donor of 5,000 columns.
+    failed = torch.empty(0, dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(gram, check_errors=True, out=(gram, failed))
+    torch.linalg.solve_triangular(gram, right, upper=False, out=right)
+    torch.linalg.solve_triangular(gram.mT, right, upper=True, out=right)
+    return right.float()
 
 
 def _parts(blocks: Sequence[Block]) -> list[slice]:
@@ -188,10 +194,10 @@ def pieces_of_anchors(tokens: Sequence[bytes], rows_of: Mapping[bytes, int]) -> 
 def memory_of_regression(anchors: int, donor_width: int, base_width: int) -> int:
     """Return the bytes that :meth:`RowRegression.fit` needs beside its arguments.
 
-    These are the anchors' base rows, the normal equations in float64 with their factor and solution, and for a batch
-    the features of two blocks, their sums and what they are made from.
+    These are the anchors' base rows, the normal equations in float64, which are solved in place, their solution in
+    float32, and for a batch the features of two blocks, their sums and what they are made from.
     """
     width = donor_width + 3 * base_width + 1
-    equations = 8 * 2 * width * (width + base_width)
+    equations = width * (8 * width + 12 * base_width)
     batch = 8 * 6 * max(donor_width + 1, base_width) * min(anchors, TOKENS_PER_BATCH)
     return 4 * anchors * base_width + equations + batch

@@ -66,8 +66,8 @@ def finish_tokenizer(
     settings = read_json(path)
     if not trust_remote_code:
         settings.pop("auto_map", None)  # that code was neither run nor copied
-    if (folder / TOKENIZER).exists():
-        tokenizer_json = read_json(folder / TOKENIZER)
+    tokenizer_json = read_json(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    if tokenizer_json is not None:
         make_readable_by_both(settings, tokenizer_json)
         donor_settings = read_settings(origin, TOKENIZER_CONFIG)
         roles = {role: (vocabulary.tokens[id_].text, id_) for role, id_ in vocabulary.roles.items()}
@@ -76,7 +76,8 @@ def finish_tokenizer(
     write_json(path, settings)
     if unchanged:
         copy_sentencepiece(folder, origin)
-    ensure_read_as_written(folder)
+    if tokenizer_json is not None:  # else the class in its configuration loads it
+        ensure_read_as_written(folder, tokenizer_json)
 
 
 def make_readable_by_both(settings: dict[str, Any], tokenizer_json: Mapping[str, Any]) -> None:
@@ -202,14 +203,18 @@ def copy_sentencepiece(folder: Path, origin: ModelReference) -> None:
             shutil.copyfile(found, folder / name)
 
 
-def ensure_read_as_written(folder: Path) -> None:
+def ensure_read_as_written(folder: Path, tokenizer_json: Mapping[str, Any]) -> None:
     """Make ``AutoTokenizer`` load a folder's tokenizer.json unchanged, or warn that it does not.
 
     transformers does not rebuild a tokenizer whose configuration names its own class in ``auto_map``. Without
     ``trust_remote_code`` it ignores that class and loads tokenizer.json unchanged; with it, it uses the short class
     that is written to the folder here.
+
+    Args:
+        folder: the output folder.
+        tokenizer_json: content of its tokenizer.json.
     """
-    if _is_read_as_written(folder):
+    if _is_read_as_written(folder, tokenizer_json):
         return
     path = folder / TOKENIZER_CONFIG
     settings = read_json(path)
@@ -217,18 +222,14 @@ def ensure_read_as_written(folder: Path) -> None:
     settings["auto_map"] = {"AutoTokenizer": [None, f"{_MODULE}.{_CLASS}"]}
     write_json(path, settings)
     (folder / f"{_MODULE}.py").write_text(_SOURCE, encoding="utf-8")
-    if not _is_read_as_written(folder):
+    if not _is_read_as_written(folder, tokenizer_json):
         LOG.warning(
             "AutoTokenizer does not load this model's tokenizer unchanged; load it with "
             "transformers.PreTrainedTokenizerFast.from_pretrained(<the output folder>)."
         )
 
 
-def _is_read_as_written(folder: Path) -> bool:
-    written = folder / TOKENIZER
-    if not written.exists():
-        return True  # a tokenizer without this file is loaded by the class in its configuration
-    described = read_json(written)
+def _is_read_as_written(folder: Path, described: Mapping[str, Any]) -> bool:
     loaded = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not is_read_as_written(loaded, described):
         return False

@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Collection
+from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.checkpoints.architecture import position_settings
@@ -74,7 +76,17 @@ def _converter_warning(transplant: Transplant) -> str | None:
     if config is None or backend is None:
         return None
     has_file = transplant.tokenizer_is_unchanged and find_file(transplant.donors[0].reference, "tokenizer.model")
-    return converter_note(config.model_type, tokenizer_kind(json.loads(backend.to_str()), bool(has_file)))
+    kind = tokenizer_kind(_described_without_tokens(backend), bool(has_file))
+    return converter_note(config.model_type, kind)
+
+
+def _described_without_tokens(backend: Tokenizer) -> dict[str, Any]:
+    """Return what :func:`tokenizer_kind` reads of a tokenizer.json; all of it takes a second to write and to read."""
+    model, decoder = backend.model, backend.decoder
+    return {
+        "model": {"type": type(model).__name__, "byte_fallback": getattr(model, "byte_fallback", False)},
+        "decoder": None if decoder is None else json.loads(decoder.__getstate__()),
+    }
 
 
 def _position_warning(model: RecipeModel, base: RecipeModel) -> str | None:

@@ -20,9 +20,6 @@ LOG = logging.getLogger(__name__)
 SCAN_COST = {torch.int8: 0.3, torch.float16: 1.0, torch.float32: 1.0}
 """Measured time of one multiplication in a scan, by dtype, relative to a float32 matrix product on the device."""
 
-CORRELATION_BYTES = {torch.int8: 2, torch.float16: 2, torch.float32: 4}
-"""Bytes of one correlation of a scan, by dtype."""
-
 GRAM_BUILD_COST, GRAM_STEP_COST = 1.0, 1.5
 """Measured time of one multiplication in the same unit: of the N² d to build the matrix, and of the N k² per
 target."""
@@ -82,8 +79,8 @@ def plan_solve(
         matrix_bytes = memory.gram_matrix_bytes(shape, threads)
         return SolvePlan("gram", torch.int16, threads, chunk, pairs, matrix_bytes, speedup)
     dtype = scan_dtype(device)
-    chunk = memory.scan_chunk(device, budget, shape, threads, pairs, CORRELATION_BYTES[dtype])
-    return SolvePlan("scan", dtype, threads, chunk, pairs, memory.scan_matrix_bytes(shape), 1.0)
+    chunk = memory.scan_chunk(device, budget, shape, threads, pairs, dtype)
+    return SolvePlan("scan", dtype, threads, chunk, pairs, memory.scan_matrix_bytes(shape, dtype), 1.0)
 
 
 def gram_speedup(device: torch.device, shape: ProblemShape) -> float:

@@ -28,6 +28,10 @@ LARGEST_PAIRS = 2**24
 GRAM_CHUNK = 128
 """Targets per chunk and thread with a Gram matrix: enough for efficient products of targets and atoms."""
 
+SCAN_BYTES = {torch.int8: 2, torch.float16: 2, torch.float32: 4}
+"""Bytes of a number of the rounded atoms, and of a correlation, by dtype of the scan. int8 holds its atoms twice while
+they are packed, and has correlations of 16 bits."""
+
 KEPT_BLOCK = 2**25
 """The largest block that glibc keeps when it is freed. The system allocates and clears a larger one again in every
 step, which takes a third of the time of the product that fills it."""
@@ -62,13 +66,13 @@ def pairs_at_a_time(budget: int, atoms: int, threads: int) -> int:
     return max(atoms, min(LARGEST_PAIRS, budget // (8 * threads * PAIR_BYTES)))
 
 
-def scan_matrix_bytes(shape: ProblemShape) -> int:
-    """Return the memory of the float32 atoms and a rounded copy, which int8 holds twice while it is packed."""
-    return shape.atoms * shape.dim * 6
+def scan_matrix_bytes(shape: ProblemShape, dtype: torch.dtype) -> int:
+    """Return the memory of the float32 atoms and a copy that is rounded to the dtype of the scan."""
+    return shape.atoms * shape.dim * (4 + SCAN_BYTES[dtype])
 
 
 def scan_chunk(
-    device: torch.device, budget: int, shape: ProblemShape, threads: int, pairs: int, correlation_bytes: int
+    device: torch.device, budget: int, shape: ProblemShape, threads: int, pairs: int, dtype: torch.dtype
 ) -> int:
     """Return the number of targets per chunk when every step scans all atoms.
 
@@ -78,18 +82,18 @@ def scan_chunk(
         shape: sizes of the problem on this device.
         threads: number of chunks that are solved concurrently.
         pairs: number of pairs of a target and a candidate atom that each thread may hold.
-        correlation_bytes: bytes of one correlation in the dtype of the scan.
+        dtype: dtype of the scan.
     """
-    room = budget - scan_matrix_bytes(shape) - shape.atoms * 64
+    room = budget - scan_matrix_bytes(shape, dtype) - shape.atoms * 64
     room = room // threads - PAIR_BYTES * pairs
     room -= 16 * block_values(device)  # float64 least squares
     places = shape.atoms + group_size(device)
     most = min(LARGEST_CHUNK.get(device.type, 512), LARGEST_SCAN // places)
     if device.type == "cpu":
-        most = min(most, KEPT_BLOCK // (correlation_bytes * places))
+        most = min(most, KEPT_BLOCK // (SCAN_BYTES[dtype] * places))
     # An upper bound for one target: the pursuit and its copy when finished targets are dropped; the correlations and
     # the peaks of their groups.
-    target_bytes = 4 * (2 * shape.k * shape.dim + 8 * shape.dim) + places * (correlation_bytes + 1) + 8 * shape.k
+    target_bytes = 4 * (2 * shape.k * shape.dim + 8 * shape.dim) + places * (SCAN_BYTES[dtype] + 1) + 8 * shape.k
     return _balance(min(room // target_bytes, most), shape.targets, threads)
 
 

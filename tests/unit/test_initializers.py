@@ -1,5 +1,10 @@
 """Test the regression initializer on small problems with a known answer."""
 
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +105,29 @@ def test_the_scale_of_the_base_does_not_matter() -> None:
 def test_a_ridge_of_zero_is_refused() -> None:
     with pytest.raises(OmpError, match="The ridge is 0"):
         Problem().fit(ridge=0)
+
+
+def test_a_fit_takes_the_memory_that_is_forecast() -> None:
+    """Measure the peak resident memory of a new process, in addition to its memory before the fit."""
+    script = """
+        import torch
+        from benchmarks.memory import peak, start_of_peak
+        from mergekit_omp.initializers import features, regression
+
+        features.TOKENS_PER_BATCH = regression.TOKENS_PER_BATCH = 256
+        def fit(count, width):
+            draw = torch.Generator().manual_seed(0)
+            anchors, base = torch.randn(2, count, width, generator=draw)
+            pieces = torch.randint(0, count, (count, 3), generator=draw).tolist()
+            before = start_of_peak(on_gpu=False)
+            regression.RowRegression.fit(anchors, base, torch.arange(count), pieces)
+            return peak(on_gpu=False) - before
+        fit(300, 20)
+        print(fit(1500, 600) / regression.memory_of_regression(1500, 600, 600))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    assert 0.5 < float(output.stdout) <= 1.3  # 1.11 of 75 MB; libraries have some MB of their own
 
 
 def test_equal_features_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:

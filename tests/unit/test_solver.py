@@ -23,7 +23,14 @@ from mergekit_omp.solver.gram import search as gram_search
 from mergekit_omp.solver.gram.layout import UNIT, padded
 from mergekit_omp.solver.gram.matrix import Gram, build_gram
 from mergekit_omp.solver.least_squares import least_squares
-from mergekit_omp.solver.memory import GRAM_CHUNK, KEPT_BLOCK, ProblemShape, gram_matrix_bytes, scan_chunk
+from mergekit_omp.solver.memory import (
+    GRAM_CHUNK,
+    KEPT_BLOCK,
+    ProblemShape,
+    gram_matrix_bytes,
+    scan_chunk,
+    scan_matrix_bytes,
+)
 from mergekit_omp.solver.reference import reference_omp
 from mergekit_omp.solver.scan import int8, projection
 from mergekit_omp.solver.scan import search as scan_search
@@ -273,7 +280,7 @@ def test_any_device_of_torch_has_a_chunk_size() -> None:
 @pytest.mark.parametrize("atoms", [500, 39_237, 128_000])
 def test_threads_finish_together_and_scans_stay_in_kept_blocks(targets: int, atoms: int) -> None:
     threads, size = 2, 2
-    chunk = scan_chunk(CPU, 2**36, ProblemShape(targets, atoms, 640, 64), threads, atoms, size)
+    chunk = scan_chunk(CPU, 2**36, ProblemShape(targets, atoms, 640, 64), threads, atoms, torch.int8)
     assert chunk * atoms * size <= KEPT_BLOCK
     assert -(-targets // chunk) % threads == 0 or targets < threads
     assert chunk > min(targets / threads, KEPT_BLOCK / (atoms * size), 256) / 2
@@ -309,6 +316,14 @@ def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, 
     command = [sys.executable, "-c", textwrap.dedent(script)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert 0 < float(output.stdout) <= 1.1 * mib
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_matrices_of_a_scan_are_counted(dtype: torch.dtype) -> None:
+    atoms = random_rows(640, 48, 0, 1.0)  # whole groups
+    screen = FloatScreen(atoms, atoms.norm(dim=1), dtype)
+    held = screen.atoms.nbytes + screen.rounded.nbytes
+    assert held == scan_matrix_bytes(ProblemShape(1, 640, 48, 8), dtype)
 
 
 @pytest.mark.parametrize("screen", SCREENS)
