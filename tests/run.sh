@@ -4,6 +4,7 @@
 #   bash tests/run.sh                  all tests
 #   bash tests/run.sh unit             tests/unit without real weights: under two minutes, for the edit loop
 #   bash tests/run.sh unit -k digits   options after `unit` go to pytest
+#   bash tests/run.sh slow             200 faults in whole runs, 20,000 damaged files and limits of memory: about an hour
 #   bash tests/run.sh -m "not slow"    so do all other options: this leaves out what takes longer than 30 seconds
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -11,5 +12,10 @@ bash tests/install.sh test
 if [ "${1:-}" = unit ]; then
     shift
     set -- tests/unit -m "not slow and not network" -n 2 "$@"
+fi
+if [ "${1:-}" = slow ]; then
+    shift
+    export MERGEKIT_OMP_FAULTS=200 MERGEKIT_OMP_FUZZ_CASES=20000 MERGEKIT_OMP_FUZZ_SECONDS="${MERGEKIT_OMP_FUZZ_SECONDS:-1800}"
+    set -- -s tests/reliability tests/recipes/test_fuzz.py "$@"
 fi
 exec .venv/bin/python -m pytest "$@"

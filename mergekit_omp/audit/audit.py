@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.audit.bounds import ByteBounds, excess_over_bounds
-from mergekit_omp.audit.pieces import FAR, INPUT_ROW, PieceCheck, matrices_of
+from mergekit_omp.audit.pieces import FAR, ROW_NAMES, PieceCheck, matrices_of
 from mergekit_omp.audit.scripts import SCRIPTS
 from mergekit_omp.audit.states import States, last_states, logits_of
 from mergekit_omp.audit.tokens import TokenChecks, check_tokens
+from mergekit_omp.checkpoints.architecture import VocabularyRole
 from mergekit_omp.checkpoints.tokenizers import tokenizer_of
 from mergekit_omp.evaluation.bits_per_byte import load_model
 from mergekit_omp.report.samples import readable
@@ -43,7 +44,7 @@ class RowCheck:
         probability: the largest.
         mean_logit: its logit on the mean state.
         highest_kept: the highest logit of a kept row of its kind there.
-        distances: for each matrix, how large the donor's part of its row is; it is suspicious above 1.
+        distances: by the name of its row in each matrix, how large the donor's part is; it is suspicious above 1.
     """
 
     id: int
@@ -60,7 +61,7 @@ class RowCheck:
         """Why it is flagged; [] if it is not."""
         reasons = ["likelier than its bytes allow"] if self.share > SHARE else []
         reasons += ["high on the mean state"] if self.mean_logit > self.highest_kept else []
-        return reasons + [FAR.format(matrix) for matrix, distance in self.distances.items() if distance > 1]
+        return reasons + [FAR.format(row) for row, distance in self.distances.items() if distance > 1]
 
     @property
     def distance(self) -> float:
@@ -153,8 +154,10 @@ def audit_model(
     alignment = Alignment(str(base), base_tokenizer, base_vocabulary, match, match)
     pieces = PieceCheck(alignment, vocabulary, match.is_new().nonzero().flatten())
     distances = {
-        name: pieces.distances(of_base.get(name, of_base[INPUT_ROW]), rows[pieces.anchors], rows[pieces.ids])
-        for name, rows in matrices_of(loaded).items()
+        role: pieces.distances(
+            of_base.get(role, of_base[VocabularyRole.INPUT]), rows[pieces.anchors], rows[pieces.ids]
+        )
+        for role, rows in matrices_of(loaded).items()
     }
     del loaded
     checks, changed = check_rows_of(logits, states, vocabulary, match, base_vocabulary, distances)
@@ -180,7 +183,7 @@ def check_rows_of(
     vocabulary: Vocabulary,
     match: VocabularyMatch,
     base: Vocabulary,
-    distances: Mapping[str, Tensor | None] | None = None,
+    distances: Mapping[VocabularyRole, Tensor | None] | None = None,
 ) -> tuple[list[RowCheck], int]:
     """Check every row that the base does not have.
 
@@ -208,7 +211,7 @@ def check_rows_of(
     excess = excess_over_bounds(ByteBounds(base, data), states.logits, logits[:-1, others] + shift)
     mean = logits[-1]
     limits = _highest_kept(mean, kept, vocabulary)
-    judged = {name: each for name, each in (distances or {}).items() if each is not None}
+    judged = {ROW_NAMES[role]: each for role, each in (distances or {}).items() if each is not None}
     checks = [
         RowCheck(
             id=id_,

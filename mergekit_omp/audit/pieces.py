@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mergekit_omp.checkpoints.architecture import VocabularyRole
 from mergekit_omp.initializers.regression import pieces_of_anchors
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.segmentation import ids_by_bytes, pieces
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
-INPUT_ROW, HEAD_ROW = "input row", "head row"
+ROW_NAMES = {VocabularyRole.INPUT: "input row", VocabularyRole.HEAD: "head row"}
 """What a row of each matrix is called. Where the two are tied, it is an input row."""
 
 FAR = "{} far from its pieces"
-"""The reason for which a row is flagged whose donor's part is large."""
+"""The reason for which a row is flagged whose donor's part is large, by the row's name."""
 
 SPREADS = 4.0
 """A donor's part is suspicious that is so many spreads above the median; a spread is from the median to the 84 %."""
@@ -41,7 +42,7 @@ _ROWS_AT_A_TIME = 8192
 
 
 class PieceCheck:
-    """The pieces of new tokens and of a sample of the anchors, to check rows of any matrix of a model.
+    """The pieces of new tokens and of a sample of the anchors, to check rows of all matrices of a model.
 
     Attributes:
         ids: int64 (B,), output ids of the new tokens.
@@ -100,12 +101,12 @@ class PieceCheck:
         return distances
 
 
-def matrices_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a model's input embedding (V, d), and its head (V, d) if the two are not tied, by what their rows are."""
+def matrices_of(model: PreTrainedModel) -> dict[VocabularyRole, Tensor]:
+    """Return a model's input embedding (V, d), and its head (V, d) if the two are not tied."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    matrices = {INPUT_ROW: embedding.get_parameter("weight").detach()}
+    matrices = {VocabularyRole.INPUT: embedding.get_parameter("weight").detach()}
     if head is not None and head.get_parameter("weight") is not embedding.get_parameter("weight"):
-        matrices[HEAD_ROW] = head.get_parameter("weight").detach()
+        matrices[VocabularyRole.HEAD] = head.get_parameter("weight").detach()
     return matrices
 
 

@@ -114,6 +114,7 @@ def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
     if not _is_for_us(getattr(planner, "config", None)):
         return wrapped(*args, **kwargs)
     from mergekit_omp.compat import PermutedVocabulary
+    from mergekit_omp.errors import OmpError
     from mergekit_omp.output.tied_head import is_redundant_head
     from mergekit_omp.tasks.plan import plan_realignment
     from mergekit_omp.tasks.tasks import OutputTokenizer
@@ -121,6 +122,12 @@ def _plan(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
     record = planner._omp_record = _record_of(planner)
     result = wrapped(*args, **kwargs)
     planner._tokenizer_task = OutputTokenizer(transplant=record.transplant)
+    if not any(isinstance(task.gather_tensors, PermutedVocabulary) for _, task in planner._tensors):
+        base = record.transplant.base
+        raise OmpError(  # mergekit would write the matrices as they are, beside a tokenizer that they do not fit
+            f"{base.key}: mergekit finds no vocabulary matrix in {base}, because it has no data on its architecture "
+            "and transformers cannot build the model from its config.json; download the model again."
+        )
     weights = [weight for weight, _ in planner._tensors]
     planner._tensors = [
         (weight, task.model_copy(update={"gather_tensors": plan_realignment(task, record)}))

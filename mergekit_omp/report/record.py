@@ -14,6 +14,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import IntEnum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tekken.json", "tokenizer.model")
 RESIDUAL_BINS = 40
 MOST_USED = 30
 PACKAGES = ("mergekit-omp", "mergekit", "torch", "transformers", "tokenizers", "safetensors")
+
+
+class Origin(IntEnum):
+    """Where an output row is from that is none of the input's rows: what ``origins`` of a record has in its place."""
+
+    APPROXIMATED = -1
+    COPIED = -2  # from another model
+    OVERRIDDEN = -3  # by tokenizer.tokens of the recipe
+    FREE = -4  # no token, or one that no text needs and no donor has: the mean of other rows
 
 
 def never_fatal(step: Callable[..., None]) -> Callable[..., None]:
@@ -171,11 +181,16 @@ class Record:
         ]
 
     def origins(self, model: RecipeModel) -> torch.Tensor:
-        """Return the row of an input that each output row is, int64 (V,); -1 where it is new, copied or overridden."""
-        overridden = {token for token, given in self.transplant.overrides.items() if given.force}
-        forced = {id_ for id_, token in self.transplant.vocabulary.tokens.items() if token.text in overridden}
-        rows = model.match.rows.clone()
-        rows[sorted(self._replaced.get(model, set()) | forced)] = -1
+        """Return the row of an input that each output row is, int64 (V,), or an ``Origin`` where it is none."""
+        kept, copied = model.match.rows, self.copied.get(model, set())
+        overrides = {token: given for token, given in self.transplant.overrides.items() if given.source is not None}
+        rows = torch.full((self.transplant.rows,), Origin.FREE, dtype=torch.int64)
+        rows[: len(kept)] = kept.where(kept >= 0, Origin.FREE)
+        rows[sorted(self._replaced.get(model, set()) - copied)] = Origin.APPROXIMATED
+        rows[sorted(copied)] = Origin.COPIED
+        for id_, token in self.transplant.vocabulary.tokens.items():
+            if token.text in overrides and (overrides[token.text].force or kept[id_] < 0):
+                rows[id_] = Origin.OVERRIDDEN
         return rows
 
     @never_fatal

@@ -14,7 +14,14 @@ from mergekit_omp.recipe.copies import Copies, find_copies
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.report.record import Record
 from mergekit_omp.tasks.hidden_states import find_logit_shift
-from mergekit_omp.tasks.tasks import PoseProblem, PrepareRows, RealignedInput, RealignVocabulary, SolveCodes
+from mergekit_omp.tasks.tasks import (
+    PoseProblem,
+    PrepareRows,
+    RealignedInput,
+    RealignVocabulary,
+    SolveCodes,
+    split_new_tokens,
+)
 from mergekit_omp.tasks.undertrained import find_trained_rows
 from mergekit_omp.tasks.unsafe import ReplaceUnsafe, replace_unsafe
 
@@ -37,10 +44,13 @@ def plan_realignment(task: ExecuteMergeMethodTask, record: Record) -> RealignVoc
         copies = find_copies(model, role, parameters, merged, transplant)
         if task.output_weight.name.endswith(".bias"):  # only the matrix of an unmerged donor is known
             copies = copies.among([transplant.model(input_reference) for input_reference in merged])
+        new_rows = _plan_rows(model, role, parameters, copies, transplant)
+        is_checked = parameters.unsafe_tokens is UnsafeTokens.KEEP and needs_donor(parameters)
         inputs.append(
             RealignedInput(
                 model=model,
-                new_rows=_plan_rows(model, role, parameters, copies, transplant),
+                new_rows=new_rows,
+                split=split_new_tokens(transplant, model, new_rows) if is_checked else None,
                 safe_rows=_plan_safe_rows(model, parameters, merged, transplant),
                 copies=copies,
                 copied_weights=tuple(

@@ -7,6 +7,7 @@ are compared by identity.
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,14 +20,14 @@ from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.tokenizer.config import TokenEmbeddingConfig
 from pydantic import BaseModel, InstanceOf
 
-from mergekit_omp.audit.pieces import HEAD_ROW, INPUT_ROW
+from mergekit_omp.audit.pieces import PieceCheck
 from mergekit_omp.audit.tokens import check_tokens
 from mergekit_omp.audit.unsafe import UnsafeRows, suspects
 from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
 from mergekit_omp.compat import TokenizerInfo
 from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.digits import LogitShift, find_numbers, with_numbers
-from mergekit_omp.initializers.registry import initializer_of, needs_donor
+from mergekit_omp.initializers.registry import initializer_of
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, Solution, TrainedRows, pose_problem
 from mergekit_omp.realign.rows import check_rows, realign
@@ -38,6 +39,7 @@ from mergekit_omp.solver.cache import solve_with_cache
 from mergekit_omp.tasks.hidden_states import FindLogitShift
 from mergekit_omp.tasks.placement import on_the_cpu
 from mergekit_omp.tasks.undertrained import FindTrainedRows
+from mergekit_omp.vocabulary.alignment import Alignment
 
 LOG = logging.getLogger(__name__)
 
@@ -78,6 +80,24 @@ class PoseProblem(Task[Problem]):
             earlier = [donor.match for donor in self.posed.earlier]
             problem = pose_problem(base, self.posed.donor.match, earlier, trained)
         return problem.without(self.copies.ids(base))
+
+
+class SplitNewTokens(Task[PieceCheck]):
+    """Segment new tokens for the check of their rows, once for all matrices that get rows of the same tokens."""
+
+    transplant: InstanceOf[Transplant]
+    base: InstanceOf[Alignment]
+    poses: tuple[PoseProblem, ...]
+
+    def arguments(self) -> dict[str, Task]:
+        """Return the problems of all donors."""
+        return {f"problem_{index}": pose for index, pose in enumerate(self.poses)}
+
+    @on_the_cpu
+    def execute(self, **problems: Problem) -> PieceCheck:
+        """Segment the targets of all problems, in the order of the donors."""
+        ids = [problems[f"problem_{index}"].target_ids for index in range(len(self.poses))]
+        return PieceCheck(self.base, self.transplant.vocabulary, torch.cat([torch.zeros(0, dtype=torch.int64), *ids]))
 
 
 class SolveCodes(Task[Solution]):
@@ -216,11 +236,17 @@ class PrepareRows(Task[NewRows]):
         return NewRows(problem, make, solution, time.perf_counter() - started + (solution.seconds if solution else 0))
 
 
+def split_new_tokens(transplant: Transplant, model: RecipeModel, new_rows: Sequence[PrepareRows]) -> SplitNewTokens:
+    """Return the task that segments the tokens whose rows are prepared for one matrix of a model."""
+    return SplitNewTokens(transplant=transplant, base=model.alignment, poses=tuple(rows.pose for rows in new_rows))
+
+
 class RealignedInput(BaseModel, frozen=True):
     """Plan of the realignment of one input of a vocabulary tensor."""
 
     model: InstanceOf[RecipeModel]
     new_rows: tuple[PrepareRows, ...]  # one per donor of new tokens
+    split: SplitNewTokens | None  # for the check of the matrix alone; none if nothing of the donor's is in its rows
     safe_rows: Task[SafeRows] | None  # that replace some of these, for unsafe_tokens
     copies: InstanceOf[Copies]
     copied_weights: tuple[
@@ -250,6 +276,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         needed: dict[str, Task] = {"tensors": self.gather_tensors}
         for i, one in enumerate(self.inputs):
             needed |= {f"rows_{i}_{j}": rows for j, rows in enumerate(one.new_rows)}
+            needed |= {} if one.split is None else {f"split_{i}": one.split}
             needed |= {} if one.safe_rows is None else {f"safe_{i}": one.safe_rows}
             needed |= {f"copied_{i}_{j}": load for j, (_, load, _) in enumerate(one.copied_weights)}
         return needed
@@ -277,7 +304,8 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
                 donor: needed[f"copied_{i}_{j}"].movedim(axis, 0)
                 for j, (donor, _, axis) in enumerate(one.copied_weights)
             }
-            result = self._realign(one, views, prepared, needed.get(f"safe_{i}"), donors)
+            check, safe = needed.get(f"split_{i}"), needed.get(f"safe_{i}")
+            result = self._realign(one, views, prepared, check, safe, donors)
             realigned[one.model.reference] = result.movedim(0, self.vocabulary_axis)
         return realigned
 
@@ -286,6 +314,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         one: RealignedInput,
         views: dict[ModelReference, torch.Tensor],
         prepared: list[NewRows],
+        check: PieceCheck | None,
         safe: SafeRows | None,
         donors: dict[RecipeModel, torch.Tensor],
     ) -> torch.Tensor:
@@ -313,8 +342,8 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             copied=copied,
             overrides=self._override_rows(model, views),
         )
-        if safe is None and result.ndim == 2 and needs_donor(one.parameters):
-            self._check_rows(one, weight, result, prepared)
+        if check is not None and result.ndim == 2:
+            self._check_rows(one, weight, result, check)
         LOG.info(
             "%s of %s: %d rows from %d; %d kept, %d copied, %s; %.1f s",
             self.name,
@@ -328,25 +357,22 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         )
         return result
 
-    def _check_rows(
-        self, one: RealignedInput, weight: torch.Tensor, matrix: torch.Tensor, prepared: list[NewRows]
-    ) -> None:
+    def _check_rows(self, one: RealignedInput, weight: torch.Tensor, matrix: torch.Tensor, check: PieceCheck) -> None:
         """Record approximated rows that are suspicious, as far as the rows alone tell."""
-        ids = torch.cat([torch.zeros(0, dtype=torch.int64), *(new.problem.target_ids for new in prepared)])
-        if not len(ids):
+        if not len(check.ids):
             return
-        is_head = vocabulary_role(self.name) is VocabularyRole.HEAD
+        role = vocabulary_role(self.name)
         flagged = suspects(
             weight,
             matrix,
             one.model.alignment,
             self.transplant.vocabulary,
-            ids,
-            name=HEAD_ROW if is_head else INPUT_ROW,
-            is_head=is_head or has_tied_head(one.model),
+            check,
+            role=role,
+            is_head=role is VocabularyRole.HEAD or has_tied_head(one.model),
         )
         if flagged is not None:
-            self.record.add_unsafe(one.model, one.parameters, len(ids), flagged)
+            self.record.add_unsafe(one.model, one.parameters, len(check.ids), flagged)
 
     def _override_rows(self, model: RecipeModel, views: dict[ModelReference, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Return the rows of overrides, for new tokens and for tokens whose override is forced."""

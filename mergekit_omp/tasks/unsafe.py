@@ -10,7 +10,6 @@ from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
 from pydantic import InstanceOf
 
-from mergekit_omp.audit.pieces import HEAD_ROW, INPUT_ROW
 from mergekit_omp.audit.unsafe import find_unsafe
 from mergekit_omp.checkpoints.architecture import VocabularyRole
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts
@@ -20,7 +19,7 @@ from mergekit_omp.parameters import Approximation, OmpParameters, UnsafeTokens
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.tasks.hidden_states import check_runs, load_complete
 from mergekit_omp.tasks.placement import on_the_cpu
-from mergekit_omp.tasks.tasks import NewRows, PrepareRows, SafeRows
+from mergekit_omp.tasks.tasks import NewRows, PrepareRows, SafeRows, split_new_tokens
 
 
 class ReplaceUnsafe(Task[SafeRows]):
@@ -40,6 +39,7 @@ class ReplaceUnsafe(Task[SafeRows]):
         for role, load, _, new_rows in self.matrices:
             needed[role.name] = load
             needed |= {f"{role.name}_{index}": rows for index, rows in enumerate(new_rows)}
+            needed[f"{role.name}_split"] = split_new_tokens(self.transplant, self.model, new_rows)
         return needed
 
     def uses_accelerator(self) -> bool:
@@ -55,8 +55,8 @@ class ReplaceUnsafe(Task[SafeRows]):
             weight = needed[role.name].movedim(axis, 0)
             new_rows: list[NewRows] = [needed[f"{role.name}_{index}"] for index in range(len(prepared))]
             problems += [new.problem for new in new_rows]
-            made[HEAD_ROW if role is VocabularyRole.HEAD else INPUT_ROW] = (
-                torch.cat([torch.zeros(0, dtype=torch.int64), *(new.problem.target_ids for new in new_rows)]),
+            made[role] = (
+                needed[f"{role.name}_split"],
                 torch.cat([weight[:0], *(new.make(weight, role is VocabularyRole.HEAD) for new in new_rows)]),
             )
         model = load_complete(self.model, f"unsafe_tokens: {self.unsafe_tokens.value}")

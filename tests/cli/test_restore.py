@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_omp.cli.main import main
-from mergekit_omp.report.record import pack_rows, unpack_rows
+from mergekit_omp.report.record import Origin, pack_rows, read_record, unpack_rows
 
 EMBED = "model.embed_tokens.weight"
 
@@ -104,6 +104,33 @@ def test_rows_that_an_override_forces_are_not_the_models_own(tmp_path: Path) -> 
     assert merge_here(given, tmp_path / "out", "--quiet").exit_code == 0
     assert call("restore", tmp_path / "out", tmp_path / "back").exit_code == 0
     assert torch.equal(tensors_of(base)[EMBED], tensors_of(tmp_path / "back")[EMBED])
+
+
+def test_the_record_says_where_each_row_is_from(tmp_path: Path) -> None:
+    """Reference: the rows that were written, each of which is the base's that is named, or of one of four kinds."""
+    tokenizer, other = sentencepiece_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
+    base = save(tmp_path / "base", make_model(tokenizer, tied=True), tokenizer)
+    donor = save(tmp_path / "donor", make_model(other, seed=3), other)
+    zero = {"source": {"kind": "zero"}}
+    tokens = {"Ġthe": {**zero, "force": True}, "Ġself": zero, "Ġriver": zero}  # the last has a row in the base
+    source = {"source": str(donor), "tokens": tokens, "pad_to_multiple_of": 64}
+    assert merge_here(recipe(base, donor, tokenizer=source), tmp_path / "out", "--quiet").exit_code == 0
+    record = read_record(tmp_path / "out")
+    origins = unpack_rows(record["models"][0]["origins"])
+    before, after = tensors_of(base)[EMBED], tensors_of(tmp_path / "out")[EMBED]
+    assert len(origins) == len(after) > len(other)
+    kept = (origins >= 0).nonzero().flatten()
+    assert torch.equal(after[kept], before[origins[kept]])
+    assert (origins == Origin.OVERRIDDEN).nonzero().flatten().tolist() == sorted(
+        other.convert_tokens_to_ids(["Ġthe", "Ġself"])
+    )
+    assert not after[origins == Origin.OVERRIDDEN].any()
+    assert set((origins == Origin.FREE).nonzero().flatten().tolist()) == set(range(len(other), len(after)))
+    assert len(after[origins == Origin.FREE].unique(dim=0)) == 1
+    approximated = (origins == Origin.APPROXIMATED).nonzero().flatten().tolist()
+    assert set(approximated) | {other.convert_tokens_to_ids("Ġself")} == {
+        id_ for id_, _ in record["solves"][0]["tokens"]
+    }
 
 
 def test_what_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -159,19 +159,22 @@ def run_recipe(
     *options: str,
     command: str = "mergekit-yaml",
     positional: tuple[str, ...] = (),
+    within: tuple[str, ...] = (),
 ) -> subprocess.CompletedProcess[str]:
-    """Run a recipe with a real command of mergekit; ``positional`` arguments come between recipe and ``out``."""
+    """Run a recipe with a real command of mergekit.
+
+    ``positional`` arguments come between recipe and ``out``; the command line begins with ``within``.
+    """
     path = out.parent / f"{out.name}.yml"
     path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False))
     program = shutil.which(command, path=str(Path(sys.executable).parent)) or command
-    return subprocess.run(
-        [program, str(path), *positional, str(out), *options], capture_output=True, text=True, check=False
-    )
+    arguments = [program, str(path), *positional, str(out), *options]
+    return subprocess.run([*within, *arguments], capture_output=True, text=True, check=False)
 
 
-def merge(recipe: dict[str, Any] | str, out: Path, *options: str) -> str:
+def merge(recipe: dict[str, Any] | str, out: Path, *options: str, within: tuple[str, ...] = ()) -> str:
     """Run a recipe that must succeed, and return the command's standard error."""
-    result = run_recipe(recipe, out, *options)
+    result = run_recipe(recipe, out, *options, within=within)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stderr
 

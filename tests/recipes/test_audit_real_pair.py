@@ -14,8 +14,9 @@ from helpers.checkpoints import run, tensors_of
 from safetensors.torch import save_file
 
 from mergekit_omp.audit.audit import check_rows_of
-from mergekit_omp.audit.pieces import INPUT_ROW, PieceCheck
+from mergekit_omp.audit.pieces import PieceCheck
 from mergekit_omp.audit.states import last_states, logits_of
+from mergekit_omp.checkpoints.architecture import VocabularyRole
 from mergekit_omp.checkpoints.tokenizers import tokenizer_of
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts, load_model
 from mergekit_omp.vocabulary.alignment import Alignment
@@ -102,7 +103,7 @@ def test_planted_rows_are_found_and_honest_ones_are_not(gemma3_dir: Path, smollm
     ids = match.is_new().nonzero().flatten()
     pieces = PieceCheck(Alignment("base", tokenizers[1], own, match, match), output, ids)
     base_rows, rows = (tensors_of(folder)[EMBED] for folder in (gemma3_dir, tmp_path / "out"))
-    distances = {INPUT_ROW: pieces.distances(base_rows, rows[pieces.anchors], rows[ids])}
+    distances = {VocabularyRole.INPUT: pieces.distances(base_rows, rows[pieces.anchors], rows[ids])}
     checks, changed = check_rows_of(logits_of(model, hidden), states, output, match, own, distances)
     flagged = {check.id for check in checks if check.reasons}
     assert set(planted) <= flagged, [check for check in checks if check.id in planted]

@@ -829,6 +829,15 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             '["LlamaForCausalLM"].'
         ),
     ),
+    "config.json: of an unknown architecture, a word for a number": (
+        lambda w: w.bad_base(
+            configure(architectures=["Zzz"], rope_parameters={"rope_theta": "silu", "rope_type": "default"})
+        ),
+        (
+            "models[0].model: mergekit finds no vocabulary matrix in {bad}, because it has no data on its "
+            "architecture and transformers cannot build the model from its config.json; download the model again."
+        ),
+    ),
     "weights: missing": (
         lambda w: w.bad_base(remove("model.safetensors")),
         (

@@ -32,7 +32,7 @@ from transformers import (
 import mergekit_omp
 from mergekit_omp.cli.inspect import inspect
 from mergekit_omp.realign.space import similarity
-from mergekit_omp.report.record import read_record
+from mergekit_omp.report.record import Origin, read_record, unpack_rows
 
 mergekit_omp.register()
 
@@ -202,7 +202,10 @@ def test_a_donor_that_is_not_merged(models: dict[str, Path], tmp_path: Path) -> 
         assert torch.equal(rows_of(tmp_path / "linear", result, name, TURNS), kept)
         assert torch.equal(rows_of(tmp_path / "alone", alone, name, TURNS), kept)
         assert torch.equal(alone[name][:-2], tensors_of(models["base"])[name])
-    assert read_record(tmp_path / "alone")["tensors"][0]["copied"] == [{"from": [str(models["chat"])], "tokens": 2}]
+    record = read_record(tmp_path / "alone")
+    assert record["tensors"][0]["copied"] == [{"from": [str(models["chat"])], "tokens": 2}]
+    origins = unpack_rows(record["models"][0]["origins"]).tolist()
+    assert origins == [*range(len(origins) - 2), Origin.COPIED, Origin.COPIED]
 
 
 def test_inputs_of_another_space_are_approximated(models: dict[str, Path], tmp_path: Path) -> None:

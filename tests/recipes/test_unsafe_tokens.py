@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers.planted import PARAMETERS, write_planted
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from mergekit_omp.audit import head
+from mergekit_omp.audit.pieces import PieceCheck
 from mergekit_omp.cli.main import main
 from mergekit_omp.report import summary
 from mergekit_omp.report.record import read_record
@@ -147,6 +149,25 @@ def test_keep_warns_of_the_input_embedding(tmp_path: Path) -> None:
     transplanted(base, evil, tmp_path / "out")
     reasons = {row["id"]: row["reasons"] for row in audited_rows(tmp_path / "out")["worst"]}
     assert reasons == {id_: ["input row far from its pieces"] for id_ in planted}
+
+
+@pytest.mark.parametrize("how", ["keep", "pieces"])
+def test_tokens_are_segmented_once(
+    planted: Planted, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For both matrices of an untied model."""
+    built, build = [], PieceCheck.__init__
+
+    def count(check: PieceCheck, *given: Any) -> None:
+        built.append(check)
+        build(check, *given)
+
+    monkeypatch.setattr(PieceCheck, "__init__", count)
+    base, _, evil, new = planted
+    written = transplanted(base, evil, tmp_path / "out", unsafe_tokens=how)
+    assert HEAD in written
+    assert len(built) == 1
+    assert audited_rows(tmp_path / "out")["flagged"] == len(new)
 
 
 def test_a_model_that_writes_no_text_is_refused(planted: Planted, tmp_path: Path) -> None:

@@ -295,11 +295,11 @@ class Case:
             status = run.finish()
         return self.check(status)
 
-    def disk_full(self) -> str:
-        """Leave too little space for one of the files that are written."""
+    def disk_full(self, number: int | None = None) -> str:
+        """Leave too little space for the file that is written as this one, or for any."""
         if not self.scene.mounts:
             pytest.skip("file systems cannot be mounted here")
-        number = self.random.randrange(len(self.clean.sizes))
+        number = self.random.randrange(len(self.clean.sizes)) if number is None else number
         free = sum(self.clean.sizes[:number]) + self.random.randrange(0, self.clean.sizes[number], PAGE)
         resize = self.cleanup.enter_context(small_disk(self.work, max(PAGE, free)))
         status = self.start().finish()
@@ -378,3 +378,19 @@ def test_fault(fault: Fault, scene: Scene, counted: Counter[tuple[str, str]], tm
         left = getattr(case, method)()
         case.run_again()
     counted[fault.kind, left] += 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_disk_full_at_every_write(
+    command: str, scene: Scene, counted: Counter[tuple[str, str]], tmp_path: Path
+) -> None:
+    """At the writing of every file in turn; of every fifth in a short run."""
+    for number in range(0, len(scene.clean[command].sizes), 1 if COUNT >= 200 else 5):
+        with ExitStack() as cleanup:
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
+            case = Case(scene, Fault(number, "disk full", command), folder, cleanup)
+            left = case.disk_full(number)
+            case.run_again()
+        counted["disk full, each file in turn", left] += 1

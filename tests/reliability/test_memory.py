@@ -1,20 +1,26 @@
 """Test that a run needs no more memory than ``mergekit-omp inspect`` said, on vocabularies of some size.
 
-The peak is what the operating system reports of the process (``VmHWM``), files that it has mapped included. A
-limit on address space, as ``ulimit -v`` sets, says little about torch, which reserves much that it never touches.
+Each recipe runs twice. The first run has no limit: its peak is what the operating system reports of the process
+(``VmHWM``), files that it has mapped included. The second runs in a control group of what was promised and 10 % more,
+without swap, where the kernel would kill it, and must write the same tensors. Where no control group can be made, it
+runs under a limit of data. A limit on address space, as ``ulimit -v`` sets, says little about torch, which reserves
+much that it never touches.
 """
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import CliRunner
-from helpers.checkpoints import make_model, merge, save, wide_tokenizer
+from helpers.checkpoints import make_model, merge, run_recipe, save, tensors_of, wide_tokenizer
 from helpers.commands import recipe
+from helpers.memory_limits import Limit, can_make_groups, control_group, data_limit
 
 from mergekit_omp.cli.main import main
 
@@ -30,10 +36,35 @@ def promised(given: dict[str, Any], folder: Path, *options: str) -> int:
     return json.loads(result.stdout)["estimate"]["peak_memory_bytes"]
 
 
-def used(given: dict[str, Any], out: Path) -> int:
-    """Run a recipe in a process of its own, and return its peak memory in bytes."""
-    merge(given, out, "--quiet")
-    return json.loads((out / "omp_record.json").read_text())["peak_memory_bytes"]
+def wide_recipe(folder: Path, inputs: int = 1, unsafe_tokens: str = "keep") -> dict[str, Any]:
+    """Write models with matrices of 250 MB and a donor with 2,000 new tokens; return a recipe."""
+    for number in range(inputs):
+        tokenizer = wide_tokenizer(0, 60_000 - 1000 * number)
+        save(folder / f"base{number}", make_model(tokenizer, hidden=1024, intermediate=64, layers=1), tokenizer)
+    donor = wide_tokenizer(2000, 62_000)
+    save(folder / "donor", make_model(donor, hidden=64, layers=1), donor)
+    given = recipe(folder / "base0", folder / "donor", parameters={"k": 5, "unsafe_tokens": unsafe_tokens})
+    if inputs > 1:
+        given["merge_method"] = "omp_linear"
+        given["models"] = [{"model": str(folder / f"base{number}")} for number in range(inputs)]
+        given["parameters"]["weight"] = 0.5
+    return given
+
+
+def assert_keeps_promise(given: dict[str, Any], folder: Path) -> None:
+    """Run a recipe in processes of their own, without a limit and with that of what ``inspect`` promises."""
+    expected = promised(given, folder)
+    free, limited = folder / "free", folder / "limited"
+    merge(given, free, "--quiet")
+    peak = json.loads((free / "omp_record.json").read_text())["peak_memory_bytes"]
+    assert peak <= TOLERANCE * expected
+    limit = control_group if can_make_groups() else data_limit
+    with limit(int(TOLERANCE * expected)) as within:
+        merge(given, limited, "--quiet", within=within)
+    print(f"\npromised {expected / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB; whole with {limit.__name__} + 10 %")
+    before, after = tensors_of(free), tensors_of(limited)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 def test_a_large_parent_is_not_counted() -> None:
@@ -45,21 +76,28 @@ def test_a_large_parent_is_not_counted() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups and RLIMIT_DATA of this kind are Linux's")
+@pytest.mark.parametrize("limit", [control_group, data_limit])
+def test_a_limit_is_in_force(tmp_path: Path, limit: Limit) -> None:
+    """Run with a third of what is promised: the kernel kills the run, or refuses it memory."""
+    if limit is control_group and not can_make_groups():
+        pytest.skip("no right to make control groups")
+    given = wide_recipe(tmp_path)
+    with limit(promised(given, tmp_path) // 3) as within:
+        result = run_recipe(given, tmp_path / "out", "--quiet", within=within)
+    if limit is control_group:
+        assert result.returncode == -signal.SIGKILL
+    else:
+        assert result.returncode == 1
+        assert "allocate memory" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("inputs", "unsafe_tokens"), [(1, "keep"), (2, "keep"), (1, "pieces")])
 def test_wide_vocabularies(tmp_path: Path, inputs: int, unsafe_tokens: str) -> None:
     """Transplant models with matrices of 250 MB, of which 2,000 rows are new; `pieces` loads a base completely."""
-    tokenizers = {"base0": wide_tokenizer(0, 60_000), "base1": wide_tokenizer(0, 59_000)}
-    for name, tokenizer in list(tokenizers.items())[:inputs]:
-        save(tmp_path / name, make_model(tokenizer, hidden=1024, intermediate=64, layers=1), tokenizer)
-    donor = wide_tokenizer(2000, 62_000)
-    save(tmp_path / "donor", make_model(donor, hidden=64, layers=1), donor)
-    given = recipe(tmp_path / "base0", tmp_path / "donor", parameters={"k": 5, "unsafe_tokens": unsafe_tokens})
-    if inputs > 1:
-        given["merge_method"] = "omp_linear"
-        given["models"] = [{"model": str(tmp_path / f"base{number}")} for number in range(inputs)]
-        given["parameters"]["weight"] = 0.5
-    expected = promised(given, tmp_path)
-    assert used(given, tmp_path / "out") <= TOLERANCE * expected
+    assert_keeps_promise(wide_recipe(tmp_path, inputs, unsafe_tokens), tmp_path)
 
 
 def test_a_complete_model_is_counted(tmp_path: Path) -> None:
@@ -78,6 +116,4 @@ def test_a_complete_model_is_counted(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_real_pair(gemma3_dir: Path, smollm2_dir: Path, tmp_path: Path) -> None:
     """Transplant Gemma-3-270M, whose solve keeps a matrix of all pairs of anchors."""
-    given = recipe(gemma3_dir, smollm2_dir, parameters={"k": 64}, dtype="bfloat16")
-    expected = promised(given, tmp_path)
-    assert used(given, tmp_path / "out") <= TOLERANCE * expected
+    assert_keeps_promise(recipe(gemma3_dir, smollm2_dir, parameters={"k": 64}, dtype="bfloat16"), tmp_path)

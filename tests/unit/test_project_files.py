@@ -45,7 +45,7 @@ def test_the_changelog_has_this_version() -> None:
     assert f"\n## [{mergekit_omp.__version__}]" in text or f"everything below is {mergekit_omp.__version__}" in text
 
 
-@pytest.mark.parametrize("name", ["docs", "matrix", "release", "tests"])
+@pytest.mark.parametrize("name", ["docs", "matrix", "release", "slow", "tests"])
 def test_workflows_may_only_read_unless_a_job_says_more(name: str) -> None:
     workflow = yaml.safe_load((PROJECT / f".github/workflows/{name}.yml").read_text(encoding="utf-8"))
     assert workflow["permissions"] == {"contents": "read"}
