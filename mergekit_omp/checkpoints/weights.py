@@ -54,10 +54,11 @@ def vocabulary_matrix(
     graph solves for it once.
 
     Raises:
-        OmpError: if the model has no weights, or none with a vocabulary axis; the message names the recipe key.
+        OmpError: if the model has no weights, or none with a vocabulary axis, or a matrix that is none; the message
+            names the recipe key.
     """
     try:
-        stored = open_checkpoint(model, options).index.tensor_paths
+        loader = open_checkpoint(model, options)
     except Exception as error:  # arbitrary errors of the hub client, and of mergekit for an index or a header
         raise OmpError(
             f"{key}: {model} has a tokenizer but no weights that mergekit can read ({first_line(error)}); "
@@ -65,7 +66,11 @@ def vocabulary_matrix(
             "no weights, such as subword."
         ) from error
     with failures_as(lambda reason: f"{key}: mergekit cannot tell the tensors of {model} ({reason}); {_OTHER_MODEL}"):
-        found = _vocabulary_tensors(model, stored, options)
+        found = _vocabulary_tensors(model, loader.index.tensor_paths, options)
+        shapes = {name: _stored_shape(name, loader) for name, _ in found.values()}
+    for name, shape in shapes.items():
+        if shape is not None and len(shape) < 2:
+            raise OmpError(f"{key}: {name} of {model} has the shape {shape}, no rows; download the model again.")
     if not found:
         raise OmpError(f"{key}: mergekit finds no tensor of {model} with a vocabulary axis; {_OTHER_MODEL}")
     tasks = {
@@ -85,11 +90,17 @@ def stored_rows(model: ModelReference, options: MergeOptions, key: str) -> int |
         OmpError: as :func:`vocabulary_matrix`.
     """
     task, axis = vocabulary_matrix(model, VocabularyRole.INPUT, options, key)
-    index = LoaderCache().get(model).index
+    shape = _stored_shape(task.tensor, open_checkpoint(model, options))
+    return None if shape is None else shape[axis]
+
+
+def _stored_shape(tensor: str, loader: LazyTensorLoader) -> list[int] | None:
+    """Return a tensor's shape by the header of its safetensors file; None for other files."""
+    index = loader.index
     if not index.is_safetensors:
         return None
-    with safe_open(os.path.join(index.base_path, index.tensor_paths[task.tensor]), framework="pt") as shard:
-        return shard.get_slice(task.tensor).get_shape()[axis]
+    with safe_open(os.path.join(index.base_path, index.tensor_paths[tensor]), framework="pt") as shard:
+        return shard.get_slice(tensor).get_shape()
 
 
 def _vocabulary_tensors(

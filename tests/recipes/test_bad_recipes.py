@@ -188,6 +188,14 @@ def cut_rows(folder: Path) -> None:
     save_file(short, folder / "model.safetensors")
 
 
+def flatten(tensor: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {tensor: tensors[tensor].flatten()[:8].clone()}, folder / "model.safetensors")
+
+    return change
+
+
 ABSURD = json.dumps(
     {"model.embed_tokens.weight": {"dtype": "F32", "shape": [10**9, 10**6], "data_offsets": [0, 4 * 10**15]}}
 ).encode()
@@ -852,6 +860,10 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "files at {bad}); OMP needs embeddings of new tokens, so name a model that has both, or write an "
             "approximation that needs no weights, such as subword."
         ),
+    ),
+    "weights: of the donor, without rows": (
+        lambda w: w.bad_donor(flatten(HEAD)),
+        "tokenizer.source: lm_head.weight of {bad} has the shape [8], no rows; download the model again.",
     ),
     "weights: truncated": (
         lambda w: w.bad_base(truncate),

@@ -217,6 +217,7 @@ def test_matrices_are_found_by_their_names(tmp_path: Path, names: list[str], mat
     config = {"model_type": "of_its_own", "architectures": ["OfItsOwn"], "vocab_size": 8, "hidden_size": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "x")}))
+    save_file({name: torch.zeros(8, 2) for name in names}, tmp_path / "x")
     model = ModelReference.model_validate(str(tmp_path))
     found = [vocabulary_matrix(model, role, MergeOptions(), "tokenizer.source") for role in VocabularyRole]
     assert [(task.tensor, axis) for task, axis in found] == [(name, 0) for name in matrices]
