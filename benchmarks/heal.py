@@ -27,14 +27,13 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.bits_per_byte import ModelScore, builtin_texts, evaluate
 from mergekit_omp.evaluation.spans import SpanClass
+from mergekit_omp.healing.beginnings import sum_line
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import demo
 import one_vocabulary
 import real_weights
 
@@ -88,7 +87,7 @@ def main() -> None:
         folder = arguments.out / pair
         transplanted = folder / "transplanted"
         if not transplanted.exists():
-            transplant(base, donor, PAIRS[pair], transplanted)
+            one_vocabulary.transplant(str(base), donor, transplanted, {"k": PAIRS[pair]})
         for name in [] if arguments.table else arguments.runs:
             out = folder / name
             if not out.exists():
@@ -98,28 +97,13 @@ def main() -> None:
         print("\n".join(table(pair, base, transplanted, [folder / name for name in arguments.runs], test)), flush=True)
 
 
-def transplant(base: Path, donor: Path, k: int, out: Path) -> None:
-    """Run a recipe with ``mergekit-yaml``."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {
-        "merge_method": "omp",
-        "models": [{"model": str(base)}],
-        "tokenizer": {"source": str(donor)},
-        "parameters": {"k": k},
-        "dtype": "bfloat16",
-    }
-    path = out.with_suffix(".yml")
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    demo.transplant(path, out)
-
-
 def make_texts(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Write the training texts by name; returns their files, and the test texts."""
     folder.mkdir(parents=True, exist_ok=True)
-    documents = debian_documents(folder)
+    documents, numbers = debian_documents(folder), random.Random(5)
     texts = {
         "code": "".join(shuffled_library()),
-        "sums": "".join(sums(random.Random(5), 20_000)),
+        "sums": "".join(sum_line(numbers) for _ in range(20_000)),
         "prose": documents["reference.en"][30_000:],
         "german": documents["guide.de"][20_000:],
         "languages": "".join(documents[name][20_000:35_000] for name in documents if name.startswith("guide.")),
@@ -161,16 +145,6 @@ def shuffled_library() -> Iterator[str]:
     random.Random(0).shuffle(modules)
     for path in modules[:60]:
         yield path.read_text(encoding="utf-8", errors="ignore")
-
-
-def sums(numbers: random.Random, count: int) -> Iterator[str]:
-    """Yield lines such as ``3417 - 209 = 3208``."""
-    for _ in range(count):
-        one, other = int(10 ** numbers.uniform(0, 5)), int(10 ** numbers.uniform(0, 4))
-        sign = numbers.choice("+-*")
-        other = other % 100 if sign == "*" else other
-        result = {"+": one + other, "-": one - other, "*": one * other}[sign]
-        yield f"{one} {sign} {other} = {result}\n"
 
 
 def table(

@@ -13,6 +13,7 @@ cache of sparse codes is disabled.
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -297,8 +298,6 @@ def scaled(shape: Shape, scale: float) -> Shape:
     """Reduce the tokens and the columns of a model."""
     if scale == 1:
         return shape
-    from dataclasses import replace
-
     sizes = {name: max(64, round(getattr(shape, name) * scale / 16) * 16) for name in ("hidden", "intermediate")}
     return replace(shape, rows=round(shape.rows * scale) + 2048, **sizes)  # and all special tokens
 
@@ -375,8 +374,6 @@ def write_model(folder: Path, shape: Shape, tokenizer: Any, hidden: Any, places:
 
 def _size(dims: Sequence[int]) -> int:
     """Return the bytes of a bfloat16 tensor."""
-    import math
-
     return 2 * math.prod(dims)
 
 

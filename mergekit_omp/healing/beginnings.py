@@ -122,10 +122,11 @@ LINES = 40
 def sums(seed: int) -> list[str]:
     """Write ``SUM_TEXTS`` texts of ``LINES`` lines such as ``3417 - 209 = 3208``."""
     numbers = random.Random(seed)
-    return ["".join(_sum(numbers) for _ in range(LINES)) for _ in range(SUM_TEXTS)]
+    return ["".join(sum_line(numbers) for _ in range(LINES)) for _ in range(SUM_TEXTS)]
 
 
-def _sum(numbers: random.Random) -> str:
+def sum_line(numbers: random.Random) -> str:
+    """Write a line such as ``3417 - 209 = 3208``."""
     one, other = (int(10 ** numbers.uniform(0, digits)) for digits in (5, 4))
     sign, factor = numbers.choice("+-*"), other % 100
     result, other = {"+": (one + other, other), "-": (one - other, other), "*": (one * factor, factor)}[sign]
