@@ -336,4 +336,5 @@ def read_settings(model: ModelReference, name: str) -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """Read a JSON file; return {} if it does not exist."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    # Decoding bytes is faster than reading text, which looks for line ends.
+    return json.loads(path.read_bytes().decode()) if path.exists() else {}

@@ -230,6 +230,7 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     require_supported()
     config, options = call.arguments["merge_config"], call.arguments["options"]
     from mergekit_omp.checkpoints.input_folders import InputFolders
+    from mergekit_omp.collection import collection_paused, old_objects_kept
     from mergekit_omp.errors import explained
     from mergekit_omp.output.config import finish_output
     from mergekit_omp.output.staging import staged
@@ -241,7 +242,7 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
 
     started = time.perf_counter()
     connect_later_methods()
-    with run_lines(quiet=options.quiet):
+    with run_lines(quiet=options.quiet), old_objects_kept():
         inputs = InputFolders(model.model.path for model in named_models(config))
         with inputs.unchanged():
             transplant = resolve(config, options)
@@ -253,9 +254,10 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
             log_start(transplant)
             with _recording(record):
                 result = wrapped(*call.args, **call.kwargs)
-            finish_output(folder, transplant)
-            seconds = time.perf_counter() - started
-            record.write(folder, seconds)
+            with collection_paused():
+                finish_output(folder, transplant)
+                seconds = time.perf_counter() - started
+                record.write(folder, seconds)
         log_summary(record, out_path, seconds)
     return result
 

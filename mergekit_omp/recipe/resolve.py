@@ -1,8 +1,6 @@
 """Resolve a recipe to a :class:`Transplant`, reading each model's configuration and tokenizer once."""
 
-import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from mergekit.common import ModelReference
@@ -14,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from mergekit_omp.checkpoints.architecture import hidden_size, vocabulary_size
 from mergekit_omp.checkpoints.files import is_tokenizer_alone, read_config
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
+from mergekit_omp.collection import collection_paused
 from mergekit_omp.compat import chat_template_of
 from mergekit_omp.errors import OmpError
 from mergekit_omp.realign.problem import pose_problem
@@ -31,22 +30,7 @@ from mergekit_omp.vocabulary.tokens import LARGEST_GAP, Vocabulary, read_vocabul
 SOURCE_KEY = "tokenizer.source"
 
 
-@contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Pause garbage collection while hundreds of thousands of tokens are created.
-
-    None of them is garbage, and collection takes a third of the time.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_collection_paused()
+@collection_paused()
 def resolve(config: MergeConfiguration, options: MergeOptions) -> Transplant:
     """Check a recipe and resolve it, without reading weights.
 
