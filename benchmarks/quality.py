@@ -35,8 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from benchmarks.memory import peak, start_of_peak
 from mergekit_omp import match_vocabularies, read_vocabulary, solve_omp
 from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, windows
-from mergekit_omp.initializers.omp import split_tokens
-from mergekit_omp.initializers.regression import RowRegression
+from mergekit_omp.initializers.regression import RowRegression, pieces_of_anchors
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem, pose_problem
 from mergekit_omp.realign.rows import realign
@@ -250,9 +249,9 @@ def _means(split: Sequence[Sequence[int]], rows: Tensor, fallback: Tensor) -> Te
 
 def _fit(work: Transplant, anchors: Tensor) -> RowRegression:
     base, problem = work.pair.base, work.problem
-    anchors_alone = replace(problem, target_ids=problem.target_ids[:0])
-    split = split_tokens(anchors_alone, work.pair.donor.vocabulary, base.vocabulary, base.tokenizer)
-    return RowRegression.fit(anchors, base.rows, work.match.rows[problem.atom_ids], split.atoms)
+    tokens = work.pair.donor.vocabulary.tokens
+    split = pieces_of_anchors([tokens[id_].data for id_ in problem.atom_ids.tolist()], base.vocabulary.ids_by_bytes)
+    return RowRegression.fit(anchors, base.rows, work.match.rows[problem.atom_ids], split)
 
 
 def _timed(make: Callable) -> tuple:

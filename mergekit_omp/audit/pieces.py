@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from mergekit_omp.checkpoints.architecture import VocabularyRole
 from mergekit_omp.initializers.regression import pieces_of_anchors
 from mergekit_omp.vocabulary.alignment import Alignment
-from mergekit_omp.vocabulary.segmentation import ids_by_bytes, pieces
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
 ROW_NAMES = {VocabularyRole.INPUT: "input row", VocabularyRole.HEAD: "head row"}
@@ -60,11 +59,11 @@ class PieceCheck:
         anchors = base.match.atoms()
         sample = anchors[torch.linspace(0, max(0, len(anchors) - 1), min(SAMPLE, len(anchors))).long()]
         data = [output.tokens[id_].data for id_ in sample.tolist()]
-        split = pieces_of_anchors(data, ids_by_bytes(base.vocabulary))
+        split = pieces_of_anchors(data, base.vocabulary.ids_by_bytes)
         self.ids, self._size = ids, output.size
         self.anchors = sample[torch.tensor([bool(found) for found in split], dtype=torch.bool)]
         self._of_anchors = [found for found in split if found]
-        self._of_new = pieces(output, base.tokenizer, ids.tolist(), base.vocabulary)
+        self._of_new = base.pieces(output, ids.tolist())
 
     def distances(self, base: Tensor, kept: Tensor, new: Tensor) -> Tensor | None:
         """Return how large the donor's part of each output row is, float32 (V,); it is suspicious above 1.

@@ -61,7 +61,7 @@ def check_tokens(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> 
     """
     return TokenChecks(
         tuple(_unreachable(tokenizer, vocabulary)),
-        tuple(token for token in vocabulary.tokens.values() if token.added and _holds_control(token)),
+        tuple(token for token in vocabulary.named if token.added and _holds_control(token)),
         tuple(name for name, text in SCRIPTS.items() if not _is_given_back(text, tokenizer)),
     )
 
@@ -84,8 +84,10 @@ def _unreachable(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> 
     encode = text_encoder(tokenizer, vocabulary)
     lines = list(texts.values())
     found = set().union(*encode(["\n".join(lines[n : n + _LINES]) for n in range(0, len(lines), _LINES)]))
+    left = texts
     for context in _CONTEXTS:
-        found.update(*encode([context.replace("{}", text) for id_, text in texts.items() if id_ not in found]))
+        left = {id_: text for id_, text in left.items() if id_ not in found}
+        found.update(*encode([context.replace("{}", text) for text in left.values()]))
     found.update(_merged(backend.model, [token for token in ordinary if token.id not in texts]))
     for token in ordinary:
         if token.id not in found:

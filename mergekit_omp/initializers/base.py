@@ -1,6 +1,6 @@
 """Define the inputs and the output of an initializer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem
 from mergekit_omp.solver import SparseCodes
 from mergekit_omp.vocabulary.alignment import Alignment
+from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
 RowFunction = Callable[[Tensor, bool], Tensor]
@@ -38,6 +39,7 @@ class NewTokens:
             initializer needs both.
         configs: configurations of the donor and of the model; None unless the initializer needs them.
         trust_remote_code: whether to run code that comes with a checkpoint.
+        alignment: what has the segmentations that were made before; None if there are none.
     """
 
     problem: Problem
@@ -52,6 +54,7 @@ class NewTokens:
     embedding_and_head: tuple[Tensor, Tensor] | None = None
     configs: tuple[PretrainedConfig, PretrainedConfig] | None = None
     trust_remote_code: bool = False
+    alignment: Alignment | None = None
 
     @classmethod
     def of(
@@ -72,8 +75,15 @@ class NewTokens:
             model=base.vocabulary,
             tokenizer=base.tokenizer,
             parameters=parameters,
+            alignment=base,
             **more,
         )
+
+    def pieces(self, ids: Sequence[int]) -> list[list[int]]:
+        """Segment output tokens with the model's tokenizer: see :func:`segmentation.pieces`."""
+        if self.alignment is not None:
+            return self.alignment.pieces(self.output, ids)
+        return pieces(self.output, self.tokenizer, ids, self.model)
 
     def mean_row(self, weight: Tensor) -> Tensor:
         """Return the mean float32 (…) of the anchors' rows of a tensor (R, …), for tokens without another row."""

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.initializers.base import NewTokens, RowFunction
-from mergekit_omp.vocabulary.segmentation import pieces
 
 SHIFT = math.log(10)
 """Reduction of the logit for each digit after the first, in nats."""
@@ -54,7 +53,7 @@ def find_numbers(new: NewTokens) -> Numbers:
     """Find the numbers among new tokens; a space before the digits is a piece too."""
     ids = new.problem.target_ids.tolist()
     numbers = [place for place, id_ in enumerate(ids) if _is_number(new.output.tokens[id_].data)]
-    split = pieces(new.output, new.tokenizer, [ids[place] for place in numbers], new.model)
+    split = new.pieces([ids[place] for place in numbers])
     by_digit = {
         place: rows
         for place, rows in zip(numbers, split, strict=True)

@@ -33,7 +33,6 @@ from mergekit_omp.compat import (
 from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.realign.rows import NOISE_SEED
-from mergekit_omp.vocabulary.segmentation import pieces
 
 LOG = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ def subword(new: NewTokens) -> RowFunction:
     the anchors' rows, where mergekit uses zeros.
     """
     ids = new.problem.target_ids.tolist()
-    split = dict(zip(ids, pieces(new.output, new.tokenizer, ids, new.model), strict=True))
+    split = dict(zip(ids, new.pieces(ids), strict=True))
     without_pieces = torch.tensor([not split[id_] for id_ in ids], dtype=torch.bool)
     if without_pieces.any():
         LOG.info(

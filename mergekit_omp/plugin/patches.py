@@ -225,12 +225,19 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     if not _is_for_us(call.arguments.get("merge_config")):
         return wrapped(*args, **kwargs)
+    from mergekit_omp.collection import old_objects_kept
+
+    with old_objects_kept():
+        return _run_recipe(wrapped, call)
+
+
+def _run_recipe(wrapped: Wrapped, call: inspect.BoundArguments) -> Any:
     from mergekit_omp.compat import require_supported
 
     require_supported()
     config, options = call.arguments["merge_config"], call.arguments["options"]
     from mergekit_omp.checkpoints.input_folders import InputFolders
-    from mergekit_omp.collection import collection_paused, old_objects_kept
+    from mergekit_omp.collection import collection_paused
     from mergekit_omp.errors import explained
     from mergekit_omp.output.config import finish_output
     from mergekit_omp.output.staging import staged
@@ -242,7 +249,7 @@ def _run_merge(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> A
 
     started = time.perf_counter()
     connect_later_methods()
-    with run_lines(quiet=options.quiet), old_objects_kept():
+    with run_lines(quiet=options.quiet):
         inputs = InputFolders(model.model.path for model in named_models(config))
         with inputs.unchanged():
             transplant = resolve(config, options)

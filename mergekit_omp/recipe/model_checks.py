@@ -137,7 +137,7 @@ def _check_rows(model: RecipeModel, transplant: Transplant) -> None:
 
     Further rows without tokens are padding.
     """
-    tokens = max(model.tokenizer.get_vocab().values(), default=-1) + 1
+    tokens = model.tokenizer_size
     if model.rows is None or tokens <= model.rows:
         return
     stored = stored_rows(model.reference, transplant.options, model.key)

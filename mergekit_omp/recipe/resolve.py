@@ -59,7 +59,9 @@ def resolve(config: MergeConfiguration, options: MergeOptions) -> Transplant:
     output = _OutputVocabulary(config, donor_names, overrides, tokenizers, vocabularies, rows)
     alignments = output.align_all(keys)
     models = {
-        name: RecipeModel(name, key, configs.get(name), rows[name], tokenizers[name], alignments[name])
+        name: RecipeModel(
+            name, key, configs.get(name), rows[name], tokenizers[name], vocabularies[name].size, alignments[name]
+        )
         for name, key in keys.items()
     }
     inputs, donors = ([models[name] for name in names] for names in (input_names, donor_names))

@@ -25,6 +25,7 @@ class RecipeModel:
         config: its configuration; None for a tokenizer without a model.
         rows: rows of its embedding according to its configuration; None for a tokenizer without a model.
         tokenizer: its tokenizer; shared, so it must not be modified.
+        tokenizer_size: the largest id of its tokenizer + 1, whatever rows there are.
         alignment: match of its vocabulary with the output vocabulary; the same object for equal vocabularies.
     """
 
@@ -33,6 +34,7 @@ class RecipeModel:
     config: PretrainedConfig | None = field(repr=False)
     rows: int | None
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    tokenizer_size: int
     alignment: Alignment = field(repr=False)
 
     @property

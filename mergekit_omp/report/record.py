@@ -188,7 +188,7 @@ class Record:
         rows[: len(kept)] = kept.where(kept >= 0, Origin.FREE)
         rows[sorted(self._replaced.get(model, set()) - copied)] = Origin.APPROXIMATED
         rows[sorted(copied)] = Origin.COPIED
-        for id_, token in self.transplant.vocabulary.tokens.items():
+        for id_, token in self.transplant.vocabulary.tokens.items() if overrides else ():
             if token.text in overrides and (overrides[token.text].force or kept[id_] < 0):
                 rows[id_] = Origin.OVERRIDDEN
         return rows

@@ -26,7 +26,8 @@ def choose_samples(solution: Solution, vocabulary: Vocabulary) -> list[dict[str,
     codes, target_ids = solution.codes, solution.problem.target_ids.tolist()
     words = [index for index, id_ in enumerate(target_ids) if _is_word(vocabulary, id_)]
     pool = words if len(words) >= SAMPLES else list(range(len(target_ids)))
-    pool.sort(key=lambda index: (float(codes.relative_residuals[index]), index))
+    residuals = codes.relative_residuals.tolist()
+    pool.sort(key=lambda index: (residuals[index], index))
     step = max(1, (len(pool) - 1) // max(1, SAMPLES - 1))
     samples = []
     for index in pool[::step][:SAMPLES]:
@@ -43,7 +44,7 @@ def choose_samples(solution: Solution, vocabulary: Vocabulary) -> list[dict[str,
             {
                 "id": target_ids[index],
                 "token": readable(vocabulary.tokens[target_ids[index]]),
-                "residual": round(float(codes.relative_residuals[index]), 4),
+                "residual": round(residuals[index], 4),
                 "anchors": anchors,
             }
         )
@@ -109,8 +110,10 @@ def printable(token: str) -> str:
 
 def _is_word(vocabulary: Vocabulary, id_: int) -> bool:
     token = vocabulary.tokens[id_]
+    if token.kind is not TokenKind.ORDINARY:
+        return False
     text = token.data.decode(errors="replace").strip()
-    return token.kind is TokenKind.ORDINARY and len(text) >= 3 and text.isalpha()
+    return len(text) >= 3 and text.isalpha()
 
 
 def _nearest(

@@ -107,6 +107,8 @@ def _position_warning(model: RecipeModel, base: RecipeModel) -> str | None:
 def _processor_warning(model: RecipeModel, transplant: Transplant) -> str | None:
     """Warn about placeholder tokens for images and audio that the output vocabulary lacks."""
     names = named_tokens(model.tokenizer) if processor_files(model.reference) else {}
+    if not names:
+        return None
     texts = {token.text for token in transplant.vocabulary.tokens.values()}
     missing = sorted(set(names.values()) - texts)
     if not missing:

@@ -5,7 +5,6 @@ import logging
 import torch
 from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
-from pydantic import InstanceOf
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_omp.errors import OmpError
@@ -13,6 +12,7 @@ from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, w
 from mergekit_omp.initializers.digits import LogitShift
 from mergekit_omp.recipe.transplant import RecipeModel
 from mergekit_omp.tasks.placement import on_the_cpu
+from mergekit_omp.tasks.resolved import Resolved
 
 LOG = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class FindLogitShift(Task[LogitShift]):
     loaded for forward passes and released; nothing is trained.
     """
 
-    model: InstanceOf[RecipeModel]
+    model: Resolved[RecipeModel]
 
     def arguments(self) -> dict[str, Task]:
         """Return no tasks: transformers loads the model."""

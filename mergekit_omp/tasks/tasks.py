@@ -18,7 +18,7 @@ from mergekit.common import ModelReference
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, LoadTensor
 from mergekit.tokenizer.config import TokenEmbeddingConfig
-from pydantic import BaseModel, InstanceOf
+from pydantic import BaseModel
 
 from mergekit_omp.audit.pieces import PieceCheck
 from mergekit_omp.audit.tokens import check_tokens
@@ -38,6 +38,7 @@ from mergekit_omp.report.record import Record, never_fatal
 from mergekit_omp.solver.cache import solve_with_cache
 from mergekit_omp.tasks.hidden_states import FindLogitShift
 from mergekit_omp.tasks.placement import on_the_cpu
+from mergekit_omp.tasks.resolved import Resolved
 from mergekit_omp.tasks.undertrained import FindTrainedRows
 from mergekit_omp.vocabulary.alignment import Alignment
 
@@ -47,7 +48,7 @@ LOG = logging.getLogger(__name__)
 class OutputTokenizer(Task[TokenizerInfo]):
     """Return the output tokenizer for mergekit to save; replaces mergekit's task that builds one."""
 
-    transplant: InstanceOf[Transplant]
+    transplant: Resolved[Transplant]
 
     def arguments(self) -> dict[str, Task]:
         """Return no tasks: the tokenizer was built when the recipe was resolved."""
@@ -61,8 +62,8 @@ class OutputTokenizer(Task[TokenizerInfo]):
 class PoseProblem(Task[Problem]):
     """Find the new tokens of a model that a donor has, and the anchors of both."""
 
-    posed: InstanceOf[DonorProblem]
-    copies: InstanceOf[Copies]  # their tokens need no solve
+    posed: Resolved[DonorProblem]
+    copies: Resolved[Copies]  # their tokens need no solve
     base_trained: FindTrainedRows | None  # for magikarp; specific to the realigned model, so solves are not shared
     donor_trained: FindTrainedRows | None
 
@@ -85,8 +86,8 @@ class PoseProblem(Task[Problem]):
 class SplitNewTokens(Task[PieceCheck]):
     """Segment new tokens for the check of their rows, once for all matrices that get rows of the same tokens."""
 
-    transplant: InstanceOf[Transplant]
-    base: InstanceOf[Alignment]
+    transplant: Resolved[Transplant]
+    base: Resolved[Alignment]
     poses: tuple[PoseProblem, ...]
 
     def arguments(self) -> dict[str, Task]:
@@ -177,7 +178,7 @@ class SafeRows:
 class PrepareRows(Task[NewRows]):
     """Run the part of an initializer that serves both the input embedding and the LM head of a model."""
 
-    transplant: InstanceOf[Transplant]
+    transplant: Resolved[Transplant]
     pose: PoseProblem
     parameters: OmpParameters
     solve: SolveCodes | None
@@ -185,7 +186,7 @@ class PrepareRows(Task[NewRows]):
     vocabulary_axis: int
     logit_shift: FindLogitShift | None  # for numerals: digits
     model_weights: tuple[tuple[LoadTensor, int], ...]  # embedding and head of the model, with their axes
-    model: InstanceOf[RecipeModel] | None  # only for initializers that read configurations, so that others share rows
+    model: Resolved[RecipeModel] | None  # only for initializers that read configurations, so that others share rows
 
     def arguments(self) -> dict[str, Task]:
         """Return the tasks of the problem and of the codes and matrices that the initializer needs."""
@@ -244,14 +245,12 @@ def split_new_tokens(transplant: Transplant, model: RecipeModel, new_rows: Seque
 class RealignedInput(BaseModel, frozen=True):
     """Plan of the realignment of one input of a vocabulary tensor."""
 
-    model: InstanceOf[RecipeModel]
+    model: Resolved[RecipeModel]
     new_rows: tuple[PrepareRows, ...]  # one per donor of new tokens
     split: SplitNewTokens | None  # for the check of the matrix alone; none if nothing of the donor's is in its rows
     safe_rows: Task[SafeRows] | None  # that replace some of these, for unsafe_tokens
-    copies: InstanceOf[Copies]
-    copied_weights: tuple[
-        tuple[InstanceOf[RecipeModel], LoadTensor, int], ...
-    ]  # weights of models that are not merged
+    copies: Resolved[Copies]
+    copied_weights: tuple[tuple[Resolved[RecipeModel], LoadTensor, int], ...]  # weights of models that are not merged
     parameters: OmpParameters
 
     @property
@@ -263,13 +262,13 @@ class RealignedInput(BaseModel, frozen=True):
 class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
     """Realign every input of one tensor to the output vocabulary; replaces mergekit's permutation of rows."""
 
-    transplant: InstanceOf[Transplant]
+    transplant: Resolved[Transplant]
     gather_tensors: GatherTensors
     inputs: tuple[RealignedInput, ...]
     overrides: tuple[tuple[str, TokenEmbeddingConfig], ...]
     vocabulary_axis: int
     name: str
-    record: InstanceOf[Record]
+    record: Resolved[Record]
 
     def arguments(self) -> dict[str, Task]:
         """Return the tasks of the loaded inputs, their new rows and the matrices that they copy rows from."""
@@ -376,8 +375,10 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
 
     def _override_rows(self, model: RecipeModel, views: dict[ModelReference, torch.Tensor]) -> dict[int, torch.Tensor]:
         """Return the rows of overrides, for new tokens and for tokens whose override is forced."""
+        rows: dict[int, torch.Tensor] = {}
+        if not self.overrides:
+            return rows
         ids = {token.text: id_ for id_, token in self.transplant.vocabulary.tokens.items()}
-        rows = {}
         for token, config in self.overrides:
             id_ = ids[token]
             if config.source is not None and (config.force or model.match.rows[id_] < 0):
@@ -389,7 +390,7 @@ class RecordTransplant(Task[None]):
     """Add the results of all solves and other initializers to the record of the run."""
 
     realigned: tuple[RealignVocabulary, ...]
-    record: InstanceOf[Record]
+    record: Resolved[Record]
 
     def arguments(self) -> dict[str, Task]:
         """Return every distinct solve, and every distinct problem of other initializers."""

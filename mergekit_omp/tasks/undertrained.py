@@ -4,13 +4,13 @@ import torch
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
-from pydantic import InstanceOf
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole
 from mergekit_omp.checkpoints.weights import vocabulary_matrix
 from mergekit_omp.compat import well_trained_tokens
 from mergekit_omp.recipe.transplant import RecipeModel
 from mergekit_omp.tasks.placement import on_the_cpu
+from mergekit_omp.tasks.resolved import Resolved
 from mergekit_omp.vocabulary.tokens import TokenKind
 
 
@@ -21,7 +21,7 @@ class FindTrainedRows(Task[torch.Tensor]):
     an unusually small norm, and rows close to the mean of unused rows, are under-trained.
     """
 
-    model: InstanceOf[RecipeModel]
+    model: Resolved[RecipeModel]
     embedding: LoadTensor
     embedding_axis: int
     head: LoadTensor  # equal to the embedding if the two are tied

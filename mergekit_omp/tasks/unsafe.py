@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from mergekit.graph import Task
 from mergekit.io.tasks import LoadTensor
-from pydantic import InstanceOf
 
 from mergekit_omp.audit.unsafe import find_unsafe
 from mergekit_omp.checkpoints.architecture import VocabularyRole
@@ -19,6 +18,7 @@ from mergekit_omp.parameters import Approximation, OmpParameters, UnsafeTokens
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.tasks.hidden_states import check_runs, load_complete
 from mergekit_omp.tasks.placement import on_the_cpu
+from mergekit_omp.tasks.resolved import Resolved
 from mergekit_omp.tasks.tasks import NewRows, PrepareRows, SafeRows, split_new_tokens
 
 
@@ -28,8 +28,8 @@ class ReplaceUnsafe(Task[SafeRows]):
     The rows of both matrices are replaced where that of one is flagged.
     """
 
-    transplant: InstanceOf[Transplant]
-    model: InstanceOf[RecipeModel]
+    transplant: Resolved[Transplant]
+    model: Resolved[RecipeModel]
     matrices: tuple[tuple[VocabularyRole, LoadTensor, int, tuple[PrepareRows, ...]], ...]  # one if they are tied
     unsafe_tokens: UnsafeTokens
 

@@ -1,10 +1,12 @@
 """Hold a model's vocabulary together with its match with the output vocabulary."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.vocabulary.matching import VocabularyMatch
+from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
 
@@ -27,3 +29,10 @@ class Alignment:
     vocabulary: Vocabulary = field(repr=False)
     match: VocabularyMatch = field(repr=False)
     own_match: VocabularyMatch = field(repr=False)
+    _pieces: dict[int, list[int]] = field(default_factory=dict, init=False, repr=False)
+
+    def pieces(self, output: Vocabulary, ids: Sequence[int]) -> list[list[int]]:
+        """Segment tokens of the output vocabulary, each once in a run: see :func:`segmentation.pieces`."""
+        new = [id_ for id_ in ids if id_ not in self._pieces]
+        self._pieces.update(zip(new, pieces(output, self.tokenizer, new, self.vocabulary), strict=True))
+        return [self._pieces[id_] for id_ in ids]

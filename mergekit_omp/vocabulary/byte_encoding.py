@@ -6,8 +6,9 @@ Only the declarations that ``tokenizer.json`` contains count, not the class that
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -69,6 +70,17 @@ class TextScheme:
                 return self._plain_bytes(text.removeprefix(self.continuation))
             return self._plain_bytes(text) if _stands_alone(text) else b" " + self._plain_bytes(text)
         return self._plain_bytes(text)
+
+    def bytes_of_all(self, texts: Sequence[str]) -> list[bytes]:
+        """Return :meth:`ordinary_bytes` of each text; those of a byte-level vocabulary are translated together."""
+        if self.byte_level and self.continuation is None and not self.word_end:
+            try:
+                data = "".join(texts).translate(_TO_LATIN_1).encode("latin-1")
+            except UnicodeEncodeError:  # some are literal text
+                pass
+            else:
+                return [data[start:end] for start, end in pairwise(accumulate(map(len, texts), initial=0))]
+        return [self.ordinary_bytes(text) for text in texts]
 
     def added_bytes(self, text: str) -> bytes:
         """Return the bytes of an added token: its literal text, with SentencePiece's replacements applied."""

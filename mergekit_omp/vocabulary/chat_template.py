@@ -37,8 +37,8 @@ def chat_template_tokens(
     """
     text = "\n".join(_texts(tokenizer, template or {}))
     found = {
-        id_
-        for id_, token in vocabulary.tokens.items()
+        token.id
+        for token in vocabulary.named
         if (token.kind in (TokenKind.SPECIAL, TokenKind.UNUSED) or is_control(token)) and token.text in text
     }
     return found | {vocabulary.roles[role] for role in ROLES if role in vocabulary.roles and f"{role}_token" in text}
@@ -60,8 +60,8 @@ def absent_chat_tokens(
     Returns:
         Their strings, in alphabetical order.
     """
-    present = {token.text for token in vocabulary.tokens.values()}
-    return sorted(set(_control_pattern().findall("\n".join(_texts(tokenizer, template or {})))) - present)
+    written = set(_control_pattern().findall("\n".join(_texts(tokenizer, template or {}))))
+    return sorted(written - {token.text for token in vocabulary.tokens.values()}) if written else []
 
 
 _MEANINGS = (

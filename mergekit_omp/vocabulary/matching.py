@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
 import torch
 
 from mergekit_omp.vocabulary.special import equivalents_of, is_html, meaning_of
@@ -122,15 +123,36 @@ def match_vocabularies(output: Vocabulary, model: Vocabulary) -> VocabularyMatch
         >>> match.is_new().tolist(), match.atoms().tolist()
         ([False, True], [0])
     """
-    rows, reasons = [-1] * output.size, [int(MatchReason.NO_TOKEN)] * output.size
+    if output is model and len({token.text for token in output.tokens.values()}) == len(output.tokens):
+        return _identity(output)
     finder = _RowFinder(output, model)
-    for token in output.tokens.values():
-        rows[token.id], reasons[token.id] = finder.find(token)
-    return VocabularyMatch(torch.tensor(rows, dtype=torch.int64), torch.tensor(reasons, dtype=torch.int8))
+    same = finder.find_strings(output.tokens.values())
+    others = {id_: finder.find(token) for id_, token in output.tokens.items() if id_ not in same}
+    rows = np.full(output.size, -1)
+    reasons = np.full(output.size, MatchReason.NO_TOKEN, dtype=np.int8)
+    ids = np.fromiter(same, np.int64, len(same))
+    rows[ids], reasons[ids] = np.fromiter(same.values(), np.int64, len(same)), MatchReason.SAME_STRING
+    for id_, (row, reason) in others.items():
+        rows[id_], reasons[id_] = row, reason
+    return VocabularyMatch(torch.from_numpy(rows), torch.from_numpy(reasons))
+
+
+def _identity(vocabulary: Vocabulary) -> VocabularyMatch:
+    """Match a vocabulary in which no two tokens have one string with itself."""
+    rows = torch.full((vocabulary.size,), -1)
+    reasons = torch.full((vocabulary.size,), int(MatchReason.NO_TOKEN), dtype=torch.int8)
+    ids = torch.tensor(list(vocabulary.tokens), dtype=torch.int64)
+    rows[ids], reasons[ids] = ids, int(MatchReason.SAME_STRING)
+    for token in vocabulary.named:
+        if token.kind is TokenKind.SPECIAL:
+            reasons[token.id] = int(MatchReason.SPECIAL_CONTENT)
+        elif token.kind is TokenKind.UNUSED:
+            reasons[token.id] = int(MatchReason.UNUSED)
+    return VocabularyMatch(rows, reasons)
 
 
 class _RowFinder:
-    """Look-up of a model's row for one output token at a time."""
+    """Look-up of a model's rows for output tokens."""
 
     def __init__(self, output: Vocabulary, model: Vocabulary) -> None:
         self._output_roles = output.roles
@@ -138,10 +160,14 @@ class _RowFinder:
         self._renamed = _renamed_tokens(output, model)
         tokens = sorted(model.tokens.values())  # by id
         self._text = _TextIndex([token for token in tokens if token.kind in _TEXT])
-        named = [token for token in tokens if token.added or token.kind not in _TEXT]
+        named = sorted(model.named)
         self._special = _rows_by_text(token for token in named if token.kind is TokenKind.SPECIAL)
         self._unused = _rows_by_text(token for token in named if token.kind is TokenKind.UNUSED)
         self._control = _rows_by_text(token for token in named if is_control(token))
+
+    def find_strings(self, tokens: Iterable[Token]) -> dict[int, int]:
+        """Return the row of each id whose string and bytes the model has as text: of most tokens, found at once."""
+        return self._text.find_strings(token for token in tokens if token.kind in _TEXT)
 
     def find(self, token: Token) -> tuple[int, MatchReason]:
         """Return the row, or -1, and the reason."""
@@ -190,19 +216,30 @@ class _TextIndex:
 
     def __init__(self, tokens: Sequence[Token]) -> None:
         last_first = tokens[::-1]
-        self._same_string = {(token.text, token.data): token.id for token in last_first}
-        self._ordinary = {token.data: token.id for token in last_first if token.kind is TokenKind.ORDINARY}
-        self._byte = {token.data: token.id for token in last_first if token.kind is TokenKind.BYTE}
+        self._ordinary = {token.data: token for token in last_first if token.kind is TokenKind.ORDINARY}
+        self._byte = {token.data: token for token in last_first if token.kind is TokenKind.BYTE}
+        first = self._ordinary.get
+        self._others = {(token.text, token.data): token for token in last_first if first(token.data) is not token}
+
+    def find_strings(self, tokens: Iterable[Token]) -> dict[int, int]:
+        """Return the row of each id whose string is that of the first ordinary token with its bytes."""
+        first = self._ordinary.get
+        return {
+            token.id: found.id
+            for token in tokens
+            if (found := first(token.data)) is not None and found.text == token.text
+        }
 
     def find(self, token: Token) -> tuple[int, MatchReason] | None:
-        row = self._same_string.get((token.text, token.data))
-        if row is not None:
-            return row, MatchReason.SAME_STRING
-        row = self._ordinary.get(token.data)
-        if row is not None:
-            return row, MatchReason.BYTE_TOKEN if token.kind is TokenKind.BYTE else MatchReason.SAME_BYTES
-        row = self._byte.get(token.data)
-        return None if row is None else (row, MatchReason.BYTE_TOKEN)
+        ordinary, other = self._ordinary.get(token.data), self._others.get((token.text, token.data))
+        if ordinary is not None and ordinary.text == token.text:
+            return ordinary.id, MatchReason.SAME_STRING
+        if other is not None:
+            return other.id, MatchReason.SAME_STRING
+        if ordinary is not None:
+            return ordinary.id, MatchReason.BYTE_TOKEN if token.kind is TokenKind.BYTE else MatchReason.SAME_BYTES
+        byte = self._byte.get(token.data)
+        return None if byte is None else (byte.id, MatchReason.BYTE_TOKEN)
 
 
 def _renamed_tokens(output: Vocabulary, model: Vocabulary) -> set[int]:
@@ -211,12 +248,14 @@ def _renamed_tokens(output: Vocabulary, model: Vocabulary) -> set[int]:
     The vocabularies must otherwise be equal, neither may contain the other's name, and the two tokens must agree: a
     role in common, or roles that the other vocabulary assigns to no token, and no two different meanings.
     """
-    pairs = [(token, model.tokens[id_]) for id_, token in output.tokens.items() if id_ in model.tokens]
-    equal = [one.text == other.text for one, other in pairs if one.kind in _TEXT and other.kind in _TEXT]
-    if len(equal) < FEWEST_TEXT or sum(equal) < SAME_VOCABULARY * len(equal):
+    if output is model or not _same_text(output, model):
         return set()
     names = [{token.text for token in vocabulary.tokens.values()} for vocabulary in (output, model)]
-    special = (one.id for one, other in pairs if one.kind is other.kind is TokenKind.SPECIAL)
+    special = (
+        token.id
+        for token in output.named
+        if token.id in model.tokens and token.kind is model.tokens[token.id].kind is TokenKind.SPECIAL
+    )
     return {
         id_
         for id_ in special
@@ -224,6 +263,20 @@ def _renamed_tokens(output: Vocabulary, model: Vocabulary) -> set[int]:
         and output.tokens[id_].text not in names[1]
         and _agree(id_, output, model)
     }
+
+
+def _same_text(output: Vocabulary, model: Vocabulary) -> bool:
+    """Tell whether nearly all tokens of one id that are text in two vocabularies are equal."""
+    common = equal = 0
+    most_unequal = len(output.tokens) * (1 - SAME_VOCABULARY) + 1
+    for id_, one in output.tokens.items():
+        other = model.tokens.get(id_)
+        if other is not None and one.kind in _TEXT and other.kind in _TEXT:
+            common += 1
+            equal += one.text == other.text
+            if common - equal > most_unequal:
+                return False  # whatever the others are
+    return common >= FEWEST_TEXT and equal >= SAME_VOCABULARY * common
 
 
 def _agree(id_: int, output: Vocabulary, model: Vocabulary) -> bool:

@@ -39,7 +39,7 @@ def pieces(
     """
     model = model or read_vocabulary(model_tokenizer)
     token_bytes = [output.tokens[id_].data for id_ in ids]
-    known_ids = ids_by_bytes(model)
+    known_ids = model.ids_by_bytes
     longest = max(map(len, known_ids), default=0)
     split = []
     for data, encoded in zip(token_bytes, _encode_all(token_bytes, text_encoder(model_tokenizer, model)), strict=True):
@@ -73,14 +73,17 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, *, 
         if id_ in vocabulary.tokens and (special or vocabulary.tokens[id_].kind is TokenKind.ORDINARY)
     }
     encoder.add_tokens([added[id_] for id_ in added_ids.values()])
-    original_id = {encoder.token_to_id(content): id_ for content, id_ in added_ids.items()}
+    original_id = {
+        new: id_ for content, id_ in added_ids.items() if (new := encoder.token_to_id(content)) not in (None, id_)
+    }
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         with failures_as(
             lambda reason: f"The tokenizer {name_of(tokenizer)} cannot split a text ({reason}); name another one."
         ):
             encodings = encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [[original_id.get(id_, id_) for id_ in encoding.ids] for encoding in encodings]
+        encoded = [encoding.ids for encoding in encodings]
+        return [[original_id.get(id_, id_) for id_ in ids] for ids in encoded] if original_id else encoded
 
     return encode
 
@@ -98,16 +101,6 @@ def text_of(data: bytes) -> str | None:
         return data.decode()
     except UnicodeDecodeError:
         return None
-
-
-def ids_by_bytes(vocabulary: Vocabulary) -> dict[bytes, int]:
-    """Map the bytes of text tokens to ids; an ordinary token takes precedence over a byte-fallback token."""
-    last_first = list(vocabulary.tokens.items())[::-1]  # of several tokens with the same bytes, the first counts
-    byte, ordinary = (
-        {token.data: id_ for id_, token in last_first if token.kind is kind}
-        for kind in (TokenKind.BYTE, TokenKind.ORDINARY)
-    )
-    return byte | ordinary
 
 
 def spell(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:

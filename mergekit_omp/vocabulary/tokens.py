@@ -1,10 +1,11 @@
 """Read vocabularies in canonical form: every token with its bytes, so that vocabularies can be compared."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from itertools import repeat
 from typing import NamedTuple
 
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -64,7 +65,7 @@ class Vocabulary:
     tokens: Mapping[int, Token] = field(repr=False)
     roles: Mapping[str, int]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """The largest id + 1: the number of rows that an embedding needs."""
         return max(self.tokens, default=-1) + 1
@@ -75,9 +76,24 @@ class Vocabulary:
         digest = hashlib.sha256(repr(sorted(self.roles.items())).encode())
         names = {kind: kind.value for kind in TokenKind}
         tokens = map(self.tokens.__getitem__, sorted(self.tokens))
-        rows = [(id_, text, data, names[kind], added) for id_, text, data, kind, added in tokens]
+        rows = ((id_, text, data, names[kind], added) for id_, text, data, kind, added in tokens)
         digest.update("".join(map(repr, rows)).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def ids_by_bytes(self) -> Mapping[bytes, int]:
+        """The id of the bytes of each text token; an ordinary token comes before a byte-fallback token."""
+        last_first = list(self.tokens.values())[::-1]  # of several tokens with the same bytes, the first counts
+        byte, ordinary = (
+            {token.data: token.id for token in last_first if token.kind is kind}
+            for kind in (TokenKind.BYTE, TokenKind.ORDINARY)
+        )
+        return byte | ordinary
+
+    @cached_property
+    def named(self) -> Sequence[Token]:
+        """The tokens that are not plain text: added, special, unused or byte-fallback tokens, in order."""
+        return [token for token in self.tokens.values() if token.added or token.kind is not TokenKind.ORDINARY]
 
     def truncated(self, rows: int) -> "Vocabulary":
         """Return the vocabulary without tokens and roles whose id is ``rows`` or more."""
@@ -134,15 +150,13 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
             f"The tokenizer {name_of(tokenizer)} has {len(texts)} tokens, but gives {texts[last]!r} the id {last}, "
             "so that an embedding would need as many rows; download the tokenizer again."
         )
-    roles = _roles(tokenizer, {text: id_ for id_, text in texts.items()})
+    roles = _roles(tokenizer, texts)
     with_role = set(roles.values())
     special = {id_ for id_, token in added.items() if token.special} | with_role | _control_pieces(tokenizer)
 
     named = added.keys() | special
 
     def read_token(id_: int, text: str) -> Token:
-        if id_ not in named and not text.endswith(_MARKS_END):
-            return Token(id_, text, scheme.ordinary_bytes(text), TokenKind.ORDINARY)
         if id_ not in with_role and is_unused_text(text):
             return Token(id_, text, _utf8(text), TokenKind.UNUSED, id_ in added)
         if scheme.fallback_byte(text) is not None and id_ not in with_role:  # even if it is flagged as special
@@ -153,7 +167,12 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
             return Token(id_, text, scheme.added_bytes(text), TokenKind.ORDINARY, added=True)
         return Token(id_, text, scheme.ordinary_bytes(text), TokenKind.ORDINARY)
 
-    return Vocabulary({id_: read_token(id_, texts[id_]) for id_ in sorted(texts)}, roles)
+    plain = [id_ for id_, text in texts.items() if id_ not in named and not text.endswith(_MARKS_END)]
+    plain_texts = list(map(texts.__getitem__, plain))
+    columns = zip(plain, plain_texts, scheme.bytes_of_all(plain_texts), repeat(TokenKind.ORDINARY), repeat(False))
+    tokens = dict(zip(plain, map(Token._make, columns), strict=True))
+    tokens |= {id_: read_token(id_, texts[id_]) for id_ in texts.keys() - tokens.keys()}
+    return Vocabulary({id_: tokens[id_] for id_ in sorted(tokens)}, roles)
 
 
 def _texts_by_id(tokenizer: PreTrainedTokenizerBase, added: Mapping[int, AddedToken]) -> dict[int, str]:
@@ -191,13 +210,16 @@ def _check_ids(
             )
 
 
-def _roles(tokenizer: PreTrainedTokenizerBase, ids: Mapping[str, int]) -> dict[str, int]:
+def _roles(tokenizer: PreTrainedTokenizerBase, texts: Mapping[int, str]) -> dict[str, int]:
     """Return the id of each role's token that is set and in the vocabulary.
 
     Looks up the token's string, since ``bos_token_id`` of a missing string is the id of the unknown token.
     """
-    texts = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
-    return {role: ids[str(text)] for role, text in texts.items() if text is not None and str(text) in ids}
+    named = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
+    wanted = {role: str(text) for role, text in named.items() if text is not None}
+    strings = set(wanted.values())
+    ids = {text: id_ for id_, text in texts.items() if text in strings}
+    return {role: ids[text] for role, text in wanted.items() if text in ids}
 
 
 def _control_pieces(tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -23,7 +23,7 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.regression import pieces_of_anchors
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.matching import match_vocabularies
-from mergekit_omp.vocabulary.segmentation import ids_by_bytes, pieces
+from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import TokenKind, read_vocabulary
 
 
@@ -119,7 +119,7 @@ def test_distances_from_pieces() -> None:
     kept = base[match.rows[check.anchors]]
     found = check.distances(base, kept, new)
 
-    anchors = pieces_of_anchors([output.tokens[id_].data for id_ in check.anchors.tolist()], ids_by_bytes(own))
+    anchors = pieces_of_anchors([output.tokens[id_].data for id_ in check.anchors.tolist()], own.ids_by_bytes)
     x, z = (
         torch.stack([base[rows].mean(dim=0) for rows in split]).double().numpy()
         for split in (anchors, pieces(output, tokenizer, ids.tolist(), own))
