@@ -9,6 +9,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -27,6 +28,9 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 """Files that describe the processor of a model with image or audio input."""
+
+_DECLARATIONS = {"added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"}
+"""Keys of a tokenizer.json."""
 
 _LONGEST_NAME = 255  # characters of a file's name; file systems allow no more
 
@@ -338,3 +342,17 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; return {} if it does not exist."""
     # Decoding bytes is faster than reading text, which looks for line ends.
     return json.loads(path.read_bytes().decode()) if path.exists() else {}
+
+
+def read_tokenizer_json(path: Path) -> dict[str, Any]:
+    """Read a tokenizer.json without its vocabulary and merges, which take nearly all of the time and come last.
+
+    Files whose parts have another order, or that are damaged before the vocabulary, are read completely.
+    """
+    head, _, _ = path.read_bytes().decode().partition('"vocab"')
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        declared = json.loads(head + '"vocab": {}}}')
+        model = declared["model"]
+        if declared.keys() >= _DECLARATIONS and (model["type"] != "BPE" or "continuing_subword_prefix" in model):
+            return declared
+    return read_json(path)

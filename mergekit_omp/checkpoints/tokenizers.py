@@ -7,7 +7,6 @@ family.
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mergekit_omp.checkpoints.files import find_file, read_json
+from mergekit_omp.checkpoints.files import find_file, read_json, read_tokenizer_json
 from mergekit_omp.errors import failures_as
 from mergekit_omp.vocabulary.tokens import LARGEST_GAP, ROLES
 
@@ -78,14 +77,16 @@ def named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if name not in _ROLE_NAMES}
 
 
-def is_read_as_written(tokenizer: PreTrainedTokenizerBase, described: Mapping[str, Any]) -> bool:
-    """Tell whether a tokenizer that transformers loaded splits texts as the content of its tokenizer.json declares."""
+def is_read_as_written(tokenizer: PreTrainedTokenizerBase, path: Path) -> bool:
+    """Tell whether a tokenizer that transformers loaded splits texts as its tokenizer.json, at ``path``, declares."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return False
-    model, vocabulary = backend.model, described["model"]["vocab"]
-    if backend.get_vocab_size(with_added_tokens=False) != len(vocabulary):
-        return False
+    model, described = backend.model, read_tokenizer_json(path)
+    if type(tokenizer) is not PreTrainedTokenizerFast:  # which has the vocabulary of the file
+        vocabulary = read_json(path)["model"]["vocab"]
+        if backend.get_vocab_size(with_added_tokens=False) != len(vocabulary):
+            return False
     # Compare the parts as this version of tokenizers serialises them; with the vocabulary that takes seconds.
     empty_model = {"type": "WordLevel", "vocab": {}, "unk_token": ""}
     written = Tokenizer.from_str(
@@ -97,14 +98,13 @@ def is_read_as_written(tokenizer: PreTrainedTokenizerBase, described: Mapping[st
 def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     name = {"pretrained_model_name_or_path": model.model.path, "revision": model.model.revision}
     written = find_file(model, "tokenizer.json")
-    described = None if written is None else read_json(written)
-    if described is not None:
-        _check_merges(described)
+    if written is not None:
+        _check_merges(written)
     elif (tekken := find_file(model, "tekken.json")) is not None:
         return _convert_tekken(tekken)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**name, trust_remote_code=trust_remote_code)
     has_own_code = not type(tokenizer).__module__.startswith("transformers.")
-    if described is None or has_own_code or is_read_as_written(tokenizer, described):
+    if written is None or has_own_code or is_read_as_written(tokenizer, written):
         return tokenizer
     LOG.info(
         "%s: transformers loads its tokenizer as a %s, which splits texts differently from its tokenizer.json; "
@@ -115,14 +115,13 @@ def _load(model: ModelReference, trust_remote_code: bool) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast.from_pretrained(**name)
 
 
-def _check_merges(described: Mapping[str, Any]) -> None:
+def _check_merges(path: Path) -> None:
     """Raise a ValueError for merges on which tokenizers 0.23 ends the process instead of raising an exception.
 
     It takes the prefix of a continuing word off the second part of every merge, also of one that is shorter.
     """
-    model = described.get("model") or {}
-    prefix = model.get("continuing_subword_prefix") or ""
-    for merge in model.get("merges", ()) if prefix else ():
+    prefix = (read_tokenizer_json(path).get("model") or {}).get("continuing_subword_prefix") or ""
+    for merge in read_json(path)["model"].get("merges", ()) if prefix else ():
         second = merge.split(" ")[-1] if isinstance(merge, str) else merge[-1]
         if not second.startswith(prefix):
             raise ValueError(f"the merge {merge!r} does not continue a word, which {prefix!r} would begin")

@@ -16,7 +16,7 @@ from typing import Any
 import transformers
 from mergekit.common import ModelReference
 
-from mergekit_omp.checkpoints.files import find_file, read_json, read_settings
+from mergekit_omp.checkpoints.files import find_file, read_json, read_settings, read_tokenizer_json
 from mergekit_omp.checkpoints.tokenizers import is_read_as_written
 from mergekit_omp.vocabulary.tokens import ROLES, Vocabulary
 
@@ -66,13 +66,14 @@ def finish_tokenizer(
     settings = read_json(path)
     if not trust_remote_code:
         settings.pop("auto_map", None)  # that code was neither run nor copied
-    tokenizer_json = read_json(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
+    tokenizer_json = read_tokenizer_json(folder / TOKENIZER) if (folder / TOKENIZER).exists() else None
     if tokenizer_json is not None:
         make_readable_by_both(settings, tokenizer_json)
         donor_settings = read_settings(origin, TOKENIZER_CONFIG)
         roles = {role: (vocabulary.tokens[id_].text, id_) for role, id_ in vocabulary.roles.items()}
         if keep_added_roles(settings, tokenizer_json, donor_settings, roles):
-            write_json(folder / TOKENIZER, tokenizer_json)
+            complete = read_json(folder / TOKENIZER)
+            write_json(folder / TOKENIZER, complete | {"post_processor": tokenizer_json["post_processor"]})
     write_json(path, settings)
     if unchanged:
         copy_sentencepiece(folder, origin)
@@ -231,7 +232,7 @@ def ensure_read_as_written(folder: Path, tokenizer_json: Mapping[str, Any]) -> N
 
 def _is_read_as_written(folder: Path, described: Mapping[str, Any]) -> bool:
     loaded = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not is_read_as_written(loaded, described):
+    if not is_read_as_written(loaded, folder / TOKENIZER):
         return False
     processor = loaded.backend_tokenizer.post_processor
     added = added_roles({"post_processor": processor and json.loads(processor.__getstate__())})
