@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from helpers.solver_cases import embedding, random_rows, supports
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import orthogonal_mp
+from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import dispatch, memory, solve_omp
@@ -32,7 +35,7 @@ from mergekit_omp.solver.memory import (
     scan_matrix_bytes,
 )
 from mergekit_omp.solver.reference import reference_omp
-from mergekit_omp.solver.scan import int8, projection
+from mergekit_omp.solver.scan import fixed_shape, gpu_operations, int8
 from mergekit_omp.solver.scan import search as scan_search
 from mergekit_omp.solver.scan.int8 import Int8Screen
 from mergekit_omp.solver.scan.screening import FloatScreen
@@ -44,10 +47,10 @@ SCREENS = {
     "float16": partial(FloatScreen, dtype=torch.float16),
     "float32": partial(FloatScreen, dtype=torch.float32),
 }
-GRAM = "gram"
+GRAM, REPLAY = "gram", "replay"
 
 
-@pytest.fixture(params=[*SCREENS, GRAM])
+@pytest.fixture(params=[*SCREENS, GRAM, REPLAY])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force each method, independently of this machine."""
     force(monkeypatch, request.param)
@@ -60,10 +63,13 @@ def skip_where_missing(way: str | None) -> None:
 
 
 def force(monkeypatch: pytest.MonkeyPatch, way: str | None = None, chunk: int | None = None) -> None:
-    """Solve with a Gram matrix or a scan, with a given number of targets per chunk."""
+    """Solve with a Gram matrix, a scan or, as on a GPU, steps of fixed shapes; with a number of targets per chunk."""
     skip_where_missing(way)
     if way == GRAM:
         monkeypatch.setattr(dispatch, "gram_speedup", lambda *_: 2.0)
+    elif way == REPLAY:
+        monkeypatch.setattr(dispatch, "scan_dtype", lambda _: torch.float16)
+        monkeypatch.setattr(scan_search, "has_fixed_shapes", lambda _: True)
     elif way is not None:
         monkeypatch.setattr(dispatch, "scan_dtype", lambda _: getattr(torch, way))
     if chunk is not None:
@@ -200,6 +206,8 @@ def test_chunks_devices_and_methods_give_the_same_codes(monkeypatch: pytest.Monk
         (None, 7, [CPU]),
         ("float16", 61, [CPU] * 3),
         ("float32", 64, [CPU] * 2),
+        (REPLAY, 61, [CPU]),
+        (REPLAY, 7, [CPU] * 3),
     ]:
         monkeypatch.undo()
         force(monkeypatch, way, chunk)
@@ -267,6 +275,59 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
     assert torch.equal(codes.indices, expected.indices)
     assert max(sizes) == 40
     assert "Out of memory with 40 targets per chunk: continuing with 20" in caplog.text
+
+
+def pursuit_of(count: int, targets: int, k: int, seed: int) -> fixed_shape.FixedPursuit:
+    """Start a pursuit in fixed shapes, with groups of atoms as on a CPU."""
+    atoms, rows = random_rows(count, 48, seed, 1.0), random_rows(targets, 48, seed + 1, 1.0)
+    return fixed_shape.FixedPursuit(rows, FloatScreen(atoms, atoms.norm(dim=1), torch.float16), k)
+
+
+def test_a_step_of_fixed_shapes_is_one_graph_and_keeps_its_tensors() -> None:
+    """Compile a step as one graph, without a branch on data and without a shape that depends on data."""
+    pursuit, expected = pursuit_of(900, 30, 12, 40), pursuit_of(900, 30, 12, 40)
+    places = {name: value.data_ptr() for name, value in vars(pursuit).items() if isinstance(value, torch.Tensor)}
+    graphs = CompileCounter()
+    step = torch.compile(pursuit.step, fullgraph=True, dynamic=False, backend=graphs)
+    for _ in range(12):
+        step()
+        expected.step()
+        assert pursuit.counts.tolist() == expected.counts.tolist()
+    assert graphs.frame_count == 1
+    assert torch.equal(pursuit.support, expected.support)
+    assert pursuit.done.all()
+    assert places == {name: value.data_ptr() for name, value in vars(pursuit).items() if name in places}
+
+
+@pytest.mark.parametrize("places", [1, 2, 16])
+def test_a_recorded_step_is_replayed(places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a CUDA graph by one of torch's operations, which also repeats what was done without asking Python.
+
+    Targets with more candidates than places are crowded.
+    """
+    steps: list[int] = []
+
+    def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        graph = make_fx(lambda: step())()
+        return lambda: steps.append(1) or graph()
+
+    monkeypatch.setattr(fixed_shape, "PLACES", places)
+    monkeypatch.setattr(fixed_shape, "capture", record)
+    crowds = monkeypatch_counter(monkeypatch, fixed_shape.FixedPursuit, "step_of_crowded")
+    force(monkeypatch, REPLAY)
+    atoms, targets = random_rows(3000, 96, 82, 2.0), random_rows(40, 96, 83, 2.0)
+    atoms[7] = atoms[3] + 1e-6 * atoms[5]
+    targets[:2] = atoms[[3, 9]]
+    assert torch.equal(solve_omp(targets, atoms, 24).indices, reference_omp(targets, atoms, 24).indices)
+    assert 20 <= len(steps) <= 30
+    assert bool(crowds) == (places < 16)
+
+
+def monkeypatch_counter(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[str]:
+    """Return a list to which every call of a method adds its name."""
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: calls.append(name) or original(*arguments))
+    return calls
 
 
 def test_any_device_of_torch_has_a_chunk_size() -> None:
@@ -470,7 +531,7 @@ def test_the_log_names_the_method(caplog: pytest.LogCaptureFixture, way: str) ->
     with caplog.at_level(logging.INFO):
         solve_omp(random_rows(50, 32, 23), random_rows(200, 32, 24), 4)
     [line] = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
-    how = "gram in int16" if way == GRAM else f"scan in {way}"
+    how = {GRAM: "gram in int16", REPLAY: "scan in float16"}.get(way, f"scan in {way}")
     assert line.startswith(f"OMP of 50 targets over 200 atoms, d = 32, k = 4, on cpu: {how}, ")
     assert "threads x" in line
     assert line.endswith("MiB for matrices")
@@ -508,19 +569,19 @@ def test_a_kernel_that_does_not_compile_is_not_used(
 ) -> None:
     """Inject a fault: Triton is installed but finds no C compiler."""
 
-    def launch_orthogonalize(*_: object) -> None:
+    def launch_correlate(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler. (injected)")
 
     name = "mergekit_omp.solver.scan.gpu_kernel"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(launch_orthogonalize=launch_orthogonalize))
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(launch_correlate=launch_correlate))
     monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "gpu_kernel", sys.modules[name], raising=False)
-    assert projection.find_kernel.__wrapped__(CPU) is None
-    assert "a fifth longer" in caplog.text
+    assert gpu_operations.find_kernel.__wrapped__(CPU) is None
+    assert "takes longer" in caplog.text
     assert "C compiler" in caplog.text
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), way=st.sampled_from([None, *SCREENS, GRAM]))
+@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), way=st.sampled_from([None, *SCREENS, GRAM, REPLAY]))
 def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, way: str | None) -> None:
     atoms, targets = random_rows(300, 32, seed, 1.0), random_rows(20, 32, seed + 1, 1.0)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))
