@@ -1,6 +1,7 @@
 """Test the solver against slow references, and in edge cases."""
 
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -313,7 +314,7 @@ def test_a_recorded_step_is_replayed(places: int, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(fixed_shape, "PLACES", places)
     monkeypatch.setattr(fixed_shape, "capture", record)
-    crowds = monkeypatch_counter(monkeypatch, fixed_shape.FixedPursuit, "step_of_crowded")
+    crowds = count_calls(monkeypatch, fixed_shape.FixedPursuit, "step_of_crowded")
     force(monkeypatch, REPLAY)
     atoms, targets = random_rows(3000, 96, 82, 2.0), random_rows(40, 96, 83, 2.0)
     atoms[7] = atoms[3] + 1e-6 * atoms[5]
@@ -323,7 +324,73 @@ def test_a_recorded_step_is_replayed(places: int, monkeypatch: pytest.MonkeyPatc
     assert bool(crowds) == (places < 16)
 
 
-def monkeypatch_counter(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[str]:
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Inject a fault: the capture of a CUDA graph fails, as it does on a GPU whose libraries cannot."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing (injected)")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
+    monkeypatch.setattr(fixed_shape, "_NOT_CAPTURED", set())
+    pursuit = pursuit_of(300, 5, 8, 42)
+    for _ in range(2):
+        assert fixed_shape.capture(pursuit.step, torch.device("cuda", 0)) == pursuit.step
+    assert caplog.text.count("without CUDA graphs") == 1
+
+
+def test_triton_kernels_do_what_the_operations_of_torch_do() -> None:
+    """Run the kernels in Triton's interpreter, which needs no GPU, with atoms that are zero, equal and nearly so."""
+    pytest.importorskip("triton")
+    script = """
+        import torch
+        from mergekit_omp.solver.scan import gpu_kernel, gpu_operations
+
+        draw = torch.Generator().manual_seed(0)
+        for targets, dim, k in [(7, 24, 20), (3, 300, 8), (2, 2100, 4)]:
+            atoms = torch.randn(60, dim, generator=draw)
+            atoms[5], atoms[7], atoms[9] = atoms[3], 0, atoms[3] + 1e-3 * atoms[4]
+            norms, size = atoms.norm(dim=1).double(), torch.zeros(targets, dtype=torch.int64)
+            residual, basis = torch.randn(targets, dim, generator=draw).double(), torch.zeros(targets, k, dim).double()
+            states = [(residual, basis), (residual.clone(), basis.clone())]
+            for atom in [3, 5, 9, 7, 1, 2, 11, 12][:k]:
+                choice, useful = torch.full_like(size, atom), torch.rand(targets, generator=draw) < 0.8
+                candidates = torch.randint(-1, 60, (targets, 16), generator=draw)
+                correlations, added = [], []
+                for (residual, basis), correlate, orthogonalize in zip(
+                    states,
+                    [gpu_kernel.launch_correlate, gpu_operations.correlate],
+                    [gpu_kernel.launch_orthogonalize, gpu_operations.orthogonalize],
+                ):
+                    correlations.append(correlate(residual, atoms, candidates))
+                    added.append(orthogonalize(atoms, choice, norms[choice], useful, basis, size, residual))
+                for found, expected in [correlations, added, *zip(*states)]:
+                    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+                size += added[0]
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_rows_of_any_size(size: float, way: str) -> None:
+    """Check rows beyond the range of float16, with one dominant coordinate."""
+    atoms, targets = size * random_rows(600, 32, 84, 1.0), random_rows(9, 32, 85, 1.0) / size
+    atoms[:, 7] *= 30
+    assert torch.equal(solve_omp(targets, atoms, 12).indices, reference_omp(targets, atoms, 12).indices)
+
+
+def test_near_copies_are_told_apart_by_a_state_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check atoms that differ by less than float32 can tell once one of them is in the support."""
+    force(monkeypatch, REPLAY)
+    atoms, targets = random_rows(900, 40, 86, 2.0), random_rows(10, 40, 87, 2.0)
+    atoms[20:30] = atoms[:10] + 1e-4 * atoms[30:40]
+    targets[4] = atoms[2] + 1e-5 * atoms[500]
+    assert torch.equal(solve_omp(targets, atoms, 40).indices, reference_omp(targets, atoms, 40).indices)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[str]:
     """Return a list to which every call of a method adds its name."""
     calls, original = [], getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *arguments: calls.append(name) or original(*arguments))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_omp.solver.tolerances import CANCELLED, DEPENDENT
 
+
 def orthogonalize(
     atoms: Tensor, choice: Tensor, atom_norm: Tensor, useful: Tensor, basis: Tensor, size: int, residual: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_omp.solver.least_squares import rows_at_a_time
 from mergekit_omp.solver.tolerances import ROUNDING
 
 TINY = 1e-37
@@ -114,7 +115,7 @@ class Correlations:
 
 
 def _first_places(marked: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return the columns int64 (B, P) of the first P marks in each row of (B, C), then -1; and whether there are more."""
+    """Return the columns int64 (B, P) of the first P marks in each row of (B, C), then -1; whether there are more."""
     rank = marked.cumsum(1, dtype=torch.int32)
     wanted = torch.arange(1, most + 1, dtype=rank.dtype, device=rank.device).repeat(len(rank), 1)
     found = torch.searchsorted(rank, wanted)
@@ -153,8 +154,9 @@ class Screen(ABC):
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of places with the atoms (n, d) at these places, zero rows for padding."""
-        for start in range(0, self.order.numel(), 1024):
-            places = slice(start, start + 1024)
+        step = rows_at_a_time(self.atoms)
+        for start in range(0, self.order.numel(), step):
+            places = slice(start, start + step)
             atoms = self.order.flatten()[places]
             yield places, self.atoms[atoms] * (atoms >= 0)[:, None]
 
