@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergekit_omp.solver.codes import SparseCodes, concatenate
 from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
+from mergekit_omp.solver.least_squares import rows_at_a_time
 from mergekit_omp.solver.memory import ProblemShape, budget_on
 from mergekit_omp.solver.scan import search as scan_search
 from mergekit_omp.solver.scan.int8 import Int8Screen
@@ -88,11 +89,12 @@ def _first_copies(atoms: Tensor) -> Tensor:
     probe = torch.randn(atoms.shape[1], generator=seed).to(atoms)
     # Equal rows have equal random projections, so only neighbours in this order with equal values are compared.
     sums = torch.empty(len(atoms), device=atoms.device)
-    for start in range(0, len(atoms), 1024):
-        sums[start : start + 1024] = (atoms[start : start + 1024] * probe).sum(1)
+    step = rows_at_a_time(atoms)
+    for start in range(0, len(atoms), step):
+        sums[start : start + step] = (atoms[start : start + step] * probe).sum(1)
     sums, order = sums.sort(stable=True)
     same = torch.zeros(len(atoms), dtype=torch.bool, device=atoms.device)
-    for places in ((sums[1:] == sums[:-1]).nonzero().flatten() + 1).split(1024):
+    for places in ((sums[1:] == sums[:-1]).nonzero().flatten() + 1).split(step):
         here, before = order[places], order[places - 1]
         same[here] = (atoms[here] == atoms[before]).all(dim=1)
     return (~same).nonzero().flatten()

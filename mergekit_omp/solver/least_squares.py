@@ -12,6 +12,11 @@ def block_values(device: torch.device) -> int:
     return 2**23 if device.type == "cuda" else 2**18
 
 
+def rows_at_a_time(rows: Tensor) -> int:
+    """Return the number of rows (N, d) to prepare per block: few blocks on a GPU, which launches operations slowly."""
+    return max(1024, block_values(rows.device) // rows.shape[1]) if rows.device.type == "cuda" else 1024
+
+
 def _targets_at_a_time(targets: Tensor, k: int) -> int:
     """Return the chunk size for targets (B, d).
 

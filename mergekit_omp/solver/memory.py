@@ -8,13 +8,15 @@ import torch
 from mergekit_omp.solver.control_groups import free_in_control_groups
 from mergekit_omp.solver.gram.layout import BLOCK, TILE, padded
 from mergekit_omp.solver.least_squares import block_values
+from mergekit_omp.solver.scan.fixed_shape import CROWDED_SHARE, PLACES
 from mergekit_omp.solver.scan.screening import group_size
 
 SHARE_OF_FREE = 0.6
 """Share of a device's free memory that a solve uses by default."""
 
 LARGEST_CHUNK = {"cpu": 256, "cuda": 20_480}
-"""Targets per chunk: more do not help a CPU, and fewer would leave a GPU idle between kernel launches."""
+"""Targets per chunk: more do not help a CPU, and with fewer, the small kernels of a step take a GPU longer than its
+product."""
 
 LARGEST_SCAN = 2**31 - 1
 """Correlations per chunk: beyond this, indices need 64 bits, which are slower on a GPU."""
@@ -94,6 +96,9 @@ def scan_chunk(
     # An upper bound for one target: the pursuit and its copy when finished targets are dropped; the correlations and
     # the peaks of their groups.
     target_bytes = 4 * (2 * shape.k * shape.dim + 8 * shape.dim) + places * (SCAN_BYTES[dtype] + 1) + 8 * shape.k
+    if device.type == "cuda":  # a single copy of the pursuit, in float64; places for candidates; the crowded again
+        target_bytes += 16 * shape.dim + 16 * PLACES * group_size(device)
+        target_bytes += places * SCAN_BYTES[dtype] // CROWDED_SHARE
     return _balance(min(room // target_bytes, most), shape.targets, threads)
 
 

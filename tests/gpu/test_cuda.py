@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from benchmarks.memory import peak, start_of_peak
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.solver.reference import reference_omp
-from mergekit_omp.solver.scan import projection
+from mergekit_omp.solver.scan import fixed_shape, gpu_operations
+from mergekit_omp.solver.scan.screening import FloatScreen
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -46,13 +47,53 @@ def test_same_codes_as_on_the_cpu(size: float, normalize: bool) -> None:
 
 def test_same_codes_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare the code for machines without Triton."""
-    assert projection.find_kernel(GPU) is not None
+    assert gpu_operations.find_kernel(GPU) is not None
     atoms, targets = random_rows(5000, 256, 12, 1.0), random_rows(300, 256, 13, 1.0)
     atoms[7] = atoms[3] + 1e-4 * atoms[9]
     targets[0] = atoms[3] + 0.5 * atoms[7]
     expected = solve_omp(targets, atoms, 20, devices=[GPU])
-    monkeypatch.setattr(projection, "find_kernel", lambda device: None)
+    monkeypatch.setattr(gpu_operations, "find_kernel", lambda device: None)
     assert torch.equal(solve_omp(targets, atoms, 20, devices=[GPU]).indices, expected.indices)
+
+
+def test_a_step_does_not_wait_for_the_host() -> None:
+    atoms, targets = random_rows(5000, 256, 14, 1.0).to(GPU), random_rows(300, 256, 15, 1.0).to(GPU)
+    pursuit = fixed_shape.FixedPursuit(targets, FloatScreen(atoms, atoms.norm(dim=1), torch.float16), 8)
+    pursuit.step()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(7):
+            pursuit.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(pursuit.support.cpu(), reference_omp(targets, atoms, 8).indices)
+
+
+@pytest.mark.parametrize("places", [1, 16])
+def test_a_captured_step_is_replayed(places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with steps that are launched one by one, with crowded targets and without."""
+    monkeypatch.setattr(fixed_shape, "PLACES", places)
+    monkeypatch.setattr(fixed_shape, "_NOT_CAPTURED", set())
+    atoms, targets = random_rows(5000, 256, 16, 1.0), random_rows(300, 256, 17, 1.0)
+    atoms[7] = atoms[3] + 1e-6 * atoms[9]
+    targets[:2] = atoms[[3, 9]]
+    captured = solve_omp(targets, atoms, 20, devices=[GPU])
+    assert not fixed_shape._NOT_CAPTURED
+    monkeypatch.setattr(fixed_shape, "capture", lambda step, device: step)
+    launched = solve_omp(targets, atoms, 20, devices=[GPU])
+    assert torch.equal(captured.indices, launched.indices)
+    assert torch.equal(captured.indices, reference_omp(targets, atoms, 20).indices)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_all_gpus_share_the_targets() -> None:
+    """Check what ``--multi-gpu`` calls: a thread for each GPU captures and replays its own graph."""
+    atoms, targets = random_rows(5000, 256, 18, 1.0), random_rows(3000, 256, 19, 1.0)
+    expected = solve_omp(targets, atoms, 16, devices=[GPU])
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for _ in range(3):
+        codes = solve_omp(targets.to(GPU), atoms.to(GPU), 16, devices=devices)
+        assert torch.equal(codes.indices, expected.indices)
 
 
 def test_low_precision_settings_do_not_affect_the_solver() -> None:

@@ -1,9 +1,11 @@
 """Test the solver against slow references, and in edge cases."""
 
 import logging
+import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,8 @@ from helpers.solver_cases import embedding, random_rows, supports
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import orthogonal_mp
+from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import dispatch, memory, solve_omp
@@ -32,7 +36,7 @@ from mergekit_omp.solver.memory import (
     scan_matrix_bytes,
 )
 from mergekit_omp.solver.reference import reference_omp
-from mergekit_omp.solver.scan import int8, projection
+from mergekit_omp.solver.scan import fixed_shape, gpu_operations, int8
 from mergekit_omp.solver.scan import search as scan_search
 from mergekit_omp.solver.scan.int8 import Int8Screen
 from mergekit_omp.solver.scan.screening import FloatScreen
@@ -44,10 +48,10 @@ SCREENS = {
     "float16": partial(FloatScreen, dtype=torch.float16),
     "float32": partial(FloatScreen, dtype=torch.float32),
 }
-GRAM = "gram"
+GRAM, REPLAY = "gram", "replay"
 
 
-@pytest.fixture(params=[*SCREENS, GRAM])
+@pytest.fixture(params=[*SCREENS, GRAM, REPLAY])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force each method, independently of this machine."""
     force(monkeypatch, request.param)
@@ -60,10 +64,13 @@ def skip_where_missing(way: str | None) -> None:
 
 
 def force(monkeypatch: pytest.MonkeyPatch, way: str | None = None, chunk: int | None = None) -> None:
-    """Solve with a Gram matrix or a scan, with a given number of targets per chunk."""
+    """Solve with a Gram matrix, a scan or, as on a GPU, steps of fixed shapes; with a number of targets per chunk."""
     skip_where_missing(way)
     if way == GRAM:
         monkeypatch.setattr(dispatch, "gram_speedup", lambda *_: 2.0)
+    elif way == REPLAY:
+        monkeypatch.setattr(dispatch, "scan_dtype", lambda _: torch.float16)
+        monkeypatch.setattr(scan_search, "has_fixed_shapes", lambda _: True)
     elif way is not None:
         monkeypatch.setattr(dispatch, "scan_dtype", lambda _: getattr(torch, way))
     if chunk is not None:
@@ -200,6 +207,8 @@ def test_chunks_devices_and_methods_give_the_same_codes(monkeypatch: pytest.Monk
         (None, 7, [CPU]),
         ("float16", 61, [CPU] * 3),
         ("float32", 64, [CPU] * 2),
+        (REPLAY, 61, [CPU]),
+        (REPLAY, 7, [CPU] * 3),
     ]:
         monkeypatch.undo()
         force(monkeypatch, way, chunk)
@@ -267,6 +276,125 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
     assert torch.equal(codes.indices, expected.indices)
     assert max(sizes) == 40
     assert "Out of memory with 40 targets per chunk: continuing with 20" in caplog.text
+
+
+def pursuit_of(count: int, targets: int, k: int, seed: int) -> fixed_shape.FixedPursuit:
+    """Start a pursuit in fixed shapes, with groups of atoms as on a CPU."""
+    atoms, rows = random_rows(count, 48, seed, 1.0), random_rows(targets, 48, seed + 1, 1.0)
+    return fixed_shape.FixedPursuit(rows, FloatScreen(atoms, atoms.norm(dim=1), torch.float16), k)
+
+
+def test_a_step_of_fixed_shapes_is_one_graph_and_keeps_its_tensors() -> None:
+    """Compile a step as one graph, without a branch on data and without a shape that depends on data."""
+    pursuit, expected = pursuit_of(900, 30, 12, 40), pursuit_of(900, 30, 12, 40)
+    places = {name: value.data_ptr() for name, value in vars(pursuit).items() if isinstance(value, torch.Tensor)}
+    graphs = CompileCounter()
+    step = torch.compile(pursuit.step, fullgraph=True, dynamic=False, backend=graphs)
+    for _ in range(12):
+        step()
+        expected.step()
+        assert pursuit.counts.tolist() == expected.counts.tolist()
+    assert graphs.frame_count == 1
+    assert torch.equal(pursuit.support, expected.support)
+    assert pursuit.done.all()
+    assert places == {name: value.data_ptr() for name, value in vars(pursuit).items() if name in places}
+
+
+@pytest.mark.parametrize("places", [1, 2, 16])
+def test_a_recorded_step_is_replayed(places: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace a CUDA graph by one of torch's operations, which also repeats what was done without asking Python.
+
+    Targets with more candidates than places are crowded.
+    """
+    steps: list[int] = []
+
+    def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        graph = make_fx(lambda: step())()
+        return lambda: steps.append(1) or graph()
+
+    monkeypatch.setattr(fixed_shape, "PLACES", places)
+    monkeypatch.setattr(fixed_shape, "capture", record)
+    crowds = count_calls(monkeypatch, fixed_shape.FixedPursuit, "step_of_crowded")
+    force(monkeypatch, REPLAY)
+    atoms, targets = random_rows(3000, 96, 82, 2.0), random_rows(40, 96, 83, 2.0)
+    atoms[7] = atoms[3] + 1e-6 * atoms[5]
+    targets[:2] = atoms[[3, 9]]
+    assert torch.equal(solve_omp(targets, atoms, 24).indices, reference_omp(targets, atoms, 24).indices)
+    assert 20 <= len(steps) <= 30
+    assert bool(crowds) == (places < 16)
+
+
+def test_a_step_that_cannot_be_captured_runs_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Inject a fault: the capture of a CUDA graph fails, as it does on a GPU whose libraries cannot."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing (injected)")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fail)
+    monkeypatch.setattr(fixed_shape, "_NOT_CAPTURED", set())
+    pursuit = pursuit_of(300, 5, 8, 42)
+    for _ in range(2):
+        assert fixed_shape.capture(pursuit.step, torch.device("cuda", 0)) == pursuit.step
+    assert caplog.text.count("without CUDA graphs") == 1
+
+
+def test_triton_kernels_do_what_the_operations_of_torch_do() -> None:
+    """Run the kernels in Triton's interpreter, which needs no GPU, with atoms that are zero, equal and nearly so."""
+    pytest.importorskip("triton")
+    script = """
+        import torch
+        from mergekit_omp.solver.scan import gpu_kernel, gpu_operations
+
+        draw = torch.Generator().manual_seed(0)
+        for targets, dim, k in [(7, 24, 20), (3, 300, 8), (2, 2100, 4)]:
+            atoms = torch.randn(60, dim, generator=draw)
+            atoms[5], atoms[7], atoms[9] = atoms[3], 0, atoms[3] + 1e-3 * atoms[4]
+            norms, size = atoms.norm(dim=1).double(), torch.zeros(targets, dtype=torch.int64)
+            residual, basis = torch.randn(targets, dim, generator=draw).double(), torch.zeros(targets, k, dim).double()
+            states = [(residual, basis), (residual.clone(), basis.clone())]
+            for atom in [3, 5, 9, 7, 1, 2, 11, 12][:k]:
+                choice, useful = torch.full_like(size, atom), torch.rand(targets, generator=draw) < 0.8
+                candidates = torch.randint(-1, 60, (targets, 16), generator=draw)
+                correlations, added = [], []
+                for (residual, basis), correlate, orthogonalize in zip(
+                    states,
+                    [gpu_kernel.launch_correlate, gpu_operations.correlate],
+                    [gpu_kernel.launch_orthogonalize, gpu_operations.orthogonalize],
+                ):
+                    correlations.append(correlate(residual, atoms, candidates))
+                    added.append(orthogonalize(atoms, choice, norms[choice], useful, basis, size, residual))
+                for found, expected in [correlations, added, *zip(*states)]:
+                    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+                size += added[0]
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, env=environment)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_rows_of_any_size(size: float, way: str) -> None:
+    """Check rows beyond the range of float16, with one dominant coordinate."""
+    atoms, targets = size * random_rows(600, 32, 84, 1.0), random_rows(9, 32, 85, 1.0) / size
+    atoms[:, 7] *= 30
+    assert torch.equal(solve_omp(targets, atoms, 12).indices, reference_omp(targets, atoms, 12).indices)
+
+
+def test_near_copies_are_told_apart_by_a_state_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check atoms that differ by less than float32 can tell once one of them is in the support."""
+    force(monkeypatch, REPLAY)
+    atoms, targets = random_rows(900, 40, 86, 2.0), random_rows(10, 40, 87, 2.0)
+    atoms[20:30] = atoms[:10] + 1e-4 * atoms[30:40]
+    targets[4] = atoms[2] + 1e-5 * atoms[500]
+    assert torch.equal(solve_omp(targets, atoms, 40).indices, reference_omp(targets, atoms, 40).indices)
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> list[str]:
+    """Return a list to which every call of a method adds its name."""
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: calls.append(name) or original(*arguments))
+    return calls
 
 
 def test_any_device_of_torch_has_a_chunk_size() -> None:
@@ -470,7 +598,7 @@ def test_the_log_names_the_method(caplog: pytest.LogCaptureFixture, way: str) ->
     with caplog.at_level(logging.INFO):
         solve_omp(random_rows(50, 32, 23), random_rows(200, 32, 24), 4)
     [line] = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
-    how = "gram in int16" if way == GRAM else f"scan in {way}"
+    how = {GRAM: "gram in int16", REPLAY: "scan in float16"}.get(way, f"scan in {way}")
     assert line.startswith(f"OMP of 50 targets over 200 atoms, d = 32, k = 4, on cpu: {how}, ")
     assert "threads x" in line
     assert line.endswith("MiB for matrices")
@@ -508,19 +636,19 @@ def test_a_kernel_that_does_not_compile_is_not_used(
 ) -> None:
     """Inject a fault: Triton is installed but finds no C compiler."""
 
-    def launch_orthogonalize(*_: object) -> None:
+    def launch_correlate(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler. (injected)")
 
     name = "mergekit_omp.solver.scan.gpu_kernel"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(launch_orthogonalize=launch_orthogonalize))
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(launch_correlate=launch_correlate))
     monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], "gpu_kernel", sys.modules[name], raising=False)
-    assert projection.find_kernel.__wrapped__(CPU) is None
-    assert "a fifth longer" in caplog.text
+    assert gpu_operations.find_kernel.__wrapped__(CPU) is None
+    assert "takes longer" in caplog.text
     assert "C compiler" in caplog.text
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), way=st.sampled_from([None, *SCREENS, GRAM]))
+@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), way=st.sampled_from([None, *SCREENS, GRAM, REPLAY]))
 def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, way: str | None) -> None:
     atoms, targets = random_rows(300, 32, seed, 1.0), random_rows(20, 32, seed + 1, 1.0)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))

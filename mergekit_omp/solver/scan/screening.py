@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_omp.solver.least_squares import rows_at_a_time
 from mergekit_omp.solver.tolerances import ROUNDING
 
 TINY = 1e-37
@@ -78,6 +79,27 @@ class Correlations:
             pair, member = high.logical_and_((self.order[:, group] >= 0).T).nonzero(as_tuple=True)
             yield slice(start, stop), row[pair] - start, self.order[member, group[pair]]
 
+    def first_candidates(self, most: int) -> tuple[Tensor, Tensor]:
+        """Find the candidates of each residual in tensors whose shapes do not depend on data.
+
+        Args:
+            most: the number of candidates P per residual, and of groups that hold them.
+
+        Returns:
+            Atoms int64 (B, P), -1 in unused places; bool (B,), whether the residual has more candidates, in which case
+            the atoms are some of them.
+        """
+        peaks = self._peaks()
+        needed = self._needed(peaks)
+        groups, more_groups = _first_places(peaks >= needed, most)
+        level = needed.gather(1, groups.clamp(min=0)).where(groups >= 0, torch.inf)
+        groups = groups.clamp(min=0)
+        values = self.values.gather(2, groups[:, None].expand(-1, self.values.shape[1], -1))  # (B, M, P)
+        places, more = _first_places((values.abs() >= level[:, None]).flatten(1), most)
+        at = places.clamp(min=0)
+        atoms = self.order[at // most, groups.gather(1, at % most)]
+        return atoms.where(places >= 0, -1), more | more_groups
+
     def _peaks(self) -> Tensor:
         """Return the highest magnitude float32 (B, G) of each group."""
         if self.values.device.type == "cuda":
@@ -90,6 +112,14 @@ class Correlations:
         """Return the magnitude (B, G) above which an atom may be the best, given the peaks (B, G)."""
         level = (peaks * (1 - self.rounding) - self.errors).amax(1, keepdim=True)
         return (level - self.errors).div_(1 + self.rounding)
+
+
+def _first_places(marked: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return the columns int64 (B, P) of the first P marks in each row of (B, C), then -1; whether there are more."""
+    rank = marked.cumsum(1, dtype=torch.int32)
+    wanted = torch.arange(1, most + 1, dtype=rank.dtype, device=rank.device).repeat(len(rank), 1)
+    found = torch.searchsorted(rank, wanted)
+    return found.where(found < rank.shape[1], -1), rank[:, -1] > most
 
 
 def _spans(ends: list[int], max_pairs: int) -> Iterator[tuple[int, int, int, int]]:
@@ -120,12 +150,13 @@ class Screen(ABC):
 
     @abstractmethod
     def scan(self, residuals: Tensor, norms: Tensor) -> Correlations:
-        """Estimate the correlations of residuals float32 (B, d), with norms (B,) above zero, with all atoms."""
+        """Estimate the correlations of residuals (B, d), with norms (B,) above zero, with all atoms."""
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of places with the atoms (n, d) at these places, zero rows for padding."""
-        for start in range(0, self.order.numel(), 1024):
-            places = slice(start, start + 1024)
+        step = rows_at_a_time(self.atoms)
+        for start in range(0, self.order.numel(), step):
+            places = slice(start, start + step)
             atoms = self.order.flatten()[places]
             yield places, self.atoms[atoms] * (atoms >= 0)[:, None]
 

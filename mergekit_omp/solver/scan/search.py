@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.solver.least_squares import fit_supports
+from mergekit_omp.solver.scan.fixed_shape import find_supports_by_replay
 from mergekit_omp.solver.scan.screening import Screen
 from mergekit_omp.solver.scan.state import PursuitState
 from mergekit_omp.solver.scan.tie_break import choose
@@ -37,6 +38,8 @@ def solve_by_scan(targets: Tensor, screen: Screen, k: int, pairs: int) -> tuple[
 
 def find_supports(targets: Tensor, screen: Screen, k: int, pairs: int) -> Tensor:
     """Select the atoms of each target; arguments and support are those of :func:`solve_by_scan`."""
+    if has_fixed_shapes(targets.device):
+        return find_supports_by_replay(targets, screen, k, pairs)
     supports = torch.full((len(targets), k), -1, dtype=torch.int64, device=targets.device)
     state = PursuitState(targets, screen.atoms, screen.norms, k)
     rows = torch.arange(len(targets), device=targets.device)
@@ -48,6 +51,11 @@ def find_supports(targets: Tensor, screen: Screen, k: int, pairs: int) -> Tensor
         if not len(rows):
             return supports
         state.extend(*_best_atoms(state, screen, pairs))
+
+
+def has_fixed_shapes(device: torch.device) -> bool:
+    """Return whether a device takes steps of fixed shapes, which are replayed; others handle only what is open."""
+    return device.type == "cuda"
 
 
 def _best_atoms(state: PursuitState, screen: Screen, pairs: int) -> tuple[Tensor, Tensor]:

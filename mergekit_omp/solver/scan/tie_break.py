@@ -38,22 +38,39 @@ def choose(state: PursuitState, rows: Tensor, atoms: Tensor) -> tuple[Tensor, Te
     if len(rows) > len(choice):
         same = rows[1:] == rows[:-1]
         unsure = (pad(same, (1, 0)) | pad(same, (0, 1))).nonzero().flatten()
-        _choose_in_float64(state, rows[unsure], atoms[unsure], choice)
+        _choose_among_rivals(state, rows[unsure], atoms[unsure], choice)
     return choice, best
 
 
-def _choose_in_float64(state: PursuitState, rows: Tensor, atoms: Tensor, choice: Tensor) -> None:
+def _choose_among_rivals(state: PursuitState, rows: Tensor, atoms: Tensor, choice: Tensor) -> None:
     """Write the choices among pairs (Q,) of targets and atoms that float32 cannot distinguish."""
     targets, at = rows.unique(return_inverse=True)
     _, residual = least_squares(state.targets[targets], state.atoms, state.support[targets, : state.size])
-    correlations = torch.empty(len(at), dtype=torch.float64, device=at.device)
+    choice[targets], _ = choose_in_float64(residual, state.atoms, at, atoms)
+
+
+def choose_in_float64(residual: Tensor, atoms: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the best atom of each residual.
+
+    Args:
+        residual: float64 (B, d).
+        atoms: float32 (N, d).
+        rows: int64 (Q,), the residual of each pair; every residual has at least one pair.
+        columns: int64 (Q,), the atom of each pair.
+
+    Returns:
+        The atom int64 (B,) with the highest correlation |⟨residual, atom⟩|, of equal ones the first, and float64 (B,)
+        that correlation.
+    """
+    correlations = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     step = max(1, block_values(residual.device) // (3 * residual.shape[1]))  # residuals, atoms and products
-    for start in range(0, len(at), step):
+    for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        correlations[part] = (residual[at[part]] * state.atoms[atoms[part]].double()).sum(1).abs()
-    tied = correlations >= _highest(correlations, at, len(targets))[at] * (1 - TIE)
-    lowest = torch.full_like(targets, len(state.atoms))
-    choice[targets] = lowest.scatter_reduce_(0, at[tied], atoms[tied], "amin")
+        correlations[part] = (residual[rows[part]] * atoms[columns[part]].double()).sum(1).abs()
+    best = _highest(correlations, rows, len(residual))
+    tied = correlations >= best[rows] * (1 - TIE)
+    lowest = rows.new_full((len(residual),), len(atoms))
+    return lowest.scatter_reduce_(0, rows[tied], columns[tied], "amin"), best
 
 
 def _correlations(vectors: Tensor, atoms: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
