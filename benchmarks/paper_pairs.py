@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("-k", "--k", type=int, default=64)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the tokens and columns that are kept")
-    parser.add_argument("--memory-budget", default="13GB", help="of the solver, as in a recipe")
+    parser.add_argument("--memory-budget", default="16GB", help="of the solver, as in a recipe")
     parser.add_argument("--out", type=Path, default=Path("paper-pairs"), help="folder of the models, kept")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ target, and include the set-up of each method (copies, Gram matrix, rounded atom
 - *as float64*: of {checked} targets, those on which the two differ first, how many supports are those of a plain
   float64 OMP. Sometimes only the last digits of float32 distinguish two atoms; ours decides such choices in float64.
 - *residual*: mean ‖x - x̂‖ / ‖x‖ over the targets that `batch_omp` solved too (its own in its line).
-- `k GEMMs`: k plain products (targets, d) × (d, atoms) in the dtype of our scan (float16 on a GPU, {dtype} on this
+- `k GEMMs`: k plain products (targets, d) × (d, atoms) in the dtype of our scan (float16 on a GPU, float32 on this
   CPU): the limit of any method that multiplies all atoms with the residual at each step. Ours is faster where it has a
   Gram matrix. Not measured on the CPU at k = 256, where it is four times that of k = 64.
 
@@ -163,31 +163,19 @@ def omp_gpu(atoms: Tensor, targets: Tensor, k: int) -> Tensor:
 
 def gemms(atoms: Tensor, targets: Tensor, k: int) -> Callable[[], Tensor]:
     """Prepare a function that computes only k plain products."""
-    from mergekit_omp.solver.device import make_screen
     from mergekit_omp.solver.dispatch import scan_dtype
-    from mergekit_omp.solver.scan.int8 import DIGITS, Int8Screen
-    from mergekit_omp.solver.scan.int8 import multiply as multiply_int8
+    from mergekit_omp.solver.scan.screening import Screen
 
-    screen = make_screen(atoms, atoms.norm(dim=1), scan_dtype(atoms.device))
-    rows_per_product = GEMM_ROWS[atoms.device.type]
-    if isinstance(screen, Int8Screen):
-        left = torch.randint(1, 256, (len(targets), atoms.shape[1] + len(DIGITS)), dtype=torch.uint8)
-
-        def multiply(rows: Tensor) -> Tensor:
-            return multiply_int8(rows, screen._packed, screen._steps, screen._zeros, screen._bias)
-    else:
-        left = targets.to(screen.rounded.dtype)
-
-        def multiply(rows: Tensor) -> Tensor:
-            return rows @ screen.rounded.T
+    screen = Screen(atoms, atoms.norm(dim=1), scan_dtype(atoms.device))
+    left, rows_per_product = targets.to(screen.rounded.dtype), GEMM_ROWS[atoms.device.type]
 
     def run() -> Tensor:
         for rows in left.split(rows_per_product):
             for _ in range(k):
-                multiply(rows)
+                rows @ screen.rounded.T
         return torch.empty(0)
 
-    multiply(left[:rows_per_product])
+    left[:rows_per_product] @ screen.rounded.T
     return run
 
 
@@ -413,21 +401,16 @@ def main() -> None:
         return
     from importlib.metadata import PackageNotFoundError, version
 
-    from mergekit_omp.solver.scan import int8
-
     try:
         omp_gpu_version = version("orthogonal-matching-pursuit-gpu")
     except PackageNotFoundError:
         omp_gpu_version = "(not installed)"
-    vnni = "with" if int8.is_supported() else "without"
-    machine = f"{torch.get_num_threads()} CPU threads {vnni} 8-bit products, torch {torch.__version__}"
+    machine = f"{torch.get_num_threads()} CPU threads, torch {torch.__version__}"
     sides = ["batch_omp", "ours", "k GEMMs"]
-    dtype = "int8" if int8.is_supported() else "float32"
     head = HEAD.format(
         options="".join(f" {word}" for word in sys.argv[1:]),
         machine=machine,
         atoms=FEW_ATOMS,
-        dtype=dtype,
         omp_gpu=omp_gpu_version,
         checked=CHECKED,
     )

@@ -5,24 +5,19 @@ Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
 
 import logging
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from mergekit_omp.solver.codes import SparseCodes, concatenate
-from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
+from mergekit_omp.solver.dispatch import plan_solve
 from mergekit_omp.solver.least_squares import rows_at_a_time
 from mergekit_omp.solver.memory import ProblemShape, budget_on
-from mergekit_omp.solver.scan import search as scan_search
-from mergekit_omp.solver.scan.int8 import Int8Screen
-from mergekit_omp.solver.scan.screening import FloatScreen, Screen
+from mergekit_omp.solver.scan.screening import Screen
+from mergekit_omp.solver.scan.search import solve_by_scan
 from mergekit_omp.solver.threads import map_chunks
 
 LOG = logging.getLogger(__name__)
-
-Solver = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-"""Maps targets float32 (B, d) to supports (B, k), coefficients (B, k) and relative residuals (B,)."""
 
 
 def solve_on(
@@ -54,33 +49,28 @@ def solve_on(
     shape = ProblemShape(len(targets), len(atoms), atoms.shape[1], k)
     plan = plan_solve(device, shape, memory_budget=budget, sharing=sharing)
     LOG.info("OMP of %d targets over %d atoms, d = %d, k = %d, on %s: %s", *shape, device, plan)
-    solver = _solver(plan, atoms, norms, k)
 
-    def solve_chunk(chunk: Tensor) -> SparseCodes:
-        support, coefficients, residuals = solver(chunk.to(device, torch.float32))
+    def codes_of(support: Tensor, coefficients: Tensor, residuals: Tensor) -> SparseCodes:
         used, support = support >= 0, support.clamp(min=0)
         if scale is not None:
             coefficients = (coefficients / scale[support]).masked_fill(~used, 0)
-        codes = SparseCodes(kept[support].masked_fill(~used, -1).cpu(), coefficients.cpu(), residuals.cpu())
+        return SparseCodes(kept[support].masked_fill(~used, -1).cpu(), coefficients.cpu(), residuals.cpu())
+
+    if plan.method == "gram":
+        from mergekit_omp.solver.gram.matrix import build_gram
+        from mergekit_omp.solver.gram.search import solve_by_gram
+
+        gram = build_gram(atoms, norms, plan.threads, half=plan.half)
+        return codes_of(*solve_by_gram(targets, gram, k, plan.chunk, plan.threads, progress=progress))
+    screen = Screen(atoms, norms, plan.dtype)
+
+    def solve_chunk(chunk: Tensor) -> SparseCodes:
+        codes = codes_of(*solve_by_scan(chunk.to(device, torch.float32), screen, k, plan.pairs))
         if progress is not None:
             progress(len(chunk))
         return codes
 
     return concatenate(map_chunks(solve_chunk, targets, plan.chunk, plan.threads))
-
-
-def _solver(plan: SolvePlan, atoms: Tensor, norms: Tensor, k: int) -> Solver:
-    if plan.method == "gram":
-        from mergekit_omp.solver.gram import search as gram_search
-        from mergekit_omp.solver.gram.matrix import build_gram
-
-        return partial(gram_search.solve_by_gram, gram=build_gram(atoms, norms, plan.threads), k=k)
-    return partial(scan_search.solve_by_scan, screen=make_screen(atoms, norms, plan.dtype), k=k, pairs=plan.pairs)
-
-
-def make_screen(atoms: Tensor, norms: Tensor, dtype: torch.dtype) -> Screen:
-    """Round the atoms (N, d) with norms (N,) to the dtype of a plan."""
-    return Int8Screen(atoms, norms) if dtype == torch.int8 else FloatScreen(atoms, norms, dtype)
 
 
 def _first_copies(atoms: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ bytes per pair of atoms and the time to build the matrix. It is used on CPUs whe
 """
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -12,17 +13,14 @@ from types import ModuleType
 import torch
 
 from mergekit_omp.solver import memory
+from mergekit_omp.solver.gram.state import slot_bytes
 from mergekit_omp.solver.memory import ProblemShape
-from mergekit_omp.solver.scan import int8
 
 LOG = logging.getLogger(__name__)
 
-SCAN_COST = {torch.int8: 0.3, torch.float16: 1.0, torch.float32: 1.0}
-"""Measured time of one multiplication in a scan, by dtype, relative to a float32 matrix product on the device."""
-
-GRAM_BUILD_COST, GRAM_STEP_COST = 1.0, 1.5
-"""Measured time of one multiplication in the same unit: of the N² d to build the matrix, and of the N k² per
-target."""
+GRAM_BUILD_COST, WHOLE_STEP_COST, HALF_STEP_COST = 0.6, 2.0, 2.8
+"""Measured time of one multiplication, relative to one of a float32 matrix product: of the N² d of a Gram matrix, of
+which half are made, and of the N k² per target with a whole and with a half matrix."""
 
 GRAM_MIN_GAIN = 2**39
 """Multiplications that a matrix has to save: some seconds, as long as compiling takes on first use."""
@@ -36,10 +34,11 @@ class SolvePlan:
         method: ``gram`` (propose several steps, verify them in one scan) or ``scan`` (scan all atoms in every step).
         dtype: dtype of the Gram matrix, or of the rounded atoms.
         threads: number of chunks that are solved concurrently.
-        chunk: targets per chunk.
+        chunk: targets per chunk, or with a Gram matrix targets that are solved together by all threads.
+        half: whether a Gram matrix holds each pair of atoms once.
         pairs: limit of a ``scan`` thread on pairs of a target and a candidate atom in memory.
-        matrix_bytes: memory of the matrix and the atoms.
-        speedup: estimated time of ``scan`` divided by the time of this method.
+        matrix_bytes: memory of the matrix and the atoms, and of the targets that are solved together.
+        products: float32 products of a matrix product that takes as long as the solve; for a scan 0.
     """
 
     method: str
@@ -48,15 +47,17 @@ class SolvePlan:
     chunk: int
     pairs: int
     matrix_bytes: int
-    speedup: float
+    products: float
+    half: bool = False
 
     def __str__(self) -> str:
         """Format the plan for the log."""
         name = str(self.dtype).removeprefix("torch.")
-        return (
-            f"{self.method} in {name}, {self.threads} threads x {self.chunk} targets, "
-            f"{self.matrix_bytes / 2**20:,.0f} MiB for matrices"
-        )
+        if self.method == "gram":
+            how = f"{'half' if self.half else 'whole'} gram in {name}, {self.chunk} targets together"
+        else:
+            how = f"{self.method} in {name}, {self.threads} threads x {self.chunk} targets"
+        return f"{how}, {self.matrix_bytes / 2**20:,.0f} MiB for matrices"
 
 
 def plan_solve(
@@ -73,33 +74,32 @@ def plan_solve(
     budget = memory.budget_on(device, memory_budget) // sharing
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
-    speedup = gram_speedup(device, shape)
-    chunk = memory.gram_chunk(budget, shape, threads) if speedup > 1 else 0
-    if chunk > 0:
-        matrix_bytes = memory.gram_matrix_bytes(shape, threads)
-        return SolvePlan("gram", torch.int16, threads, chunk, pairs, matrix_bytes, speedup)
+    for half in (False, True):
+        pays = gram_pays(device, shape, half=half)
+        slots = memory.gram_slots(budget, shape, threads, half=half) if pays else 0
+        if slots:
+            held = memory.gram_matrix_bytes(shape, threads, half=half) + slots * slot_bytes(*shape[1:])
+            return SolvePlan("gram", torch.int16, threads, slots, pairs, held, gram_products(shape, half=half), half)
     dtype = scan_dtype(device)
     chunk = memory.scan_chunk(device, budget, shape, threads, pairs, dtype)
-    return SolvePlan("scan", dtype, threads, chunk, pairs, memory.scan_matrix_bytes(shape, dtype), 1.0)
+    return SolvePlan("scan", dtype, threads, chunk, pairs, memory.scan_matrix_bytes(shape, dtype), 0.0)
 
 
-def gram_speedup(device: torch.device, shape: ProblemShape) -> float:
-    """Estimate the speedup of a Gram matrix over a scan in every step; 1 where the matrix does not pay off.
+def gram_pays(device: torch.device, shape: ProblemShape, *, half: bool) -> bool:
+    """Tell whether a whole or half Gram matrix is faster than a scan in every step; memory is not considered."""
+    gain = math.prod(shape) - gram_products(shape, half=half)
+    return device.type == "cpu" and gain > GRAM_MIN_GAIN and load_gram_search() is not None
 
-    Memory is not considered.
-    """
+
+def gram_products(shape: ProblemShape, *, half: bool) -> float:
+    """Return the number of products of a matrix product that takes as long as a solve with a Gram matrix."""
     targets, atoms, dim, k = shape
-    scans = SCAN_COST[scan_dtype(device)] * targets * atoms * dim * k
-    gram = GRAM_BUILD_COST * atoms**2 * dim + targets * atoms * (dim + GRAM_STEP_COST * k**2)
-    if device.type != "cpu" or scans - gram <= GRAM_MIN_GAIN or load_gram_search() is None:
-        return 1.0
-    return scans / gram
+    step = HALF_STEP_COST if half else WHOLE_STEP_COST
+    return GRAM_BUILD_COST * atoms**2 * dim + targets * atoms * (dim + step * k**2)
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of the fastest matrix product on the device."""
-    if device.type == "cpu" and int8.is_supported():
-        return torch.int8
     tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
     return torch.float16 if tensor_cores else torch.float32
 

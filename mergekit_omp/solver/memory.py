@@ -6,7 +6,8 @@ import psutil
 import torch
 
 from mergekit_omp.solver.control_groups import free_in_control_groups
-from mergekit_omp.solver.gram.layout import BLOCK, TILE, padded
+from mergekit_omp.solver.gram.layout import BLOCK, STRIP, matrix_places, padded
+from mergekit_omp.solver.gram.state import LISTED, PART, slot_bytes
 from mergekit_omp.solver.least_squares import block_values
 from mergekit_omp.solver.scan.fixed_shape import CROWDED_SHARE, PLACES
 from mergekit_omp.solver.scan.screening import group_size
@@ -27,12 +28,12 @@ PAIR_BYTES = 140
 LARGEST_PAIRS = 2**24
 """Pairs in memory: there are that many only where targets are unrelated to the atoms."""
 
-GRAM_CHUNK = 128
-"""Targets per chunk and thread with a Gram matrix: enough for efficient products of targets and atoms."""
+SLOTS, SLOTS_OF_HALF, FEWEST_OF_HALF = 256, 8192, 1024
+"""Targets that are solved together: by each thread with a whole Gram matrix, by all threads with a half one, whose
+strips are completed for all of them. With fewer, that takes longer than the scans."""
 
-SCAN_BYTES = {torch.int8: 2, torch.float16: 2, torch.float32: 4}
-"""Bytes of a number of the rounded atoms, and of a correlation, by dtype of the scan. int8 holds its atoms twice while
-they are packed, and has correlations of 16 bits."""
+SCAN_BYTES = {torch.float16: 2, torch.float32: 4}
+"""Bytes of a number of the rounded atoms, and of a correlation, by dtype of the scan."""
 
 KEPT_BLOCK = 2**25
 """The largest block that glibc keeps when it is freed. The system allocates and clears a larger one again in every
@@ -102,23 +103,24 @@ def scan_chunk(
     return _balance(min(room // target_bytes, most), shape.targets, threads)
 
 
-def gram_matrix_bytes(shape: ProblemShape, threads: int) -> int:
-    """Return the memory of a Gram matrix and its atoms, including buffers while it is built."""
+def gram_matrix_bytes(shape: ProblemShape, threads: int, *, half: bool) -> int:
+    """Return the memory of a whole or half Gram matrix and its atoms, including buffers while it is built."""
     _, atoms, dim, _ = shape
-    return padded(atoms) * (2 * atoms + 32) + 4 * dim * atoms + threads * 4 * BLOCK * (BLOCK + 2 * dim)
+    matrix = 2 * matrix_places(atoms, half)[-1] + (4 * STRIP * padded(atoms) if half else 0)
+    return matrix + 8 * dim * atoms + 32 * atoms + threads * 4 * BLOCK * (2 * BLOCK + 2 * dim)
 
 
-def gram_chunk(budget: int, shape: ProblemShape, threads: int) -> int:
-    """Return the number of targets per chunk with a Gram matrix, or 0 if the matrix exceeds the budget.
+def gram_slots(budget: int, shape: ProblemShape, threads: int, *, half: bool) -> int:
+    """Return the number of targets that are solved together with a Gram matrix, or 0 if too few fit.
 
-    The arguments are those of :func:`scan_chunk`.
+    The arguments are those of :func:`scan_chunk`; ``half`` tells whether each pair of atoms is stored once.
     """
     targets, atoms, dim, k = shape
-    room = (budget - gram_matrix_bytes(shape, threads)) // threads
-    workspace = k * (8 * k + 4 * dim + 12 * TILE) + 200 * dim + 2**20
-    target_bytes = 4 * (padded(atoms) + 2 * BLOCK) + 24 * dim + 32 * k
-    chunk = min(GRAM_CHUNK, (room - workspace) // target_bytes)
-    return _balance(chunk, targets, threads) if chunk > 0 else 0
+    room = budget - gram_matrix_bytes(shape, threads, half=half)
+    room -= threads * (k * (4 * dim + 4 * LISTED) + PART * (4 * BLOCK + 2 * padded(atoms) + 20 * dim) + 2**20)
+    room -= targets * (12 * k + 24)
+    slots = min(SLOTS_OF_HALF if half else SLOTS * threads, targets, room // slot_bytes(atoms, dim, k))
+    return slots if slots >= min(FEWEST_OF_HALF if half else threads, targets) else 0
 
 
 def _balance(chunk: int, targets: int, threads: int) -> int:

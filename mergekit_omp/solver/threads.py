@@ -18,14 +18,27 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
-def map_in_threads(work: Callable[[Piece], Result], pieces: Iterable[Piece], threads: int) -> list[Result]:
-    """Apply ``work`` to each piece and return the results in order; torch uses one core in each thread."""
+def map_in_threads(
+    work: Callable[[Piece], Result],
+    pieces: Iterable[Piece],
+    threads: int,
+    *,
+    stop: Callable[[], object] = lambda: None,
+) -> list[Result]:
+    """Apply ``work`` to each piece and return the results in order; torch uses one core in each thread.
+
+    On an error or an interrupt, ``stop`` is called, and then all threads are waited for.
+    """
     if threads == 1:
         return [work(piece) for piece in pieces]
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(work, pieces))
+            try:
+                return list(pool.map(work, pieces))
+            except BaseException:
+                stop()
+                raise
     finally:
         torch.set_num_threads(before)
 

@@ -16,7 +16,7 @@ from benchmarks.memory import peak, start_of_peak
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.solver.reference import reference_omp
 from mergekit_omp.solver.scan import fixed_shape, gpu_operations
-from mergekit_omp.solver.scan.screening import FloatScreen
+from mergekit_omp.solver.scan.screening import Screen
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -58,7 +58,7 @@ def test_same_codes_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_does_not_wait_for_the_host() -> None:
     atoms, targets = random_rows(5000, 256, 14, 1.0).to(GPU), random_rows(300, 256, 15, 1.0).to(GPU)
-    pursuit = fixed_shape.FixedPursuit(targets, FloatScreen(atoms, atoms.norm(dim=1), torch.float16), 8)
+    pursuit = fixed_shape.FixedPursuit(targets, Screen(atoms, atoms.norm(dim=1), torch.float16), 8)
     pursuit.step()  # compiles the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:

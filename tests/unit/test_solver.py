@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,50 +23,41 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import dispatch, memory, solve_omp
 from mergekit_omp.solver.dispatch import plan_solve
 from mergekit_omp.solver.gram import search as gram_search
-from mergekit_omp.solver.gram.layout import UNIT, padded
+from mergekit_omp.solver.gram import state as gram_state
+from mergekit_omp.solver.gram.layout import STRIP, UNIT, padded
 from mergekit_omp.solver.gram.matrix import Gram, build_gram
 from mergekit_omp.solver.least_squares import least_squares
 from mergekit_omp.solver.memory import (
-    GRAM_CHUNK,
     KEPT_BLOCK,
+    SLOTS,
     ProblemShape,
     gram_matrix_bytes,
     scan_chunk,
     scan_matrix_bytes,
 )
 from mergekit_omp.solver.reference import reference_omp
-from mergekit_omp.solver.scan import fixed_shape, gpu_operations, int8
+from mergekit_omp.solver.scan import fixed_shape, gpu_operations
 from mergekit_omp.solver.scan import search as scan_search
-from mergekit_omp.solver.scan.int8 import Int8Screen
-from mergekit_omp.solver.scan.screening import FloatScreen
+from mergekit_omp.solver.scan.screening import Screen
 
 CPU = torch.device("cpu")
 
-SCREENS = {
-    "int8": Int8Screen,
-    "float16": partial(FloatScreen, dtype=torch.float16),
-    "float32": partial(FloatScreen, dtype=torch.float32),
-}
-GRAM, REPLAY = "gram", "replay"
+SCREENS = ["float16", "float32"]
+WHOLE, HALF, REPLAY = "whole gram", "half gram", "replay"
 
 
-@pytest.fixture(params=[*SCREENS, GRAM, REPLAY])
+@pytest.fixture(params=[*SCREENS, WHOLE, HALF, REPLAY])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Force each method, independently of this machine."""
     force(monkeypatch, request.param)
     return request.param
 
 
-def skip_where_missing(way: str | None) -> None:
-    if way == "int8" and not int8.is_supported():
-        pytest.skip("this CPU or torch does not multiply 8-bit integers")
-
-
 def force(monkeypatch: pytest.MonkeyPatch, way: str | None = None, chunk: int | None = None) -> None:
     """Solve with a Gram matrix, a scan or, as on a GPU, steps of fixed shapes; with a number of targets per chunk."""
-    skip_where_missing(way)
-    if way == GRAM:
-        monkeypatch.setattr(dispatch, "gram_speedup", lambda *_: 2.0)
+    if way in (WHOLE, HALF):
+        monkeypatch.setattr(dispatch, "gram_pays", lambda *_, half: half == (way == HALF))
+        monkeypatch.setattr(memory, "gram_slots", lambda *_, half: chunk or 16)
     elif way == REPLAY:
         monkeypatch.setattr(dispatch, "scan_dtype", lambda _: torch.float16)
         monkeypatch.setattr(scan_search, "has_fixed_shapes", lambda _: True)
@@ -75,7 +65,6 @@ def force(monkeypatch: pytest.MonkeyPatch, way: str | None = None, chunk: int | 
         monkeypatch.setattr(dispatch, "scan_dtype", lambda _: getattr(torch, way))
     if chunk is not None:
         monkeypatch.setattr(memory, "scan_chunk", lambda *_: chunk)
-        monkeypatch.setattr(memory, "gram_chunk", lambda *_: chunk)
 
 
 @pytest.mark.parametrize("common", [0.0, 2.0], ids=["isotropic", "common-direction"])
@@ -201,8 +190,11 @@ def test_chunks_devices_and_methods_give_the_same_codes(monkeypatch: pytest.Monk
     force(monkeypatch, "float32", 61)
     single_chunk = solve_omp(targets, atoms, 40)
     for way, chunk, devices in [
-        (GRAM, 1, [CPU]),
-        (GRAM, 13, [CPU] * 3),
+        (WHOLE, 1, [CPU]),
+        (WHOLE, 13, [CPU] * 3),
+        (HALF, 1, [CPU]),
+        (HALF, 7, [CPU] * 2),
+        (HALF, 100, [CPU]),
         (None, 1, [CPU]),
         (None, 7, [CPU]),
         ("float16", 61, [CPU] * 3),
@@ -281,7 +273,7 @@ def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog:
 def pursuit_of(count: int, targets: int, k: int, seed: int) -> fixed_shape.FixedPursuit:
     """Start a pursuit in fixed shapes, with groups of atoms as on a CPU."""
     atoms, rows = random_rows(count, 48, seed, 1.0), random_rows(targets, 48, seed + 1, 1.0)
-    return fixed_shape.FixedPursuit(rows, FloatScreen(atoms, atoms.norm(dim=1), torch.float16), k)
+    return fixed_shape.FixedPursuit(rows, Screen(atoms, atoms.norm(dim=1), torch.float16), k)
 
 
 def test_a_step_of_fixed_shapes_is_one_graph_and_keeps_its_tensors() -> None:
@@ -315,7 +307,7 @@ def test_a_recorded_step_is_replayed(places: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fixed_shape, "PLACES", places)
     monkeypatch.setattr(fixed_shape, "capture", record)
     crowds = count_calls(monkeypatch, fixed_shape.FixedPursuit, "step_of_crowded")
-    force(monkeypatch, REPLAY)
+    force(monkeypatch, REPLAY, 40)
     atoms, targets = random_rows(3000, 96, 82, 2.0), random_rows(40, 96, 83, 2.0)
     atoms[7] = atoms[3] + 1e-6 * atoms[5]
     targets[:2] = atoms[[3, 9]]
@@ -408,7 +400,7 @@ def test_any_device_of_torch_has_a_chunk_size() -> None:
 @pytest.mark.parametrize("atoms", [500, 39_237, 128_000])
 def test_threads_finish_together_and_scans_stay_in_kept_blocks(targets: int, atoms: int) -> None:
     threads, size = 2, 2
-    chunk = scan_chunk(CPU, 2**36, ProblemShape(targets, atoms, 640, 64), threads, atoms, torch.int8)
+    chunk = scan_chunk(CPU, 2**36, ProblemShape(targets, atoms, 640, 64), threads, atoms, torch.float16)
     assert chunk * atoms * size <= KEPT_BLOCK
     assert -(-targets // chunk) % threads == 0 or targets < threads
     assert chunk > min(targets / threads, KEPT_BLOCK / (atoms * size), 256) / 2
@@ -418,20 +410,21 @@ def test_threads_finish_together_and_scans_stay_in_kept_blocks(targets: int, ato
     ("atoms", "dim", "k", "mib"), [(20_000, 128, 16, 150), (4_000, 1024, 64, 200), (2_000, 512, 256, 400)]
 )
 @pytest.mark.parametrize("rows", ["random", "orthogonal"])
-@pytest.mark.parametrize("way", ["scan", GRAM])
+@pytest.mark.parametrize("way", ["scan", WHOLE, HALF])
 def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, rows: str, way: str) -> None:
     """Measure the peak resident memory of a new process, in addition to its memory before the solve.
 
     Targets orthogonal to all atoms are the worst case: every atom may be the best one.
     """
-    if way == GRAM:
-        mib += gram_matrix_bytes(ProblemShape(300, atoms, dim, k), 2) // 2**20
+    if way != "scan":
+        mib += gram_matrix_bytes(ProblemShape(300, atoms, dim, k), 2, half=way == HALF) // 2**20
     script = f"""
         import torch
         from benchmarks.memory import peak, start_of_peak
-        from mergekit_omp.solver import dispatch, solve_omp
+        from mergekit_omp.solver import dispatch, memory, solve_omp
 
-        dispatch.gram_speedup = lambda *_: {2.0 if way == GRAM else 1.0}
+        memory.FEWEST_OF_HALF = 1
+        dispatch.gram_pays = lambda *_, half: {way != "scan"} and half == {way == HALF}
         draw = torch.Generator().manual_seed(0)
         atoms, targets = torch.randn({atoms}, {dim}, generator=draw), torch.randn(300, {dim}, generator=draw)
         if {rows == "orthogonal"}:
@@ -449,7 +442,7 @@ def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_matrices_of_a_scan_are_counted(dtype: torch.dtype) -> None:
     atoms = random_rows(640, 48, 0, 1.0)  # whole groups
-    screen = FloatScreen(atoms, atoms.norm(dim=1), dtype)
+    screen = Screen(atoms, atoms.norm(dim=1), dtype)
     held = screen.atoms.nbytes + screen.rounded.nbytes
     assert held == scan_matrix_bytes(ProblemShape(1, 640, 48, 8), dtype)
 
@@ -465,12 +458,11 @@ def test_the_matrices_of_a_scan_are_counted(dtype: torch.dtype) -> None:
 )
 def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, outlier: float, size: float) -> None:
     """Check that exact correlations are within their bounds, and that candidates include the best atom."""
-    skip_where_missing(screen)
     atoms, residuals = random_rows(count, dim, seed, 1.0), size * random_rows(9, dim, seed + 1, 1.0)
     atoms[:, seed % dim] *= outlier
     residuals[:3, (seed // 2) % dim] *= outlier
     exact = (residuals.double() @ atoms.double().T).abs()
-    found = SCREENS[screen](atoms, atoms.norm(dim=1)).scan(residuals.clone(), residuals.norm(dim=1))
+    found = Screen(atoms, atoms.norm(dim=1), getattr(torch, screen)).scan(residuals.clone(), residuals.norm(dim=1))
     values, order = found.values.abs().double(), found.order
     errors = found.unit[:, None, None] * (found.rounding * values + found.errors[:, None])
     assert sorted(order[order >= 0].tolist()) == list(range(count))
@@ -487,11 +479,6 @@ def test_bounds_of_a_screen_hold(screen: str, count: int, dim: int, seed: int, o
         if most == 10**6:
             expected = pairs
         assert pairs == expected
-
-
-def test_a_cpu_without_fast_integers_scans_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "is_supported", lambda: False)
-    assert plan_solve(CPU, ProblemShape(10, 100, 8, 4)).dtype == torch.float32
 
 
 def test_apply_is_the_weighted_sum_whatever_the_chunk() -> None:
@@ -536,33 +523,44 @@ def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, c
     assert (inner.abs().amax(1) <= 1e-7 * targets.norm(dim=1)).all()
 
 
-def gram_of(atoms: torch.Tensor, threads: int = 1) -> Gram:
-    return build_gram(atoms, atoms.norm(dim=1), threads)
+def gram_of(atoms: torch.Tensor, threads: int = 1, *, half: bool = False) -> Gram:
+    return build_gram(atoms, atoms.norm(dim=1), threads, half=half)
 
 
-@settings(max_examples=20, deadline=None)
+def cosines_of(gram: Gram) -> torch.Tensor:
+    """Return the matrix float64 (N, P) of a Gram matrix, in which only the upper part of a half one is filled."""
+    count, width = len(gram.atoms), len(gram.norms)
+    cosines = torch.zeros(count, width, dtype=torch.float64)
+    for strip, start in enumerate(gram.starts[:-1].tolist()):
+        rows = min(count, (strip + 1) * STRIP) if gram.half else count
+        for row in range(rows):
+            place = start + row * gram.stride
+            cosines[row, strip * STRIP : (strip + 1) * STRIP] = torch.from_numpy(gram.cosines[place : place + STRIP])
+    return cosines / UNIT
+
+
+@pytest.mark.parametrize("half", [False, True])
+@settings(max_examples=12, deadline=None)
 @given(
-    count=st.integers(1, 700),
+    count=st.integers(1, 2300),
     dim=st.integers(1, 60),
     seed=st.integers(0, 10_000),
     size=st.sampled_from([1e-12, 1.0, 1e12]),
 )
-def test_gram_is_the_matrix_of_cosines(count: int, dim: int, seed: int, size: float) -> None:
-    """Check within half a unit and the rounding of the product, with zeros for zero atoms and padding."""
+def test_gram_is_the_matrix_of_cosines(half: bool, count: int, dim: int, seed: int, size: float) -> None:
+    """Check within half a unit and the rounding of the product, with zeros for zero atoms."""
     atoms = size * random_rows(count, dim, seed, 1.0)
     atoms[seed % count] = 0
     unit = torch.nn.functional.normalize(atoms.double() / size)
     atoms[seed % count, 0] = 1e-40  # as good as none
-    gram = gram_of(atoms, threads=2)
-    cosines = torch.from_numpy(gram.cosines).double() / UNIT
-    error = (cosines[:, :count] - unit @ unit.T).abs().max().item()
-    assert error <= 0.5 / UNIT + (dim + 16) * 2**-24
-    assert (cosines[:, count:] == 0).all()
+    gram = gram_of(atoms, threads=2, half=half)
+    difference = cosines_of(gram)[:, :count] - unit @ unit.T
+    assert (difference.triu() if half else difference).abs().max() <= 0.5 / UNIT + (dim + 16) * 2**-24
     targets = torch.nn.functional.normalize(random_rows(3, dim, seed + 1).double())
-    inner = gram.cosines_with(targets.float())
+    inner = gram.cosines_with(targets.float()).double() / UNIT
     assert inner.shape == (3, padded(count))
     assert (inner[:, count:] == 0).all()
-    assert (inner[:, :count] - targets @ unit.T).abs().max() <= (dim + 16) * 2**-24
+    assert (inner[:, :count] - targets @ unit.T).abs().max() <= 0.5 / UNIT + (dim + 16) * 2**-24
 
 
 @pytest.mark.parametrize("list_length", [1, 200])
@@ -570,17 +568,53 @@ def test_gram_is_the_matrix_of_cosines(count: int, dim: int, seed: int, size: fl
 def test_proposed_steps_are_verified(steps: int, list_length: int) -> None:
     """Check that a candidate list that is too short undoes most steps but does not change the result."""
     atoms, targets = random_rows(3000, 96, 80, 1.0), random_rows(12, 96, 81, 1.0)
-    support, _, _ = gram_search.solve_by_gram(targets, gram_of(atoms), 24, most_steps=steps, list_length=list_length)
-    assert torch.equal(support, reference_omp(targets, atoms, 24).indices)
+    options = {"most_steps": steps, "list_length": list_length}
+    for half in (False, True):
+        support, _, _ = gram_search.solve_by_gram(targets, gram_of(atoms, half=half), 24, 5, 2, **options)
+        assert torch.equal(support, reference_omp(targets, atoms, 24).indices)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("listed", [80, 640])
+def test_full_lists_do_not_change_the_result(half: bool, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a slot few places for candidates and rivals; many atoms that are almost equal are rivals of each other."""
+    monkeypatch.setattr(gram_state, "LISTED", listed)
+    monkeypatch.setattr(gram_state, "RIVALS", 3)
+    atoms = random_rows(1500, 96, 82, 1.0)
+    atoms[500:1000] = atoms[7] + 1e-6 * torch.randn(500, 96, generator=torch.Generator().manual_seed(0))
+    targets = torch.cat([random_rows(8, 96, 83, 1.0), atoms[7] + 0.1 * random_rows(4, 96, 84)])
+    support, _, _ = gram_search.solve_by_gram(targets, gram_of(atoms, half=half), 12, 5, 2)
+    assert torch.equal(support, reference_omp(targets, atoms, 12).indices)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_an_error_in_one_thread_ends_all(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one thread run out of memory; with a half matrix the other waits for it."""
+    fill = gram_search._Search._fill
+
+    def fail_once(search: gram_search._Search, *arguments: object) -> None:
+        with search.lock:
+            first, search.support[0, 0] = search.support[0, 0] == -1, 0
+        if first:
+            raise MemoryError("injected")
+        fill(search, *arguments)
+
+    monkeypatch.setattr(gram_search._Search, "_fill", fail_once)
+    atoms, targets = random_rows(1200, 32, 85), random_rows(40, 32, 86)
+    with pytest.raises(MemoryError, match="injected"):
+        gram_search.solve_by_gram(targets, gram_of(atoms, half=half), 8, 10, 2)
 
 
 def test_the_plan_is_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, budget = ProblemShape(10_000, 30_000, 576, 64), 2**33
     plan = plan_solve(CPU, shape, memory_budget=budget)
     assert (plan.method, plan.dtype) == ("gram", torch.int16)
-    assert GRAM_CHUNK / 2 < plan.chunk <= GRAM_CHUNK
+    assert (plan.chunk, plan.half) == (SLOTS * plan.threads, False)
     assert 2 * 30_000**2 < plan.matrix_bytes < budget
-    assert plan.speedup > 1
+    assert plan.products > 0
+    half = plan_solve(CPU, shape, memory_budget=3 * 2**29)
+    assert (half.method, half.half) == ("gram", True)
+    assert 30_000**2 < half.matrix_bytes < 3 * 2**29
     for other in (
         plan_solve(CPU, shape._replace(targets=100), memory_budget=budget),
         plan_solve(CPU, shape, memory_budget=2**30),
@@ -588,7 +622,7 @@ def test_the_plan_is_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
         plan_solve(torch.device("xpu"), shape, memory_budget=budget),
     ):
         assert other.method == "scan"
-        assert other.speedup == 1
+        assert other.products == 0
         assert 0 < other.chunk < shape.targets
     monkeypatch.setattr(dispatch, "load_gram_search", lambda: None)
     assert plan_solve(CPU, shape, memory_budget=budget).method == "scan", "numba is missing"
@@ -598,9 +632,11 @@ def test_the_log_names_the_method(caplog: pytest.LogCaptureFixture, way: str) ->
     with caplog.at_level(logging.INFO):
         solve_omp(random_rows(50, 32, 23), random_rows(200, 32, 24), 4)
     [line] = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
-    how = {GRAM: "gram in int16", REPLAY: "scan in float16"}.get(way, f"scan in {way}")
+    how = {WHOLE: "whole gram in int16", HALF: "half gram in int16", REPLAY: "scan in float16"}.get(
+        way, f"scan in {way}"
+    )
     assert line.startswith(f"OMP of 50 targets over 200 atoms, d = 32, k = 4, on cpu: {how}, ")
-    assert "threads x" in line
+    assert ("targets together" if way in (WHOLE, HALF) else "threads x") in line
     assert line.endswith("MiB for matrices")
 
 
@@ -648,7 +684,9 @@ def test_a_kernel_that_does_not_compile_is_not_used(
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 20), way=st.sampled_from([None, *SCREENS, GRAM, REPLAY]))
+@given(
+    seed=st.integers(0, 10_000), chunk=st.integers(1, 20), way=st.sampled_from([None, *SCREENS, WHOLE, HALF, REPLAY])
+)
 def test_order_of_atoms_and_chunks_do_not_matter(seed: int, chunk: int, way: str | None) -> None:
     atoms, targets = random_rows(300, 32, seed, 1.0), random_rows(20, 32, seed + 1, 1.0)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(seed))

@@ -9,13 +9,11 @@ import numpy as np
 from numba import njit
 from numpy import ndarray
 
-from mergekit_omp.solver.gram.layout import TILE
+from mergekit_omp.solver.gram.layout import STRIP
+from mergekit_omp.solver.gram.vectors import SIDE, transpose_square
 
 ROWS = 4
-"""Rows of the matrix that are added together."""
-
-SQUARE = 32
-"""Rows and columns that are transposed together; they fit into the L1 cache."""
+"""Rows that are subtracted together."""
 
 # Sums may be reordered, which vectorisation requires; NaN and infinity keep their meaning.
 OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
@@ -41,17 +39,37 @@ def _digest_of_sources() -> str:
 
 
 @entry_point
-def store_symmetric(product: ndarray, row: int, column: int, cosines: ndarray) -> None:
-    """Round a block of a symmetric matrix to integers and write it and its transpose."""
+def store_block(
+    product: ndarray, row: int, column: int, cosines: ndarray, starts: ndarray, stride: int, half: bool
+) -> None:
+    """Round a block of the matrix, on or above the diagonal, to integers and write it; in a whole matrix, also below.
+
+    ``starts`` are the places of the strips, in which rows follow each other after ``stride`` places.
+    """
     height, width = product.shape
-    for i in range(height):
-        for j in range(width):
-            cosines[row + i, column + j] = np.int16(np.floor(product[i, j] + np.float32(0.5)))
-    for top in range(0, height, SQUARE):
-        for left in range(0, width, SQUARE):
-            for j in range(column + left, column + min(left + SQUARE, width)):
-                for i in range(row + top, row + min(top + SQUARE, height)):
-                    cosines[j, i] = cosines[i, j]
+    for left in range(0, width, STRIP):
+        strip, count = (column + left) // STRIP, min(STRIP, width - left)
+        for i in range(min(height, (strip + 1) * STRIP - row) if half else height):
+            place = starts[strip] + (row + i) * stride
+            for j in range(count):
+                cosines[place + j] = np.int16(np.floor(product[i, left + j] + np.float32(0.5)))
+        if not half and row != column:
+            for top in range(0, height, STRIP):
+                source = starts[strip] + (row + top) * stride
+                target = starts[(row + top) // STRIP] + (column + left) * stride
+                transpose(cosines[source:], stride, cosines[target:], stride, count)
+
+
+@compiled
+def transpose(source: ndarray, stride: int, out: ndarray, out_stride: int, count: int) -> None:
+    """Transpose STRIP rows and the first ``count`` columns of a strip, each a row of the result."""
+    whole = count - count % SIDE
+    for top in range(0, STRIP, SIDE):
+        for left in range(0, whole, SIDE):
+            transpose_square(source, stride, out, out_stride, top * stride + left, left * out_stride + top)
+    for column in range(whole, count):
+        for row in range(STRIP):
+            out[column * out_stride + row] = source[row * stride + column]
 
 
 @compiled
@@ -80,50 +98,21 @@ def subtract_rows(residual: ndarray, coefficients: ndarray, rows: ndarray, slot:
 
 
 @compiled
-def copy_tile(row: ndarray, out: ndarray) -> None:
-    """Copy a tile; numba compiles an assignment to a slice to much slower code."""
-    for column in range(TILE):
-        out[column] = row[column]
-
-
-@compiled
-def widen_tile(row: ndarray, out: ndarray) -> None:
-    """Convert a tile of integers to float32."""
-    for column in range(TILE):
-        out[column] = np.float32(row[column])
-
-
-@compiled
-def add_rows_to_two(one: ndarray, two: ndarray, rows: ndarray, weights: ndarray, step: int, slot: int) -> None:
-    """Add ROWS rows to the sums of ``step`` and of the next step, with the weights of each step."""
-    a0, a1, a2, a3 = weights[step, slot], weights[step, slot + 1], weights[step, slot + 2], weights[step, slot + 3]
-    step += 1
-    b0, b1, b2, b3 = weights[step, slot], weights[step, slot + 1], weights[step, slot + 2], weights[step, slot + 3]
-    row0, row1, row2, row3 = rows[0], rows[1], rows[2], rows[3]
-    for column in range(TILE):
-        x0, x1, x2, x3 = row0[column], row1[column], row2[column], row3[column]
-        one[column] += a0 * x0 + a1 * x1 + a2 * x2 + a3 * x3
-        two[column] += b0 * x0 + b1 * x1 + b2 * x2 + b3 * x3
-
-
-@compiled
-def add_rows_to_one(one: ndarray, rows: ndarray, weights: ndarray, step: int, slot: int) -> None:
-    """Add ROWS rows to the sums of ``step``, with its weights."""
-    a0, a1, a2, a3 = weights[step, slot], weights[step, slot + 1], weights[step, slot + 2], weights[step, slot + 3]
-    row0, row1, row2, row3 = rows[0], rows[1], rows[2], rows[3]
-    for column in range(TILE):
-        one[column] += a0 * row0[column] + a1 * row1[column] + a2 * row2[column] + a3 * row3[column]
-
-
-@compiled
-def any_may_reach(
-    cosines: ndarray, inverse_norms: ndarray, correlation: float | np.floating, error: float | np.floating
-) -> bool:
-    """Tell whether any atom of a tile may reach a correlation, given the cosines and the bound on their errors.
+def any_may_reach(cosines: ndarray, inverse_norms: ndarray, correlation: np.floating, error: np.floating) -> bool:
+    """Tell whether any atom of a strip may reach a correlation, given the cosines and the bound on their errors.
 
     Sums the excess instead of searching, which vectorises.
     """
-    correlation, error, excess = np.float32(correlation), np.float32(error), np.float32(0)
-    for column in range(TILE):
+    excess = np.float32(0)
+    for column in range(STRIP):
         excess += max(abs(cosines[column]) + error - correlation * inverse_norms[column], np.float32(0))
+    return bool(excess > 0)
+
+
+@compiled
+def any_exceeds(cosines: ndarray, norms: ndarray, least: np.floating) -> bool:
+    """Tell whether the estimated correlation of any atom of a strip exceeds ``least``."""
+    excess = np.float32(0)
+    for column in range(STRIP):
+        excess += max(abs(cosines[column]) * norms[column] - least, np.float32(0))
     return bool(excess > 0)

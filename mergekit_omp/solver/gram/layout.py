@@ -1,15 +1,35 @@
-"""Define the memory layout of the Gram matrix: units, tiles and blocks. Imports without numba."""
+"""Define the memory layout of the Gram matrix: units, strips and blocks. Imports without numba.
+
+The matrix is symmetric. A whole matrix is stored row by row. A half matrix is stored in strips of columns, each with
+its rows one after the other, but only with the rows up to its own last column: all pairs of atoms are stored once.
+"""
 
 UNIT = 32_000
 """The 16-bit integer that stands for a cosine of 1; rounding may exceed it a little."""
 
-TILE = 512
-"""Atoms that are scanned together: their correlations after several steps fit into the L1 cache."""
+STRIP = 1024
+"""Atoms that are scanned together: their correlations after several steps fit into the L1 cache, and the runs of a
+row are long enough for the memory."""
 
 BLOCK = 1024
-"""Rows and columns of the matrix that are computed together."""
+"""Rows and columns of the matrix that are computed together: a multiple of STRIP."""
+
+
+STEPS = 4
+"""Steps of a draft whose correlations are computed together."""
 
 
 def padded(atoms: int) -> int:
-    """Return P, the number of atoms rounded up to whole tiles."""
-    return -(-atoms // TILE) * TILE
+    """Return P, the number of atoms rounded up to whole strips."""
+    return -(-atoms // STRIP) * STRIP
+
+
+def matrix_places(atoms: int, half: bool) -> list[int]:
+    """Return the place where each strip begins, and the number of places of the matrix."""
+    width = padded(atoms)
+    if not half:
+        return [*range(0, width, STRIP), atoms * width]
+    starts = [0]
+    for end in range(STRIP, width + 1, STRIP):
+        starts.append(starts[-1] + end * STRIP)
+    return starts

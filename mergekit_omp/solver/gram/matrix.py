@@ -1,6 +1,6 @@
 """Compute the cosines of all pairs of atoms; a correlation after t steps then costs t products instead of d.
 
-Letters in shapes: B targets, N atoms, P atoms padded to whole tiles, d dimensions.
+Letters in shapes: B targets, N atoms, P atoms padded to whole strips, S strips, d dimensions.
 
 Source: Rubinstein, Zibulevsky & Elad, "Efficient Implementation of the K-SVD Algorithm using Batch Orthogonal Matching
 Pursuit" (2008). Here the matrix only selects the atoms to examine: see :mod:`mergekit_omp.solver.gram.search`.
@@ -13,8 +13,8 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from mergekit_omp.solver.gram.kernels import store_symmetric
-from mergekit_omp.solver.gram.layout import BLOCK, UNIT, padded
+from mergekit_omp.solver.gram.kernels import compiled, store_block
+from mergekit_omp.solver.gram.layout import BLOCK, STRIP, UNIT, matrix_places, padded
 from mergekit_omp.solver.threads import map_in_threads
 
 NO_ATOM = 1e30
@@ -28,29 +28,42 @@ class Gram(NamedTuple):
         atoms: float32 (N, d).
         largest_norm: largest norm of the atoms, the unit of norms and correlations.
         norms: float32 (P,), 0 for padding and negligible atoms.
-        inverse_norms: float32 (P,); :data:`NO_ATOM` where the norm is 0.
-        cosines: int16 (N, P), in units of 1 / :data:`UNIT`.
+        inverse_norms: float32 (P,), in units of 1 / :data:`UNIT`; :data:`NO_ATOM` where the norm is 0.
+        half: whether each pair of atoms is stored once.
+        starts: int64 (S + 1,), the place in ``cosines`` where each strip begins, and the end.
+        stride: places from a row of a strip to the next one.
+        cosines: int16, all strips, in units of 1 / :data:`UNIT`. Those of padding have no meaning.
     """
 
     atoms: ndarray
     largest_norm: float
     norms: ndarray
     inverse_norms: ndarray
+    half: bool
+    starts: ndarray
+    stride: int
     cosines: ndarray
 
     def cosines_with(self, targets: Tensor) -> Tensor:
-        """Return the cosines float32 (B, P) of targets (B, d) of norm 1 with all atoms, 0 for padding."""
+        """Return the cosines int16 (B, P) of targets (B, d) of norm 1 with all atoms, 0 for padding."""
         count = len(self.atoms)
         atoms, norms = torch.from_numpy(self.atoms), torch.from_numpy(self.norms[:count])
-        scale = (1 / (norms * self.largest_norm)).where(norms > 0, torch.zeros_like(norms))
-        cosines = targets.new_zeros(len(targets), len(self.norms))
+        scale = (UNIT / (norms * self.largest_norm)).where(norms > 0, torch.zeros_like(norms))
+        cosines = targets.new_zeros(len(targets), len(self.norms), dtype=torch.int16)
         for start in range(0, count, BLOCK):
             part = slice(start, min(start + BLOCK, count))
-            torch.mul(targets @ atoms[part].T, scale[part], out=cosines[:, part])
+            cosines[:, part] = (targets @ atoms[part].T).mul_(scale[part]).round_()
         return cosines
 
 
-def build_gram(atoms: Tensor, norms: Tensor, threads: int) -> Gram:
+@compiled
+def cosine(gram: Gram, one: int, other: int) -> int:
+    """Return the cosine of two atoms, in units of 1 / UNIT."""
+    row, column = (min(one, other), max(one, other)) if gram.half else (one, other)
+    return gram.cosines[gram.starts[column // STRIP] + row * gram.stride + column % STRIP]
+
+
+def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gram:
     """Build the matrix of distinct atoms float32 (N, d) with norms (N,), on the CPU."""
     count, width = len(atoms), padded(len(atoms))
     tiny = torch.finfo(torch.float32).tiny  # smaller norms have an infinite inverse
@@ -59,18 +72,19 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int) -> Gram:
     relative = torch.zeros(width)
     relative[:count] = (norms / largest) * known
     scale = (1 / norms).where(known, torch.zeros_like(norms))[:, None]
+    starts, stride = np.array(matrix_places(count, half)), STRIP if half else width
     # numpy requests huge pages, so that rows that are read together lie on fewer pages.
-    cosines = np.empty((count, width), np.int16)
-    cosines[:, count:] = 0
+    cosines = np.empty(starts[-1], np.int16)
 
     def unit_rows(start: int) -> Tensor:
         return atoms[start : start + BLOCK] * scale[start : start + BLOCK]
 
     def fill_block(corner: tuple[int, int]) -> None:
         row, column = corner
-        store_symmetric((unit_rows(row) @ unit_rows(column).T).mul_(UNIT).numpy(), row, column, cosines)
+        product = (unit_rows(row) @ unit_rows(column).T).mul_(UNIT)
+        store_block(product.numpy(), row, column, cosines, starts, stride, half)
 
-    starts = range(0, count, BLOCK)
-    map_in_threads(fill_block, [(row, column) for row in starts for column in starts if row <= column], threads)
-    inverse = (1 / relative).clamp(max=NO_ATOM)
-    return Gram(atoms.contiguous().numpy(), largest, relative.numpy(), inverse.numpy(), cosines)
+    blocks = range(0, count, BLOCK)
+    map_in_threads(fill_block, [(row, column) for row in blocks for column in blocks if row <= column], threads)
+    inverse = (UNIT / relative).clamp(max=NO_ATOM)
+    return Gram(atoms.contiguous().numpy(), largest, relative.numpy(), inverse.numpy(), half, starts, stride, cosines)

@@ -19,273 +19,158 @@ share one forward pass of the large model in speculative decoding (Leviathan et 
             support += choice; fit; choice = best of the candidates
             draft += [choice]
 
-Long drafts need fewer scans, and short ones waste less when a step is wrong. The length doubles after a draft without
-a wrong step, and otherwise falls back to the number of right steps.
+Long drafts need fewer scans, and short ones waste less when a step is wrong: the draft after a wrong step is shorter.
 
-The support is that of OMP with a scan in every step, since all decisions use float64: the least-squares fit with the
-Cholesky factor of the active atoms' inner products, the residuals, and the correlations of competing atoms. The scan's
-cosines, in 16-bit integers and float32, only exclude atoms, by a bound on their error.
+Many targets are solved together, strip by strip of the matrix, so that its rows are read from the cache, and the
+strips of a half matrix are completed once for all. A target that is finished makes room for the next one, as requests
+do in continuous batching (Yu et al., Orca, 2022).
 
-Letters in shapes: B targets, N atoms, P atoms padded to whole tiles, d dimensions, k sparsity, n steps of a draft.
+Letters in shapes: B targets, N atoms, P atoms padded to whole strips, d dimensions, k sparsity.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from threading import Barrier, BrokenBarrierError, Lock
 
 import numpy as np
 import torch
-from numpy import ndarray
 from torch import Tensor
 
-from mergekit_omp.solver.gram import candidates as candidate_list
-from mergekit_omp.solver.gram import cholesky, kernels
-from mergekit_omp.solver.gram.candidates import Candidates, exact_correlation
-from mergekit_omp.solver.gram.cholesky import ActiveSet
-from mergekit_omp.solver.gram.kernels import ROWS, compiled, entry_point
-from mergekit_omp.solver.gram.layout import TILE, UNIT
+from mergekit_omp.solver.gram.layout import STRIP
 from mergekit_omp.solver.gram.matrix import Gram
-from mergekit_omp.solver.tolerances import ROUNDING, ZERO
-
-MOST_STEPS, FEWEST_STEPS = 8, 4
-"""Steps of the longest draft (more are undone too often), and of the shortest after a wrong step."""
-
-LIST_LENGTH = 200
-"""Target length of the candidate list."""
-
-FIRST_THRESHOLD, HIGHEST_THRESHOLD = 0.6, 0.95
-"""Initial and highest value of the share of the best correlation that candidates exceed. It adapts after every
-scan."""
-
-RAISE, LOWER = 1.04, 0.96
-"""Factors on the threshold after a list longer than 1.5 times, or shorter than 0.75 times, the target length."""
-
-
-class Draft(NamedTuple):
-    """Proposed steps of one target of norm 1.
-
-    Attributes:
-        length: int64 (1,), n; only the first n places of the other arrays are valid.
-        residuals: float64 (n, d), before each step.
-        weights: float32 (n, k), weights of the support's rows of the Gram matrix in the cosines of the residual.
-        errors: float32 (n,), bound on the errors of these cosines.
-        choices: int64 (n,), the selected atoms.
-        correlations: float64 (n,), their |⟨residual, atom⟩| in units of the largest norm.
-    """
-
-    length: ndarray
-    residuals: ndarray
-    weights: ndarray
-    errors: ndarray
-    choices: ndarray
-    correlations: ndarray
-
-
-class Workspace(NamedTuple):
-    """Buffers that are reused for all targets; ``sums`` (n, TILE) and ``rows`` (ROWS, TILE) belong to the scan."""
-
-    draft: Draft
-    active: ActiveSet
-    candidates: Candidates
-    sums: ndarray
-    rows: ndarray
+from mergekit_omp.solver.gram.propose import LIST_LENGTH, Workspace, advance, start, workspace
+from mergekit_omp.solver.gram.state import EMPTY, MOST_STEPS, PART, empty_slots
+from mergekit_omp.solver.gram.verify import mirror, verify
+from mergekit_omp.solver.threads import map_in_threads
 
 
 def solve_by_gram(
-    targets: Tensor, gram: Gram, k: int, *, most_steps: int = MOST_STEPS, list_length: int = LIST_LENGTH
+    targets: Tensor,
+    gram: Gram,
+    k: int,
+    slots: int,
+    threads: int,
+    *,
+    most_steps: int = MOST_STEPS,
+    list_length: int = LIST_LENGTH,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Solve a batch of targets on the CPU.
+    """Solve targets on the CPU.
 
     Args:
-        targets: float32 (B, d).
+        targets: (B, d) of any floating dtype.
         gram: Gram matrix of all atoms.
         k: sparsity.
+        slots: number of targets that are solved together.
+        threads: number of threads, which share the slots.
         most_steps: steps of the longest draft.
         list_length: target length of the candidate list. Neither changes the result.
+        progress: callback that receives the number of targets solved since its last call; unfinished ones count
+            with their share of the steps.
 
     Returns:
         Support int64 (B, k) in the order of selection, -1 in unused slots; coefficients float32 (B, k), 0 there;
         relative residuals float32 (B,).
     """
-    norms = targets.double().norm(dim=1)
-    units = targets.double() / norms.where(norms > 0, torch.ones_like(norms))[:, None]
-    support = np.full((len(targets), k), -1, np.int64)
-    coefficients, residuals = np.zeros((len(targets), k)), np.zeros(len(targets))
-    inner, work = gram.cosines_with(units.float()).numpy(), _workspace(targets.shape[1], k, most_steps)
-    _solve_all(units.numpy(), inner, gram, work, list_length, support, coefficients, residuals)
-    scaled = torch.from_numpy(coefficients) * norms[:, None]
-    return torch.from_numpy(support), scaled.float(), torch.from_numpy(residuals).float()
+    search = _Search(targets, gram, k, slots, threads, most_steps, list_length, progress)
+    map_in_threads(search.run_thread, range(search.threads), search.threads, stop=search.stop)
+    if progress is not None:
+        progress(len(targets) - search.reported)
+    coefficients = torch.from_numpy(search.coefficients) * search.norms[:, None]
+    return torch.from_numpy(search.support), coefficients.float(), torch.from_numpy(search.residuals).float()
 
 
-def _workspace(dim: int, k: int, most_steps: int) -> Workspace:
-    draft = Draft(
-        length=np.zeros(1, np.int64),
-        residuals=np.zeros((most_steps, dim)),
-        weights=np.zeros((most_steps, -(-k // ROWS) * ROWS), np.float32),
-        errors=np.zeros(most_steps, np.float32),
-        choices=np.zeros(most_steps, np.int64),
-        correlations=np.zeros(most_steps),
-    )
-    sums, rows = np.zeros((most_steps, TILE), np.float32), np.zeros((ROWS, TILE), np.float32)
-    return Workspace(draft, cholesky.empty_active_set(dim, k), candidate_list.empty_candidates(k), sums, rows)
+class _Search:
+    """State that the threads of one solve share; each thread has a range of the slots to itself."""
 
+    def __init__(
+        self,
+        targets: Tensor,
+        gram: Gram,
+        k: int,
+        slots: int,
+        threads: int,
+        most_steps: int,
+        list_length: int,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self.targets, self.gram, self.k, self.threads = targets, gram, k, max(1, min(threads, slots))
+        self.most_steps, self.list_length, self.progress = most_steps, list_length, progress
+        self.norms = torch.cat([part.double().norm(dim=1) for part in targets.split(PART)])
+        self.support = np.full((len(targets), k), -1, np.int64)
+        self.coefficients, self.residuals = np.zeros((len(targets), k)), np.zeros(len(targets))
+        atoms, dim = gram.atoms.shape
+        self.pursuits = empty_slots(slots, atoms, dim, k, most_steps)
+        self.below = [np.empty(len(gram.norms) * STRIP if gram.half else 0, np.int16) for _ in range(2)]
+        self.waiting = self.norms.nonzero().flatten()  # a target of zeros has an empty support
+        self.barrier, self.lock = Barrier(self.threads), Lock()
+        self.busy, self.unfinished, self.reported = [True] * self.threads, [0.0] * self.threads, 0
+        self.stopped = False
 
-@entry_point
-def _solve_all(
-    units: ndarray,
-    inner: ndarray,
-    gram: Gram,
-    work: Workspace,
-    list_length: int,
-    support: ndarray,
-    coefficients: ndarray,
-    residuals: ndarray,
-) -> None:
-    """Solve targets (B, d) of norm 1 or 0, given their cosines ``inner`` (B, P); write the last three arguments."""
-    for row in range(len(units)):
-        if np.any(units[row]):
-            residuals[row] = _solve_one(units[row], inner[row], gram, work, list_length)
-            for slot in range(work.active.size[0]):
-                support[row, slot] = work.active.support[slot]
-                coefficients[row, slot] = work.active.coefficients[slot]
+    def stop(self) -> None:
+        """Let all threads end after their present scan."""
+        self.stopped = True
+        self.barrier.abort()
 
+    def run_thread(self, thread: int) -> None:
+        """Solve targets in a thread's slots until none is left, and help the other threads to complete strips."""
+        slots = len(self.pursuits.status)
+        first, last = (slots * bound // self.threads for bound in (thread, thread + 1))
+        work, strips = workspace(self.targets.shape[1], self.k, self.most_steps), len(self.gram.starts) - 1
+        try:
+            while not self.stopped and self._advance(thread, first, last, work):
+                if not self.gram.half:
+                    verify(self.gram, 0, strips, self.below[0], self.pursuits, first, last, work)
+                    continue
+                for strip in range(strips):
+                    below, missing = self.below[strip % 2], strips - strip - 1
+                    part = (strip + 1 + missing * bound // self.threads for bound in (thread, thread + 1))
+                    mirror(self.gram, strip, *part, below)
+                    # One wait is enough: no thread writes this buffer again before all have used the other one.
+                    self.barrier.wait()
+                    verify(self.gram, strip, strip + 1, below, self.pursuits, first, last, work)
+        except BrokenBarrierError:  # another thread failed, and its error is told
+            return
+        except BaseException:
+            self.stop()
+            raise
 
-@compiled
-def _solve_one(target: ndarray, inner: ndarray, gram: Gram, work: Workspace, list_length: int) -> float:
-    """Find the active set of a target (d,) of norm 1, and return the norm of its residual."""
-    draft, active, candidates = work.draft, work.active, work.candidates
-    _draft_first_step(target, inner, gram, work)
-    verified, complete = 0, False  # atoms that were active before the draft; whether the draft ends the solve
-    steps, threshold = 1, FIRST_THRESHOLD
-    while True:
-        wrong = _verify(inner, gram, work, threshold)
-        if complete and wrong == draft.length[0]:
-            break
-        # The choice of this step is right, or was corrected; the steps after it are undone.
-        last = min(wrong, draft.length[0] - 1)
-        undone = wrong < draft.length[0] - 1 or complete
-        proposed, active.size[0] = active.size[0], verified + last
-        # The last scan skipped the undone atoms, since they were in the support.
-        candidate_list.append(gram, active, candidates, inner, active.support[active.size[0] : proposed])
-        steps = min(max(last + 1, FEWEST_STEPS) if undone else 2 * steps, len(draft.errors))
-        if candidates.length[0] > 1.5 * list_length:
-            threshold = min(RAISE * threshold, HIGHEST_THRESHOLD)
-        elif candidates.length[0] < 0.75 * list_length:
-            threshold *= LOWER
-        verified = active.size[0] + 1
-        complete = _propose(target, gram, work, draft.choices[last], draft.correlations[last], steps)
-        if draft.length[0] == 0:
-            break
-    return cholesky.fit_target(active, target, draft.residuals[0])
+    def _advance(self, thread: int, first: int, last: int, work: Workspace) -> bool:
+        """Draft the next steps in the slots of a thread, and fill free ones; return whether to scan again."""
+        results = self.support, self.coefficients, self.residuals
+        advance(self.gram, self.pursuits, first, last, self.most_steps, self.list_length, work, *results)
+        free = first + np.flatnonzero(self.pursuits.status[first:last] == EMPTY)
+        while len(free) >= min(PART, -(-(last - first) // 4)):  # fewer are too few for an efficient product
+            count = min(PART, len(free))
+            with self.lock:
+                rows, self.waiting = self.waiting[:count], self.waiting[count:]
+            if not len(rows):
+                break
+            self._fill(free[: len(rows)], rows)
+            free = free[len(rows) :]
+        self._report(thread, first, last)
+        self.busy[thread] = len(free) < last - first
+        if not self.gram.half:
+            return self.busy[thread]
+        self.barrier.wait()
+        return any(self.busy)
 
+    def _fill(self, slots: np.ndarray, rows: Tensor) -> None:
+        """Put the targets at ``rows`` into empty slots."""
+        units = self.targets[rows].double() / self.norms[rows, None]
+        self.pursuits.rows[slots] = rows
+        self.pursuits.targets[slots] = units
+        self.pursuits.inner[slots] = self.gram.cosines_with(units.float())
+        start(self.gram, self.pursuits, slots)
 
-@compiled
-def _draft_first_step(target: ndarray, inner: ndarray, gram: Gram, work: Workspace) -> None:
-    draft = work.draft
-    work.active.size[0], draft.length[0] = 0, 1
-    draft.residuals[0] = target
-    _weigh(gram, work, 0)
-    draft.choices[0] = np.argmax(np.abs(inner) * gram.norms)
-    draft.correlations[0] = exact_correlation(gram, draft.choices[0], target)
-
-
-@compiled
-def _propose(target: ndarray, gram: Gram, work: Workspace, choice: int, correlation: float, steps: int) -> bool:
-    """Select ``choice`` and draft the next steps from the candidates; return whether the pursuit is complete."""
-    draft, active = work.draft, work.active
-    draft.length[0] = 0
-    for step in range(steps):
-        useful = correlation > ZERO * gram.norms[choice]
-        if not useful or not cholesky.extend(active, target, choice, gram.atoms[choice]):
-            return step == 0  # no atom reduces the residual; a drafted choice must be verified first
-        residual_norm = cholesky.fit_target(active, target, draft.residuals[step])
-        if active.size[0] == len(active.coefficients) or residual_norm <= ZERO:
-            return True
-        _weigh(gram, work, step)
-        choice, correlation = candidate_list.best_candidate(
-            gram, active, work.candidates, draft.weights[step], draft.residuals[step], draft.errors[step]
-        )
-        draft.choices[step], draft.correlations[step] = choice, correlation
-        draft.length[0] += 1
-    return False
-
-
-@compiled
-def _weigh(gram: Gram, work: Workspace, step: int) -> None:
-    """Write the weights of the active atoms' rows of the matrix in a step's cosines, and the bound on the errors.
-
-    A cosine is the target's minus a weighted sum of entries of the matrix; the absolute weights add up to ``total``.
-    Each term was a sum of d float32 products, entries were rounded to 1 / UNIT, and the terms are added in float32.
-    """
-    draft, active = work.draft, work.active
-    size, total = active.size[0], 0.0
-    for slot in range(size):
-        weight = active.coefficients[slot] * gram.norms[active.support[slot]] * gram.largest_norm
-        total += abs(weight)
-        draft.weights[step, slot] = -weight / UNIT
-    draft.weights[step, size:] = 0
-    operations = draft.residuals.shape[1] + size + 32
-    draft.errors[step] = (1 + total) * operations * (ROUNDING / 2) + total * 0.5 / UNIT
-
-
-@compiled
-def _verify(inner: ndarray, gram: Gram, work: Workspace, threshold: float) -> int:
-    """Scan all atoms for the drafted steps and correct their choices.
-
-    The new candidates are the atoms whose correlation exceeds ``threshold`` times that of the last step's choice.
-    Returns the first step with a wrong choice, or the number of steps if there is none.
-    """
-    draft, active, candidates = work.draft, work.active, work.candidates
-    wrong = count = draft.length[0]
-    least = np.float32(threshold * draft.correlations[count - 1])
-    candidates.length[0] = 0
-    support, sums = active.support[: -(-active.size[0] // ROWS) * ROWS], work.sums[:count]
-    support[active.size[0] :] = active.support[0]  # padding to a multiple of ROWS, with weight 0
-    for start in range(0, len(inner), TILE):
-        _scan_tile(inner, gram.cosines, support, draft.weights, start, sums, work.rows)
-        inverse_norms = gram.inverse_norms[start : start + TILE]
-        for step in range(min(wrong + 1, count)):
-            correlation, error = draft.correlations[step], draft.errors[step]
-            if kernels.any_may_reach(sums[step], inverse_norms, correlation, error):
-                wrong = min(wrong, _correct(gram, draft, sums[step], step, start))
-        candidate_list.append_tile(gram, active, candidates, inner, sums[count - 1], start, least)
-        while candidates.length[0] > TILE:
-            mean = np.mean(candidates.correlations[: candidates.length[0]])
-            least = max(np.float32(1.1) * least, np.float32(0.5) * mean)
-            candidate_list.shorten(active, candidates, least)
-    return wrong
-
-
-@compiled
-def _scan_tile(
-    inner: ndarray, cosines: ndarray, support: ndarray, weights: ndarray, start: int, sums: ndarray, rows: ndarray
-) -> None:
-    """Compute the cosines ``sums`` (n, TILE) of the atoms from ``start`` on with the residual of each drafted step.
-
-    Takes individual arrays instead of their tuples, since passing tuples for every tile is slow.
-    """
-    count = len(sums)
-    for step in range(count):
-        kernels.copy_tile(inner[start : start + TILE], sums[step])
-    for slot in range(0, len(support), ROWS):
-        for row in range(ROWS):
-            kernels.widen_tile(cosines[support[slot + row], start : start + TILE], rows[row])
-        for step in range(0, count - 1, 2):
-            kernels.add_rows_to_two(sums[step], sums[step + 1], rows, weights, step, slot)
-        if count % 2:
-            kernels.add_rows_to_one(sums[count - 1], rows, weights, count - 1, slot)
-
-
-@compiled
-def _correct(gram: Gram, draft: Draft, cosines: ndarray, step: int, start: int) -> int:
-    """Replace a step's choice by a better atom of a tile; return the step, or the number of steps if there is none.
-
-    Atoms that the error bound does not exclude are correlated again in float64.
-    """
-    before, error = draft.choices[step], draft.errors[step]
-    for column in range(TILE):
-        atom = start + column
-        least = np.float32(draft.correlations[step]) * gram.inverse_norms[atom]
-        if abs(cosines[column]) + error >= least and atom < len(gram.atoms) and atom != draft.choices[step]:
-            correlation = exact_correlation(gram, atom, draft.residuals[step])
-            if candidate_list.beats(correlation, atom, draft.correlations[step], draft.choices[step]):
-                draft.correlations[step], draft.choices[step] = correlation, atom
-    return step if draft.choices[step] != before else draft.length[0]
+    def _report(self, thread: int, first: int, last: int) -> None:
+        """Report the targets solved by all threads, unfinished ones with their share of the steps."""
+        if self.progress is None:
+            return
+        status, verified = self.pursuits.status[first:last], self.pursuits.verified[first:last]
+        with self.lock:
+            self.unfinished[thread] = int((status != EMPTY).sum()) - float(verified[status != EMPTY].sum()) / self.k
+            taken = len(self.norms) - len(self.waiting)
+            solved = int(taken - sum(self.unfinished))
+            if solved > self.reported:
+                self.progress(solved - self.reported)
+                self.reported = solved

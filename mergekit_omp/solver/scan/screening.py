@@ -4,7 +4,6 @@ Letters in shapes: B targets, N atoms, G groups of M atoms, d dimensions, Q pair
 """
 
 import math
-from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -134,39 +133,8 @@ def _spans(ends: list[int], max_pairs: int) -> Iterator[tuple[int, int, int, int
         start, first = stop, ends[stop - 1]
 
 
-class Screen(ABC):
-    """Atoms (N, d) with a rounded copy that multiplies faster."""
-
-    def __init__(self, atoms: Tensor, norms: Tensor) -> None:
-        """Sort the atoms (N, d) by their norms (N,)."""
-        self.atoms, self.norms = atoms, norms
-        # Groups of atoms with similar norms: the bound of a group is about as tight as that of one atom.
-        order = norms.argsort(stable=True)
-        group = group_size(atoms.device)
-        empty = order.new_full((-len(order) % group,), -1)
-        self.order = torch.cat([empty, order]).view(-1, group).T.contiguous()
-        # Error of float32 sums of d products, relative to the norms of the factors.
-        self.summing = (atoms.shape[1] + 16) * ROUNDING
-
-    @abstractmethod
-    def scan(self, residuals: Tensor, norms: Tensor) -> Correlations:
-        """Estimate the correlations of residuals (B, d), with norms (B,) above zero, with all atoms."""
-
-    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield slices of places with the atoms (n, d) at these places, zero rows for padding."""
-        step = rows_at_a_time(self.atoms)
-        for start in range(0, self.order.numel(), step):
-            places = slice(start, start + step)
-            atoms = self.order.flatten()[places]
-            yield places, self.atoms[atoms] * (atoms >= 0)[:, None]
-
-    def _largest(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the largest norm (G,) and the largest ``loss`` (G,) of each group, given the loss of every place."""
-        return self.norms[self.order].amax(0), loss.view_as(self.order).amax(0)
-
-
-class FloatScreen(Screen):
-    """Atoms rounded to a floating dtype.
+class Screen:
+    """Atoms (N, d) with a copy, rounded to a floating dtype, that multiplies faster.
 
     A correlation ⟨r, a⟩ is estimated as ⟨r̂, â⟩. By the Cauchy-Schwarz inequality its error is at most
     ‖r - r̂‖ ‖a‖ + ‖r̂‖ ‖a - â‖, whatever the distribution of the rounding errors. Residuals are scaled to one norm and
@@ -175,7 +143,15 @@ class FloatScreen(Screen):
     """
 
     def __init__(self, atoms: Tensor, norms: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(atoms, norms)
+        """Sort the atoms (N, d) by their norms (N,), and round them."""
+        self.atoms, self.norms = atoms, norms
+        # Groups of atoms with similar norms: the bound of a group is about as tight as that of one atom.
+        order = norms.argsort(stable=True)
+        group = group_size(atoms.device)
+        empty = order.new_full((-len(order) % group,), -1)
+        self.order = torch.cat([empty, order]).view(-1, group).T.contiguous()
+        # Error of float32 sums of d products, relative to the norms of the factors.
+        self.summing = (atoms.shape[1] + 16) * ROUNDING
         # A power of two: rows that are bfloat16 in the checkpoint are then exact in every dtype.
         longest = max(norms.max().item(), SHORTEST)
         self._scale = 2.0 ** math.floor(math.log2(LENGTH / longest))
@@ -193,8 +169,20 @@ class FloatScreen(Screen):
         self._errors = (relative_error * self._scale * norm + length * loss + smallest)[None]
 
     def scan(self, residuals: Tensor, norms: Tensor) -> Correlations:
-        """See :meth:`Screen.scan`."""
+        """Estimate the correlations of residuals (B, d), with norms (B,) above zero, with all atoms."""
         unit = norms.clamp(min=SHORTEST).div_(LENGTH)
         rounded = torch.div(residuals, unit[:, None], out=torch.empty_like(residuals, dtype=self.rounded.dtype))
         values = (rounded @ self.rounded.T).unflatten(1, self.order.shape)
         return Correlations(values, self._errors, unit / self._scale, self.order)
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield slices of places with the atoms (n, d) at these places, zero rows for padding."""
+        step = rows_at_a_time(self.atoms)
+        for start in range(0, self.order.numel(), step):
+            places = slice(start, start + step)
+            atoms = self.order.flatten()[places]
+            yield places, self.atoms[atoms] * (atoms >= 0)[:, None]
+
+    def _largest(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the largest norm (G,) and the largest ``loss`` (G,) of each group, given the loss of every place."""
+        return self.norms[self.order].amax(0), loss.view_as(self.order).amax(0)

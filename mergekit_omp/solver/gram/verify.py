@@ -1,0 +1,204 @@
+"""Scan a strip of atoms for the drafted steps of many targets.
+
+The cosines of the scan, in 16-bit integers and float32, only exclude atoms, by a bound on their error. What the bound
+does not exclude is listed as a rival, and :mod:`mergekit_omp.solver.gram.propose` compares rivals in float64.
+
+Letters in shapes: T slots, n steps of a draft, k sparsity.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from mergekit_omp.solver.gram.kernels import (
+    any_exceeds,
+    any_may_reach,
+    compiled,
+    entry_point,
+    transpose,
+)
+from mergekit_omp.solver.gram.layout import STEPS, STRIP
+from mergekit_omp.solver.gram.matrix import Gram
+from mergekit_omp.solver.gram.propose import Workspace, compare_rivals
+from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
+from mergekit_omp.solver.gram.vectors import accumulate_four, accumulate_two
+
+GROUP = 32
+"""Atoms that are compared with the least correlation together; few groups contain a candidate."""
+
+
+@entry_point
+def mirror(gram: Gram, strip: int, first: int, last: int, below: ndarray) -> None:
+    """Write the rows of a half matrix's strip that are not stored: those of the atoms of strips ``first`` to ``last``.
+
+    ``below`` int16 (places,) holds the rows that follow those of the strip.
+    """
+    for other in range(max(first, strip + 1), last):
+        source, target = gram.starts[other] + strip * STRIP**2, (other - strip - 1) * STRIP**2
+        transpose(gram.cosines[source:], STRIP, below[target:], STRIP, STRIP)
+
+
+@entry_point
+def verify(
+    gram: Gram,
+    first_strip: int,
+    last_strip: int,
+    below: ndarray,
+    pursuits: Pursuits,
+    first: int,
+    last: int,
+    work: Workspace,
+) -> None:
+    """Scan strips for the drafts in slots ``first`` to ``last``; list rivals of the choices, and new candidates."""
+    for slot in range(first, last):
+        if pursuits.status[slot] == DRAFTED:
+            for strip in range(first_strip, last_strip):
+                _verify_strip(gram, strip, below, pursuits, slot, work)
+
+
+@compiled
+def _verify_strip(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, work: Workspace) -> None:
+    start, sums, stored = strip * STRIP, work.sums, len(gram.atoms)
+    if gram.half:
+        stored = min(stored, start + STRIP)
+    rows = Rows(gram.cosines[gram.starts[strip] :], gram.stride, stored, below)
+    inverse_norms, norms = gram.inverse_norms[start : start + STRIP], gram.norms[start : start + STRIP]
+    count = pursuits.scanned[slot]
+    size = pursuits.verified[slot] + count - 1
+    support, inner = pursuits.support[slot], pursuits.inner[slot, start : start + STRIP]
+    _scan(rows, support, size, pursuits.weights[slot], inner, count, sums, work.places)
+    correlations, errors = pursuits.correlations[slot], pursuits.errors[slot]
+    for step in range(count):
+        if step < pursuits.scanned[slot] and any_may_reach(
+            sums[step], inverse_norms, np.float32(correlations[step]), errors[step]
+        ):
+            _list_rivals(gram, pursuits, slot, step, start, sums[step], work)
+    if any_exceeds(sums[count - 1], norms, pursuits.least[slot]):
+        _list_candidates(rows, pursuits, slot, size, start, sums[count - 1], norms)
+
+
+class Rows(NamedTuple):
+    """Rows of a strip: the first ``stored`` ones lie ``stride`` places apart, the others are all ``below``."""
+
+    above: ndarray
+    stride: int
+    stored: int
+    below: ndarray
+
+
+@compiled
+def _row(rows: Rows, atom: int) -> ndarray:
+    if atom < rows.stored:
+        return rows.above[atom * rows.stride : atom * rows.stride + STRIP]
+    place = (atom - rows.stored) * STRIP
+    return rows.below[place : place + STRIP]
+
+
+@compiled
+def _scan(
+    rows: Rows,
+    support: ndarray,
+    size: int,
+    weights: ndarray,
+    inner: ndarray,
+    count: int,
+    sums: ndarray,
+    places: ndarray,
+) -> None:
+    """Compute the cosines ``sums`` (n, STRIP) of a strip of atoms with the residuals of ``count`` steps."""
+    for slot in range(size):
+        places[slot] = _row(rows, support[slot]).ctypes.data
+    for step in range(0, count, STEPS):
+        if count - step > 2:
+            for column in range(0, STRIP, 16):
+                accumulate_four(places, size, inner, weights, sums, step, column)
+        else:
+            for column in range(0, STRIP, 32):
+                accumulate_two(places, size, inner, weights, sums, step, column)
+
+
+@compiled
+def _list_rivals(
+    gram: Gram, pursuits: Pursuits, slot: int, step: int, start: int, cosines: ndarray, work: Workspace
+) -> None:
+    """List the atoms of a strip that the error bound does not exclude from being better than the choice of a step.
+
+    Steps after one that is certainly wrong are not scanned any more.
+    """
+    correlation, error = np.float32(pursuits.correlations[slot, step]), pursuits.errors[slot, step]
+    for column in range(STRIP):
+        atom = start + column
+        least = correlation * gram.inverse_norms[atom]
+        if abs(cosines[column]) + error >= least and atom != pursuits.choices[slot, step] and atom < len(gram.atoms):
+            if pursuits.rivals[slot] == pursuits.rival_atoms.shape[1]:
+                compare_rivals(gram, pursuits, slot, work)
+            place = pursuits.rivals[slot]
+            pursuits.rival_atoms[slot, place], pursuits.rival_steps[slot, place] = atom, step
+            pursuits.rivals[slot] += 1
+            if abs(cosines[column]) - error > least:
+                pursuits.scanned[slot] = min(pursuits.scanned[slot], step + 1)
+
+
+@compiled
+def _list_candidates(
+    rows: Rows,
+    pursuits: Pursuits,
+    slot: int,
+    size: int,
+    start: int,
+    cosines: ndarray,
+    norms: ndarray,
+) -> None:
+    """Add the atoms of a strip whose correlation is high enough; raise what is enough when the list is full."""
+    atoms, estimates, found = pursuits.candidates[slot], pursuits.estimates[slot], pursuits.found[slot]
+    first = listed = pursuits.listed[slot]
+    least, room = pursuits.least[slot], len(atoms)
+    for left in range(0, STRIP, GROUP):
+        excess = np.float32(0)
+        for column in range(left, left + GROUP):
+            excess += max(abs(cosines[column]) * norms[column] - least, np.float32(0))
+        if not excess > 0:
+            continue
+        if listed > room - GROUP:
+            _copy_cosines(rows, pursuits.support[slot], size, start, atoms, first, listed, found)
+            mean = np.mean(estimates[:listed])
+            least = max(np.float32(1.1) * least, np.float32(0.5) * mean)
+            first = listed = _shorten(atoms, estimates, found, size, listed, least)
+        for column in range(left, left + GROUP):
+            estimate = abs(cosines[column]) * norms[column]
+            atoms[listed], estimates[listed] = start + column, estimate
+            listed += estimate > least
+    _copy_cosines(rows, pursuits.support[slot], size, start, atoms, first, listed, found)
+    pursuits.listed[slot], pursuits.least[slot] = listed, least
+
+
+@compiled
+def _copy_cosines(
+    rows: Rows,
+    support: ndarray,
+    size: int,
+    start: int,
+    atoms: ndarray,
+    first: int,
+    last: int,
+    found: ndarray,
+) -> None:
+    """Copy the cosines of candidates ``first`` to ``last``, all of this strip, with the support."""
+    for place in range(size if first < last else 0):
+        row, copies = _row(rows, support[place]), found[place]
+        for candidate in range(first, last):
+            copies[candidate] = row[atoms[candidate] - start]
+
+
+@compiled
+def _shorten(atoms: ndarray, estimates: ndarray, found: ndarray, size: int, listed: int, least: np.floating) -> int:
+    """Keep the candidates whose correlation exceeds ``least``, but always leave room; return their number."""
+    kept = 0
+    for candidate in range(listed):
+        if estimates[candidate] > least and kept < len(atoms) - 2 * GROUP:
+            atoms[kept], estimates[kept] = atoms[candidate], estimates[candidate]
+            for place in range(size):
+                found[place, kept] = found[place, candidate]
+            kept += 1
+    return kept
