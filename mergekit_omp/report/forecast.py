@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -218,9 +218,12 @@ def _tied(config: PretrainedConfig) -> bool:
 
 
 def _timed(solve: Solve, device: str | None) -> Solve:
-    """Time a few random targets against as many random atoms as is fast, and extrapolate."""
+    """Time a few random targets, or the products that a Gram matrix takes as long as, and extrapolate."""
     if not solve.dim:
         return solve
+    plan = _plan(solve, torch.device(device or "cpu"))
+    if plan.method == "gram":
+        return replace(solve, seconds=solve.matrices * plan.products / _products_a_second(solve.dim))
     numbers = _PROBE_NUMBERS_ON_CPU if torch.device(device or "cpu").type == "cpu" else _PROBE_NUMBERS
     atoms = max(solve.k, min(solve.atoms, numbers // solve.dim))
     generator = torch.Generator().manual_seed(0)
@@ -235,9 +238,20 @@ def _timed(solve: Solve, device: str | None) -> Solve:
         seconds(1)  # warm-up
         one, many = seconds(1), seconds(_PROBE_TARGETS)  # both include the same setup time
     per_target = max(0.0, many - one) / (_PROBE_TARGETS - 1)
-    # The probe is too small for a Gram matrix.
-    scale = solve.matrices * solve.atoms / atoms / _plan(solve, rows.device).speedup
-    return Solve(**asdict(solve) | {"seconds": (one + per_target * solve.targets) * scale})
+    scale = solve.matrices * solve.atoms / atoms
+    return replace(solve, seconds=(one + per_target * solve.targets) * scale)
+
+
+def _products_a_second(dim: int) -> float:
+    """Measure the rate of a float32 matrix product on the CPU."""
+    rows = torch.randn(max(1, _PROBE_NUMBERS_ON_CPU // dim), dim, generator=torch.Generator().manual_seed(0))
+    few = rows[:_PROBE_TARGETS]
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        few @ rows.T
+        times.append(time.perf_counter() - started)
+    return few.numel() * len(rows) / min(times)
 
 
 @contextmanager
