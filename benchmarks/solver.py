@@ -210,8 +210,8 @@ def measure(method: str, case: Case) -> Result:
     if not on_gpu and (search := load_gram_search()) is not None:
         from mergekit_omp.solver.gram.matrix import build_gram
 
-        gram = build_gram(atoms[:64], atoms[:64].norm(dim=1), threads=1)
-        search.solve_by_gram(targets[:2], gram, 2)  # numba compiles once per installation
+        gram = build_gram(atoms[:64], atoms[:64].norm(dim=1), threads=1, half=False)
+        search.solve_by_gram(targets[:2], gram, 2, slots=2, threads=1)  # numba compiles once per installation
     run = METHODS[method](atoms, targets, case.k)
     before = start_of_peak(on_gpu)
     start = time.perf_counter()
