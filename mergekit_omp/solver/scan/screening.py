@@ -14,9 +14,6 @@ from torch import Tensor
 from mergekit_omp.solver.least_squares import rows_at_a_time
 from mergekit_omp.solver.tolerances import ROUNDING
 
-TINY = 1e-37
-"""Added to squared errors so that none is rounded to zero."""
-
 SHORTEST = 1e-30
 """Smallest norm used for scaling; shorter rows are scaled as if they had it."""
 
@@ -38,7 +35,7 @@ class Correlations:
 
     Attributes:
         values: (B, M, G) of a floating dtype; signs may be dropped.
-        errors: float32 (B, G), the bound for all atoms of a group; (1, G) if it is the same for all residuals.
+        errors: float32 (1, G), the bound for all atoms of a group, the same for all residuals.
         unit: float32 (B,), unit of the values of each residual.
         order: int64 (M, G), the atom at each place, -1 for padding.
     """
@@ -151,7 +148,7 @@ class Screen:
         empty = order.new_full((-len(order) % group,), -1)
         self.order = torch.cat([empty, order]).view(-1, group).T.contiguous()
         # Error of float32 sums of d products, relative to the norms of the factors.
-        self.summing = (atoms.shape[1] + 16) * ROUNDING
+        summing = (atoms.shape[1] + 16) * ROUNDING
         # A power of two: rows that are bfloat16 in the checkpoint are then exact in every dtype.
         longest = max(norms.max().item(), SHORTEST)
         self._scale = 2.0 ** math.floor(math.log2(LENGTH / longest))
@@ -161,11 +158,11 @@ class Screen:
             part.mul_(self._scale)
             self.rounded[places] = part
             loss[places] = (part - self.rounded[places]).norm(dim=1)
-        norm, loss = self._largest(loss)
+        norm, loss = norms[self.order].amax(0), loss.view_as(self.order).amax(0)
         finfo = torch.finfo(dtype)
         smallest = finfo.smallest_normal * finfo.eps  # absolute error of numbers near 0
         length = 1.001 * LENGTH  # upper bound on the norm of rounded residuals
-        relative_error = length * (finfo.eps / 2 + self.summing) + math.sqrt(atoms.shape[1]) * smallest
+        relative_error = length * (finfo.eps / 2 + summing) + math.sqrt(atoms.shape[1]) * smallest
         self._errors = (relative_error * self._scale * norm + length * loss + smallest)[None]
 
     def scan(self, residuals: Tensor, norms: Tensor) -> Correlations:
@@ -182,7 +179,3 @@ class Screen:
             places = slice(start, start + step)
             atoms = self.order.flatten()[places]
             yield places, self.atoms[atoms] * (atoms >= 0)[:, None]
-
-    def _largest(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the largest norm (G,) and the largest ``loss`` (G,) of each group, given the loss of every place."""
-        return self.norms[self.order].amax(0), loss.view_as(self.order).amax(0)
