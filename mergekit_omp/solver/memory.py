@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from mergekit_omp.solver.control_groups import free_in_control_groups
-from mergekit_omp.solver.gram.layout import BLOCK, STRIP, matrix_places, padded
+from mergekit_omp.solver.gram.layout import STRIP, matrix_places, padded
 from mergekit_omp.solver.gram.state import LISTED, PART, slot_bytes
 from mergekit_omp.solver.least_squares import block_values
 from mergekit_omp.solver.scan.fixed_shape import CROWDED_SHARE, PLACES
@@ -107,7 +107,7 @@ def gram_matrix_bytes(shape: ProblemShape, threads: int, *, half: bool) -> int:
     """Return the memory of a whole or half Gram matrix and its atoms, including buffers while it is built."""
     _, atoms, dim, _ = shape
     matrix = 2 * matrix_places(atoms, half)[-1] + (4 * STRIP * padded(atoms) if half else 0)
-    return matrix + 8 * dim * atoms + 32 * atoms + threads * 4 * BLOCK * (2 * BLOCK + 2 * dim)
+    return matrix + 8 * dim * atoms + 32 * atoms + threads * 4 * STRIP * (2 * STRIP + 2 * dim)
 
 
 def gram_slots(budget: int, shape: ProblemShape, threads: int, *, half: bool) -> int:
@@ -117,7 +117,7 @@ def gram_slots(budget: int, shape: ProblemShape, threads: int, *, half: bool) ->
     """
     targets, atoms, dim, k = shape
     room = budget - gram_matrix_bytes(shape, threads, half=half)
-    room -= threads * (k * (4 * dim + 4 * LISTED) + PART * (4 * BLOCK + 2 * padded(atoms) + 20 * dim) + 2**20)
+    room -= threads * (k * (4 * dim + 4 * LISTED) + PART * (4 * STRIP + 2 * padded(atoms) + 20 * dim) + 2**20)
     room -= targets * (12 * k + 24)
     slots = min(SLOTS_OF_HALF if half else SLOTS * threads, targets, room // slot_bytes(atoms, dim, k))
     return slots if slots >= min(FEWEST_OF_HALF if half else threads, targets) else 0

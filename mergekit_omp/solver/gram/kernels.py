@@ -39,25 +39,21 @@ def _digest_of_sources() -> str:
 
 
 @entry_point
-def store_block(
-    product: ndarray, row: int, column: int, cosines: ndarray, starts: ndarray, stride: int, half: bool
+def store_square(
+    product: ndarray, row: int, strip: int, cosines: ndarray, starts: ndarray, stride: int, half: bool
 ) -> None:
-    """Round a block of the matrix, on or above the diagonal, to integers and write it; in a whole matrix, also below.
+    """Round STRIP rows of a strip, from ``row`` on, to integers and write them; in a whole matrix, their mirror too.
 
     ``starts`` are the places of the strips, in which rows follow each other after ``stride`` places.
     """
     height, width = product.shape
-    for left in range(0, width, STRIP):
-        strip, count = (column + left) // STRIP, min(STRIP, width - left)
-        for i in range(min(height, (strip + 1) * STRIP - row) if half else height):
-            place = starts[strip] + (row + i) * stride
-            for j in range(count):
-                cosines[place + j] = np.int16(np.floor(product[i, left + j] + np.float32(0.5)))
-        if not half and row != column:
-            for top in range(0, height, STRIP):
-                source = starts[strip] + (row + top) * stride
-                target = starts[(row + top) // STRIP] + (column + left) * stride
-                transpose(cosines[source:], stride, cosines[target:], stride, count)
+    first = starts[strip] + row * stride
+    for i in range(height):
+        for j in range(width):
+            cosines[first + i * stride + j] = np.int16(np.floor(product[i, j] + np.float32(0.5)))
+    if not half and row != strip * STRIP:
+        mirror = starts[row // STRIP] + strip * STRIP * stride
+        transpose(cosines[first:], stride, cosines[mirror:], stride, width)
 
 
 @compiled
@@ -106,13 +102,4 @@ def any_may_reach(cosines: ndarray, inverse_norms: ndarray, correlation: np.floa
     excess = np.float32(0)
     for column in range(STRIP):
         excess += max(abs(cosines[column]) + error - correlation * inverse_norms[column], np.float32(0))
-    return bool(excess > 0)
-
-
-@compiled
-def any_exceeds(cosines: ndarray, norms: ndarray, least: np.floating) -> bool:
-    """Tell whether the estimated correlation of any atom of a strip exceeds ``least``."""
-    excess = np.float32(0)
-    for column in range(STRIP):
-        excess += max(abs(cosines[column]) * norms[column] - least, np.float32(0))
     return bool(excess > 0)

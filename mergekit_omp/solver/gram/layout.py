@@ -1,4 +1,4 @@
-"""Define the memory layout of the Gram matrix: units, strips and blocks. Imports without numba.
+"""Define the memory layout of the Gram matrix: its unit and its strips. Imports without numba.
 
 The matrix is symmetric. A whole matrix is stored row by row. A half matrix is stored in strips of columns, each with
 its rows one after the other, but only with the rows up to its own last column: all pairs of atoms are stored once.
@@ -8,12 +8,8 @@ UNIT = 32_000
 """The 16-bit integer that stands for a cosine of 1; rounding may exceed it a little."""
 
 STRIP = 1024
-"""Atoms that are scanned together: their correlations after several steps fit into the L1 cache, and the runs of a
-row are long enough for the memory."""
-
-BLOCK = 1024
-"""Rows and columns of the matrix that are computed together: a multiple of STRIP."""
-
+"""Atoms that are scanned together, and rows and columns of the matrix that are computed together. The correlations of
+a strip after several steps fit into the L1 cache, and the runs of a row are long enough for the memory."""
 
 STEPS = 4
 """Steps of a draft whose correlations are computed together."""

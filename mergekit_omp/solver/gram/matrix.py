@@ -13,8 +13,8 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from mergekit_omp.solver.gram.kernels import compiled, store_block
-from mergekit_omp.solver.gram.layout import BLOCK, STRIP, UNIT, matrix_places, padded
+from mergekit_omp.solver.gram.kernels import compiled, store_square
+from mergekit_omp.solver.gram.layout import STRIP, UNIT, matrix_places, padded
 from mergekit_omp.solver.threads import map_in_threads
 
 NO_ATOM = 1e30
@@ -50,8 +50,8 @@ class Gram(NamedTuple):
         atoms, norms = torch.from_numpy(self.atoms), torch.from_numpy(self.norms[:count])
         scale = (UNIT / (norms * self.largest_norm)).where(norms > 0, torch.zeros_like(norms))
         cosines = targets.new_zeros(len(targets), len(self.norms), dtype=torch.int16)
-        for start in range(0, count, BLOCK):
-            part = slice(start, min(start + BLOCK, count))
+        for start in range(0, count, STRIP):
+            part = slice(start, min(start + STRIP, count))
             cosines[:, part] = (targets @ atoms[part].T).mul_(scale[part]).round_()
         return cosines
 
@@ -77,14 +77,14 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gra
     cosines = np.empty(starts[-1], np.int16)
 
     def unit_rows(start: int) -> Tensor:
-        return atoms[start : start + BLOCK] * scale[start : start + BLOCK]
+        return atoms[start : start + STRIP] * scale[start : start + STRIP]
 
-    def fill_block(corner: tuple[int, int]) -> None:
+    def fill_square(corner: tuple[int, int]) -> None:
         row, column = corner
         product = (unit_rows(row) @ unit_rows(column).T).mul_(UNIT)
-        store_block(product.numpy(), row, column, cosines, starts, stride, half)
+        store_square(product.numpy(), row, column // STRIP, cosines, starts, stride, half)
 
-    blocks = range(0, count, BLOCK)
-    map_in_threads(fill_block, [(row, column) for row in blocks for column in blocks if row <= column], threads)
+    firsts = range(0, count, STRIP)
+    map_in_threads(fill_square, [(row, column) for row in firsts for column in firsts if row <= column], threads)
     inverse = (UNIT / relative).clamp(max=NO_ATOM)
     return Gram(atoms.contiguous().numpy(), largest, relative.numpy(), inverse.numpy(), half, starts, stride, cosines)

@@ -99,12 +99,10 @@ def advance(
 
 @compiled
 def compare_rivals(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -> None:
-    """Replace choices of a draft by better rivals, and empty the list of rivals."""
+    """Replace choices of a draft by better rivals, and empty the list of rivals; the support's atoms are loaded."""
     fitted, residual = -1, work.residual
     for place in range(pursuits.rivals[slot]):
         atom, step = pursuits.rival_atoms[slot, place], pursuits.rival_steps[slot, place]
-        if fitted < 0:
-            _load_atoms(gram, pursuits, slot, work)
         if step != fitted:
             size = pursuits.verified[slot] + step
             fit_target(_fit(pursuits, slot, work), pursuits.targets[slot], size, residual)
@@ -121,7 +119,8 @@ def _fit(pursuits: Pursuits, slot: int, work: Workspace) -> Fit:
 
 
 @compiled
-def _load_atoms(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -> None:
+def load_atoms(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -> None:
+    """Copy the atoms of a slot's support, those of the draft included, into the workspace."""
     for place in range(pursuits.size[slot]):
         work.atoms[place] = gram.atoms[pursuits.support[slot, place]]
 
@@ -130,24 +129,18 @@ def _load_atoms(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -> N
 def start(gram: Gram, pursuits: Pursuits, slots: ndarray) -> None:
     """Draft the first step of the new targets in ``slots``: the best atom for each."""
     for slot in slots:
-        _start(gram, pursuits, slot)
-
-
-@compiled
-def _start(gram: Gram, pursuits: Pursuits, slot: int) -> None:
-    pursuits.status[slot] = DRAFTED
-    pursuits.size[slot], pursuits.verified[slot], pursuits.complete[slot] = 0, 0, False
-    pursuits.threshold[slot] = FIRST_THRESHOLD
-    inner, best, highest = pursuits.inner[slot], 0, np.float32(-1)
-    for atom in range(len(inner)):
-        correlation = abs(np.float32(inner[atom])) * gram.norms[atom]
-        if correlation > highest:
-            best, highest = atom, correlation
-    best = min(best, len(gram.atoms) - 1)
-    _weigh(gram, pursuits, slot, 0, 0, inner[:0].astype(np.float64))
-    pursuits.choices[slot, 0] = best
-    pursuits.correlations[slot, 0] = exact_correlation(gram, best, pursuits.targets[slot])
-    _expect_scan(pursuits, slot, 1)
+        pursuits.status[slot] = DRAFTED
+        pursuits.size[slot], pursuits.verified[slot], pursuits.complete[slot] = 0, 0, False
+        pursuits.threshold[slot] = FIRST_THRESHOLD
+        inner, best, highest = pursuits.inner[slot], 0, np.float32(-1)
+        for atom in range(len(gram.atoms)):
+            correlation = abs(np.float32(inner[atom])) * gram.norms[atom]
+            if correlation > highest:
+                best, highest = atom, correlation
+        _weigh(gram, pursuits, slot, 0, 0, pursuits.solved[slot])
+        pursuits.choices[slot, 0] = best
+        pursuits.correlations[slot, 0] = exact_correlation(gram, best, pursuits.targets[slot])
+        _expect_scan(pursuits, slot, 1)
 
 
 @compiled
@@ -164,7 +157,7 @@ def _advance_one(
     gram: Gram, pursuits: Pursuits, slot: int, most_steps: int, list_length: int, work: Workspace
 ) -> bool:
     """Decide what the scan has left open, and draft the next steps; return whether the pursuit is complete."""
-    _load_atoms(gram, pursuits, slot, work)
+    load_atoms(gram, pursuits, slot, work)
     compare_rivals(gram, pursuits, slot, work)
     support, choices, before = pursuits.support[slot], pursuits.choices[slot], pursuits.size[slot]
     scanned, length, verified = pursuits.scanned[slot], pursuits.length[slot], pursuits.verified[slot]

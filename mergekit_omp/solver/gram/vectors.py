@@ -14,6 +14,9 @@ from numba.extending import intrinsic
 SIDE = 16
 """Rows and columns that are transposed in registers."""
 
+WIDTH_OF_FOUR, WIDTH_OF_TWO = 16, 32
+"""Columns whose sums for four and for two steps fit into the registers of a CPU with vectors of 256 bits."""
+
 CONTRACT = ("contract",)
 """A product and a sum may be rounded once, together."""
 
@@ -111,5 +114,5 @@ def _transpose_square(
 
 
 transpose_square: Any = _transpose_square
-accumulate_four = make_accumulate(4, 16)
-accumulate_two = make_accumulate(2, 32)
+accumulate_four = make_accumulate(4, WIDTH_OF_FOUR)
+accumulate_two = make_accumulate(2, WIDTH_OF_TWO)

@@ -12,7 +12,6 @@ import numpy as np
 from numpy import ndarray
 
 from mergekit_omp.solver.gram.kernels import (
-    any_exceeds,
     any_may_reach,
     compiled,
     entry_point,
@@ -20,9 +19,9 @@ from mergekit_omp.solver.gram.kernels import (
 )
 from mergekit_omp.solver.gram.layout import STEPS, STRIP
 from mergekit_omp.solver.gram.matrix import Gram
-from mergekit_omp.solver.gram.propose import Workspace, compare_rivals
+from mergekit_omp.solver.gram.propose import Workspace, compare_rivals, load_atoms
 from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
-from mergekit_omp.solver.gram.vectors import accumulate_four, accumulate_two
+from mergekit_omp.solver.gram.vectors import WIDTH_OF_FOUR, WIDTH_OF_TWO, accumulate_four, accumulate_two
 
 GROUP = 32
 """Atoms that are compared with the least correlation together; few groups contain a candidate."""
@@ -32,9 +31,9 @@ GROUP = 32
 def mirror(gram: Gram, strip: int, first: int, last: int, below: ndarray) -> None:
     """Write the rows of a half matrix's strip that are not stored: those of the atoms of strips ``first`` to ``last``.
 
-    ``below`` int16 (places,) holds the rows that follow those of the strip.
+    ``first`` is above ``strip``, and ``below`` int16 (places,) holds the rows that follow those of the strip.
     """
-    for other in range(max(first, strip + 1), last):
+    for other in range(first, last):
         source, target = gram.starts[other] + strip * STRIP**2, (other - strip - 1) * STRIP**2
         transpose(gram.cosines[source:], STRIP, below[target:], STRIP, STRIP)
 
@@ -74,8 +73,7 @@ def _verify_strip(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, sl
             sums[step], inverse_norms, np.float32(correlations[step]), errors[step]
         ):
             _list_rivals(gram, pursuits, slot, step, start, sums[step], work)
-    if any_exceeds(sums[count - 1], norms, pursuits.least[slot]):
-        _list_candidates(rows, pursuits, slot, size, start, sums[count - 1], norms)
+    _list_candidates(rows, pursuits, slot, size, start, sums[count - 1], norms)
 
 
 class Rows(NamedTuple):
@@ -111,10 +109,10 @@ def _scan(
         places[slot] = _row(rows, support[slot]).ctypes.data
     for step in range(0, count, STEPS):
         if count - step > 2:
-            for column in range(0, STRIP, 16):
+            for column in range(0, STRIP, WIDTH_OF_FOUR):
                 accumulate_four(places, size, inner, weights, sums, step, column)
         else:
-            for column in range(0, STRIP, 32):
+            for column in range(0, STRIP, WIDTH_OF_TWO):
                 accumulate_two(places, size, inner, weights, sums, step, column)
 
 
@@ -132,6 +130,7 @@ def _list_rivals(
         least = correlation * gram.inverse_norms[atom]
         if abs(cosines[column]) + error >= least and atom != pursuits.choices[slot, step] and atom < len(gram.atoms):
             if pursuits.rivals[slot] == pursuits.rival_atoms.shape[1]:
+                load_atoms(gram, pursuits, slot, work)
                 compare_rivals(gram, pursuits, slot, work)
             place = pursuits.rivals[slot]
             pursuits.rival_atoms[slot, place], pursuits.rival_steps[slot, place] = atom, step
