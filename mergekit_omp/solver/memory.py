@@ -106,7 +106,8 @@ def scan_chunk(
 def gram_matrix_bytes(shape: ProblemShape, threads: int, *, half: bool) -> int:
     """Return the memory of a whole or half Gram matrix and its atoms, including buffers while it is built."""
     _, atoms, dim, _ = shape
-    matrix = 2 * matrix_places(atoms, half)[-1] + (4 * STRIP * padded(atoms) if half else 0)
+    places, stride = matrix_places(atoms, half)
+    matrix = 2 * places[-1] + (4 * stride * padded(atoms) if half else 0)
     return matrix + 8 * dim * atoms + 32 * atoms + threads * 4 * STRIP * (2 * STRIP + 2 * dim)
 
 

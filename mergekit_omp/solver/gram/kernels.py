@@ -60,9 +60,10 @@ def store_square(
 def transpose(source: ndarray, stride: int, out: ndarray, out_stride: int, count: int) -> None:
     """Transpose STRIP rows and the first ``count`` columns of a strip, each a row of the result."""
     whole = count - count % SIDE
-    for top in range(0, STRIP, SIDE):
+    for top in range(0, STRIP, 2 * SIDE):  # a line of the cache has room for two
         for left in range(0, whole, SIDE):
-            transpose_square(source, stride, out, out_stride, top * stride + left, left * out_stride + top)
+            for row in range(top, top + 2 * SIDE, SIDE):
+                transpose_square(source, stride, out, out_stride, row * stride + left, left * out_stride + row)
     for column in range(whole, count):
         for row in range(STRIP):
             out[column * out_stride + row] = source[row * stride + column]

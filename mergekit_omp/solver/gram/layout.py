@@ -11,6 +11,9 @@ STRIP = 1024
 """Atoms that are scanned together, and rows and columns of the matrix that are computed together. The correlations of
 a strip after several steps fit into the L1 cache, and the runs of a row are long enough for the memory."""
 
+GAP = 32
+"""Unused places after each row: in an L1 cache, rows that lie a multiple of 4,096 bytes apart displace each other."""
+
 STEPS = 4
 """Steps of a draft whose correlations are computed together."""
 
@@ -20,12 +23,13 @@ def padded(atoms: int) -> int:
     return -(-atoms // STRIP) * STRIP
 
 
-def matrix_places(atoms: int, half: bool) -> list[int]:
-    """Return the place where each strip begins, and the number of places of the matrix."""
+def matrix_places(atoms: int, half: bool) -> tuple[list[int], int]:
+    """Return the places where the strips begin and the last one ends, and how far rows of a strip lie apart."""
     width = padded(atoms)
     if not half:
-        return [*range(0, width, STRIP), atoms * width]
-    starts = [0]
+        stride = width + GAP
+        return [*range(0, width, STRIP), atoms * stride], stride
+    stride, starts = STRIP + GAP, [0]
     for end in range(STRIP, width + 1, STRIP):
-        starts.append(starts[-1] + end * STRIP)
-    return starts
+        starts.append(starts[-1] + end * stride)
+    return starts, stride

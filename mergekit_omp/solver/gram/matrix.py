@@ -72,7 +72,8 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gra
     relative = torch.zeros(width)
     relative[:count] = (norms / largest) * known
     scale = (1 / norms).where(known, torch.zeros_like(norms))[:, None]
-    starts, stride = np.array(matrix_places(count, half)), STRIP if half else width
+    places, stride = matrix_places(count, half)
+    starts = np.array(places)
     # numpy requests huge pages, so that rows that are read together lie on fewer pages.
     cosines = np.empty(starts[-1], np.int16)
 

@@ -6,8 +6,6 @@ does not exclude is listed as a rival, and :mod:`mergekit_omp.solver.gram.propos
 Letters in shapes: T slots, n steps of a draft, k sparsity.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy import ndarray
 
@@ -21,7 +19,14 @@ from mergekit_omp.solver.gram.layout import STEPS, STRIP
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.propose import Workspace, compare_rivals, load_atoms
 from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
-from mergekit_omp.solver.gram.vectors import WIDTH_OF_FOUR, WIDTH_OF_TWO, accumulate_four, accumulate_two
+from mergekit_omp.solver.gram.vectors import (
+    WIDTH_OF_FOUR,
+    WIDTH_OF_TWO,
+    accumulate_four,
+    accumulate_two,
+    address,
+    integer_at,
+)
 
 GROUP = 32
 """Atoms that are compared with the least correlation together; few groups contain a candidate."""
@@ -34,8 +39,9 @@ def mirror(gram: Gram, strip: int, first: int, last: int, below: ndarray) -> Non
     ``first`` is above ``strip``, and ``below`` int16 (places,) holds the rows that follow those of the strip.
     """
     for other in range(first, last):
-        source, target = gram.starts[other] + strip * STRIP**2, (other - strip - 1) * STRIP**2
-        transpose(gram.cosines[source:], STRIP, below[target:], STRIP, STRIP)
+        source = gram.starts[other] + strip * STRIP * gram.stride
+        target = (other - strip - 1) * STRIP * gram.stride
+        transpose(gram.cosines[source:], gram.stride, below[target:], gram.stride, STRIP)
 
 
 @entry_point
@@ -58,55 +64,35 @@ def verify(
 
 @compiled
 def _verify_strip(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, work: Workspace) -> None:
-    start, sums, stored = strip * STRIP, work.sums, len(gram.atoms)
-    if gram.half:
-        stored = min(stored, start + STRIP)
-    rows = Rows(gram.cosines[gram.starts[strip] :], gram.stride, stored, below)
+    start, sums, places = strip * STRIP, work.sums, work.places
     inverse_norms, norms = gram.inverse_norms[start : start + STRIP], gram.norms[start : start + STRIP]
     count = pursuits.scanned[slot]
     size = pursuits.verified[slot] + count - 1
     support, inner = pursuits.support[slot], pursuits.inner[slot, start : start + STRIP]
-    _scan(rows, support, size, pursuits.weights[slot], inner, count, sums, work.places)
+    _locate(gram, strip, below, support, size, places)
+    _scan(places, size, pursuits.weights[slot], inner, count, sums)
     correlations, errors = pursuits.correlations[slot], pursuits.errors[slot]
     for step in range(count):
         if step < pursuits.scanned[slot] and any_may_reach(
             sums[step], inverse_norms, np.float32(correlations[step]), errors[step]
         ):
             _list_rivals(gram, pursuits, slot, step, start, sums[step], work)
-    _list_candidates(rows, pursuits, slot, size, start, sums[count - 1], norms)
-
-
-class Rows(NamedTuple):
-    """Rows of a strip: the first ``stored`` ones lie ``stride`` places apart, the others are all ``below``."""
-
-    above: ndarray
-    stride: int
-    stored: int
-    below: ndarray
+    _list_candidates(places, pursuits, slot, size, start, sums[count - 1], norms)
 
 
 @compiled
-def _row(rows: Rows, atom: int) -> ndarray:
-    if atom < rows.stored:
-        return rows.above[atom * rows.stride : atom * rows.stride + STRIP]
-    place = (atom - rows.stored) * STRIP
-    return rows.below[place : place + STRIP]
-
-
-@compiled
-def _scan(
-    rows: Rows,
-    support: ndarray,
-    size: int,
-    weights: ndarray,
-    inner: ndarray,
-    count: int,
-    sums: ndarray,
-    places: ndarray,
-) -> None:
-    """Compute the cosines ``sums`` (n, STRIP) of a strip of atoms with the residuals of ``count`` steps."""
+def _locate(gram: Gram, strip: int, below: ndarray, support: ndarray, size: int, places: ndarray) -> None:
+    """Write the addresses of the support's rows in a strip to ``places`` (k,)."""
+    above, missing, row_bytes = address(gram.cosines, gram.starts[strip]), address(below, 0), 2 * gram.stride
+    stored = (strip + 1) * STRIP if gram.half else len(gram.atoms)
     for slot in range(size):
-        places[slot] = _row(rows, support[slot]).ctypes.data
+        atom = support[slot]
+        places[slot] = above + atom * row_bytes if atom < stored else missing + (atom - stored) * row_bytes
+
+
+@compiled
+def _scan(places: ndarray, size: int, weights: ndarray, inner: ndarray, count: int, sums: ndarray) -> None:
+    """Compute the cosines ``sums`` (n, STRIP) of a strip of atoms with the residuals of ``count`` steps."""
     for step in range(0, count, STEPS):
         if count - step > 2:
             for column in range(0, STRIP, WIDTH_OF_FOUR):
@@ -141,7 +127,7 @@ def _list_rivals(
 
 @compiled
 def _list_candidates(
-    rows: Rows,
+    places: ndarray,
     pursuits: Pursuits,
     slot: int,
     size: int,
@@ -160,7 +146,7 @@ def _list_candidates(
         if not excess > 0:
             continue
         if listed > room - GROUP:
-            _copy_cosines(rows, pursuits.support[slot], size, start, atoms, first, listed, found)
+            _copy_cosines(places, size, start, atoms, first, listed, found)
             mean = np.mean(estimates[:listed])
             least = max(np.float32(1.1) * least, np.float32(0.5) * mean)
             first = listed = _shorten(atoms, estimates, found, size, listed, least)
@@ -168,26 +154,18 @@ def _list_candidates(
             estimate = abs(cosines[column]) * norms[column]
             atoms[listed], estimates[listed] = start + column, estimate
             listed += estimate > least
-    _copy_cosines(rows, pursuits.support[slot], size, start, atoms, first, listed, found)
+    _copy_cosines(places, size, start, atoms, first, listed, found)
     pursuits.listed[slot], pursuits.least[slot] = listed, least
 
 
 @compiled
 def _copy_cosines(
-    rows: Rows,
-    support: ndarray,
-    size: int,
-    start: int,
-    atoms: ndarray,
-    first: int,
-    last: int,
-    found: ndarray,
+    places: ndarray, size: int, start: int, atoms: ndarray, first: int, last: int, found: ndarray
 ) -> None:
     """Copy the cosines of candidates ``first`` to ``last``, all of this strip, with the support."""
     for place in range(size if first < last else 0):
-        row, copies = _row(rows, support[place]), found[place]
         for candidate in range(first, last):
-            copies[candidate] = row[atoms[candidate] - start]
+            found[place, candidate] = integer_at(places[place] + 2 * (atoms[candidate] - start))
 
 
 @compiled
