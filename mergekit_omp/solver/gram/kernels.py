@@ -9,8 +9,8 @@ import numpy as np
 from numba import njit
 from numpy import ndarray
 
-from mergekit_omp.solver.gram.layout import STRIP
-from mergekit_omp.solver.gram.vectors import SIDE, transpose_square
+from mergekit_omp.solver.gram.layout import LINE, STRIP
+from mergekit_omp.solver.gram.vectors import COLUMNS, transpose_block
 
 ROWS = 4
 """Rows that are subtracted together."""
@@ -58,12 +58,14 @@ def store_square(
 
 @compiled
 def transpose(source: ndarray, stride: int, out: ndarray, out_stride: int, count: int) -> None:
-    """Transpose STRIP rows and the first ``count`` columns of a strip, each a row of the result."""
-    whole = count - count % SIDE
-    for top in range(0, STRIP, 2 * SIDE):  # a line of the cache has room for two
-        for left in range(0, whole, SIDE):
-            for row in range(top, top + 2 * SIDE, SIDE):
-                transpose_square(source, stride, out, out_stride, row * stride + left, left * out_stride + row)
+    """Transpose STRIP rows and the first ``count`` columns of a strip, each a row of the result.
+
+    Rows of the result begin at lines of the cache, as in :func:`~mergekit_omp.solver.gram.matrix.empty_places`.
+    """
+    whole = count - count % COLUMNS
+    for row in range(0, STRIP, LINE):
+        for column in range(0, whole, COLUMNS):
+            transpose_block(source, stride, out, out_stride, row * stride + column, column * out_stride + row)
     for column in range(whole, count):
         for row in range(STRIP):
             out[column * out_stride + row] = source[row * stride + column]

@@ -11,8 +11,12 @@ STRIP = 1024
 """Atoms that are scanned together, and rows and columns of the matrix that are computed together. The correlations of
 a strip after several steps fit into the L1 cache, and the runs of a row are long enough for the memory."""
 
-GAP = 32
-"""Unused places after each row: in an L1 cache, rows that lie a multiple of 4,096 bytes apart displace each other."""
+LINE = 32
+"""Places of a line of the cache."""
+
+GAP = LINE
+"""Unused places after each row: rows that lie a multiple of 4,096 bytes apart would displace each other from the L1
+cache."""
 
 STEPS = 4
 """Steps of a draft whose correlations are computed together."""

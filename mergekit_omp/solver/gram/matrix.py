@@ -14,7 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from mergekit_omp.solver.gram.kernels import compiled, store_square
-from mergekit_omp.solver.gram.layout import STRIP, UNIT, matrix_places, padded
+from mergekit_omp.solver.gram.layout import LINE, STRIP, UNIT, matrix_places, padded
 from mergekit_omp.solver.threads import map_in_threads
 
 NO_ATOM = 1e30
@@ -63,6 +63,16 @@ def cosine(gram: Gram, one: int, other: int) -> int:
     return gram.cosines[gram.starts[column // STRIP] + row * gram.stride + column % STRIP]
 
 
+def empty_places(count: int) -> ndarray:
+    """Allocate int16 (count,) for rows of cosines, from the beginning of a line of the cache on.
+
+    numpy requests huge pages, so that rows that are read together lie on fewer pages.
+    """
+    room = np.empty(count + LINE, np.int16)
+    first = -room.ctypes.data % (2 * LINE) // 2
+    return room[first : first + count]
+
+
 def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gram:
     """Build the matrix of distinct atoms float32 (N, d) with norms (N,), on the CPU."""
     count, width = len(atoms), padded(len(atoms))
@@ -74,8 +84,7 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gra
     scale = (1 / norms).where(known, torch.zeros_like(norms))[:, None]
     places, stride = matrix_places(count, half)
     starts = np.array(places)
-    # numpy requests huge pages, so that rows that are read together lie on fewer pages.
-    cosines = np.empty(starts[-1], np.int16)
+    cosines = empty_places(places[-1])
 
     def unit_rows(start: int) -> Tensor:
         return atoms[start : start + STRIP] * scale[start : start + STRIP]

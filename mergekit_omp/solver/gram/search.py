@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergekit_omp.solver.gram.matrix import Gram
+from mergekit_omp.solver.gram.matrix import Gram, empty_places
 from mergekit_omp.solver.gram.propose import LIST_LENGTH, Workspace, advance, start, workspace
 from mergekit_omp.solver.gram.state import EMPTY, MOST_STEPS, PART, empty_slots
 from mergekit_omp.solver.gram.verify import mirror, verify
@@ -99,7 +99,7 @@ class _Search:
         self.coefficients, self.residuals = np.zeros((len(targets), k)), np.zeros(len(targets))
         atoms, dim = gram.atoms.shape
         self.pursuits = empty_slots(slots, atoms, dim, k, most_steps)
-        self.below = [np.empty(len(gram.norms) * gram.stride if gram.half else 0, np.int16) for _ in range(2)]
+        self.below = [empty_places(len(gram.norms) * gram.stride if gram.half else 0) for _ in range(2)]
         self.waiting = self.norms.nonzero().flatten()  # a target of zeros has an empty support
         self.barrier, self.lock = Barrier(self.threads), Lock()
         self.busy, self.unfinished, self.reported = [True] * self.threads, [0.0] * self.threads, 0

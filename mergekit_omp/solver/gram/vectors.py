@@ -4,6 +4,7 @@ numba vectorises one loop at a time. The sums over many rows would be loaded and
 takes as long as the products, and a transposition would move one number at a time.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from llvmlite import ir
@@ -11,15 +12,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-SIDE = 16
-"""Rows and columns that are transposed in registers."""
+from mergekit_omp.solver.gram.layout import LINE
+
+COLUMNS = 8
+"""Columns that are transposed in registers, with as many rows as a line of the cache has places."""
 
 WIDTH_OF_FOUR, WIDTH_OF_TWO = 16, 32
 """Columns whose sums for four and for two steps fit into the registers of a CPU with vectors of 256 bits."""
 
-AHEAD, AHEAD_OF_SQUARE = 256, 512
-"""Bytes of a row that are requested ahead of their use, in sums and in a transposition: a CPU does not follow as many
-rows by itself."""
+AHEAD = 256
+"""Bytes of a row that are requested ahead of their use: a CPU does not follow as many rows by itself."""
 
 READ, KEEP, DATA = 0, 3, 1
 """Arguments of LLVM's prefetch: for reading, into the nearest cache, not as code."""
@@ -28,7 +30,7 @@ CONTRACT = ("contract",)
 """A product and a sum may be rounded once, together."""
 
 
-PLACE = ir.IntType(64)
+INTEGER, PLACE = ir.IntType(16), ir.IntType(64)
 
 
 def _element(context: Any, builder: Any, array_type: Any, array: Any, *indices: Any) -> Any:
@@ -63,7 +65,7 @@ def _integer_at(typing_context: Any, address: Any) -> Any:
     """Return the 16-bit integer at an address."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(builder.inttoptr(arguments[0], ir.IntType(16).as_pointer()))
+        return builder.load(builder.inttoptr(arguments[0], INTEGER.as_pointer()))
 
     return types.int16(types.int64), generate
 
@@ -79,7 +81,7 @@ def make_accumulate(steps: int, width: int) -> Any:
     ``weights`` float32 (n, k), of each row in each step; ``sums`` float32 (n, columns), which are written; the first
     ``step``, and the first ``column`` of rows, ``inner`` and ``sums``.
     """
-    integers, floats = ir.VectorType(ir.IntType(16), width), ir.VectorType(ir.FloatType(), width)
+    integers, floats = ir.VectorType(INTEGER, width), ir.VectorType(ir.FloatType(), width)
     every = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
 
     def load_integers(builder: Any, address: Any) -> Any:
@@ -120,46 +122,62 @@ def make_accumulate(steps: int, width: int) -> Any:
 
 
 @intrinsic
-def _transpose_square(
+def _transpose_block(
     typing_context: Any, source: Any, stride: Any, out: Any, out_stride: Any, start: Any, out_start: Any
 ) -> Any:
-    """Transpose SIDE rows and columns of int16 arrays (places,) from ``start`` on to places from ``out_start`` on.
+    """Transpose LINE rows and COLUMNS columns of int16 arrays (places,) from ``start`` on to places from ``out_start`` on.
 
-    Each of four rounds interleaves the first with the second half of the rows, in pairs, as a perfect shuffle does.
+    A row of the result is a line of the cache, and begins at one. Stores past the cache write it whole, and need not
+    read it first. Other threads see them after the next lock, such as that of a barrier.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, stride, out, out_stride, start, out_start = arguments
-        integers = ir.VectorType(ir.IntType(16), SIDE)
-        both = [
-            context.make_array(kind)(context, builder, array).data
-            for kind, array in ((signature.args[0], source), (signature.args[2], out))
-        ]
+        past_the_cache = builder.module.add_metadata([ir.IntType(32)(1)])
 
-        def row(data: Any, first: Any, step: Any, number: int) -> Any:
-            at = builder.add(first, builder.mul(step, PLACE(number)))
-            return builder.bitcast(builder.gep(data, [at]), integers.as_pointer())
+        def row(kind: Any, array: Any, first: Any, step: Any, number: int) -> Any:
+            return _element(context, builder, kind, array, builder.add(first, builder.mul(step, PLACE(number))))
 
-        for number in range(SIDE):
-            address = builder.ptrtoint(row(both[0], start, stride, number), PLACE)
-            _request(builder, builder.add(address, PLACE(AHEAD_OF_SQUARE)))
+        def load(number: int) -> Any:
+            address = row(signature.args[0], source, start, stride, number)
+            _request(builder, builder.add(address, PLACE(AHEAD)))
+            return builder.load(builder.inttoptr(address, ir.VectorType(INTEGER, COLUMNS).as_pointer()), align=2)
 
-        low, high = (
-            [pair for place_ in places for pair in (place_, place_ + SIDE)]
-            for places in (range(SIDE // 2), range(SIDE // 2, SIDE))
-        )
-        masks = [ir.Constant(ir.VectorType(ir.IntType(32), SIDE), places) for places in (low, high)]
-        rows = [builder.load(row(both[0], start, stride, number), align=2) for number in range(SIDE)]
-        for _ in range(SIDE.bit_length() - 1):
-            pairs = zip(rows[: SIDE // 2], rows[SIDE // 2 :], strict=True)
-            rows = [builder.shuffle_vector(one, other, mask) for one, other in pairs for mask in masks]
-        for number, numbers in enumerate(rows):
-            builder.store(numbers, row(both[1], out_start, out_stride, number), align=2)
+        def columns(first: int) -> list:
+            """Return the columns of 2 * COLUMNS rows: in each half of a vector, a perfect shuffle of all rows."""
+            pairs = [(load(first + number), load(first + COLUMNS + number)) for number in range(COLUMNS)]
+            vectors = [builder.shuffle_vector(one, other, _mask(range(2 * COLUMNS))) for one, other in pairs]
+            quarter, half = COLUMNS // 2, COLUMNS
+            masks = [
+                _mask(
+                    place + second
+                    for place in (*range(low, low + quarter), *range(low + half, low + half + quarter))
+                    for second in (0, 2 * COLUMNS)
+                )
+                for low in (0, quarter)
+            ]
+            for _ in range(COLUMNS.bit_length() - 1):
+                halves = zip(vectors[:quarter], vectors[quarter:], strict=True)
+                vectors = [builder.shuffle_vector(one, other, mask) for one, other in halves for mask in masks]
+            return vectors
+
+        for number, parts in enumerate(zip(*(columns(first) for first in range(0, LINE, 2 * COLUMNS)), strict=True)):
+            address = row(signature.args[2], out, out_start, out_stride, number)
+            for place, part in enumerate(parts):
+                at = builder.add(address, PLACE(4 * COLUMNS * place))
+                store = builder.store(part, builder.inttoptr(at, part.type.as_pointer()), align=4 * COLUMNS)
+                store.set_metadata("nontemporal", past_the_cache)
         return context.get_dummy_value()
 
     return types.void(source, types.int64, out, types.int64, types.int64, types.int64), generate
 
 
-transpose_square: Any = _transpose_square
+def _mask(places: Iterable[int]) -> Any:
+    """Make the mask of a shuffle of two vectors."""
+    places = list(places)
+    return ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
+
+
+transpose_block: Any = _transpose_block
 accumulate_four = make_accumulate(4, WIDTH_OF_FOUR)
 accumulate_two = make_accumulate(2, WIDTH_OF_TWO)
