@@ -56,6 +56,7 @@ hold a float32 Gram matrix of all atoms can take part. What is scaled down is th
 10,000 to 200,000; Llama 3's tokenizer and Mistral NeMo 60,000); for each method it is in its column. Times are per
 target, and include the set-up of each method (copies, Gram matrix, rounded atoms), except for the GEMMs.
 
+- *forecast*: milliseconds per target that `mergekit-omp inspect` expects of ours.
 - *ratio*: time per target of `batch_omp` divided by that of the row.
 - *peak*: peak memory in addition to the data, resident on a CPU, allocated on a GPU. Ours uses up to 60 % of the free
   memory for a Gram matrix, or on a GPU for large chunks of targets; `memory_budget` limits it. With less memory, every
@@ -89,11 +90,12 @@ class Case:
 
 @dataclass
 class Result:
-    """Result of a method for a case; ``indices`` (B, k) are on the CPU."""
+    """Result of a method for a case; ``indices`` (B, k) are on the CPU, ``forecast`` are seconds."""
 
     seconds: float
     peak: int
     targets: int
+    forecast: float | None = None
     indices: Tensor | None = None
     residual: Tensor | None = None
     error: str = ""
@@ -201,6 +203,7 @@ METHODS: dict[str, Callable[[Tensor, Tensor, int], Callable[[], Tensor]]] = {
 
 def measure(method: str, case: Case) -> Result:
     """Measure one method in this process."""
+    from mergekit_omp.report.forecast import Solve, timed
     from mergekit_omp.solver.dispatch import load_gram_search
     from mergekit_omp.solver.least_squares import fit_supports
 
@@ -223,6 +226,9 @@ def measure(method: str, case: Case) -> Result:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     result = Result(seconds, peak(on_gpu) - before, len(targets))
+    if method == "ours":
+        problem_to_time = Solve("", "", 1, len(targets), len(atoms), case.dim, case.k)
+        result.forecast = timed(problem_to_time, case.device).seconds
     if indices.numel():
         result.indices = indices.cpu()
         few = targets[:512]
@@ -290,7 +296,7 @@ def cases(device: str, sparsities: Sequence[int]) -> list[Case]:
 def table(grid: list[Case], methods: Iterable[str]) -> Iterator[str]:
     """Yield a row for each case and method as soon as it is measured."""
     yield (
-        "| rows | d | atoms | k | method | targets | ms per target | targets/s | ratio | peak MiB | same support "
+        "| rows | d | atoms | k | method | targets | ms per target | forecast | ratio | peak MiB | same support "
         "| as float64 | residual |"
     )
     yield "|" + 13 * "---|"
@@ -345,8 +351,9 @@ def _row(case: Case, method: str, result: Result, reference: Result, checked: st
         same = f"{100 * equal.all(1).float().mean():.1f} %"
         residual = f"{result.residual[:shared].mean():.6f}"
     bold, digits = "**" if method == "ours" else "", 2 if per_target > 1e-3 else 4
+    forecast = "" if result.forecast is None else f"{1000 * result.forecast / result.targets:.{digits}f}"
     return (
-        f"{head} | {result.targets} | {1000 * per_target:.{digits}f} | {1 / per_target:.0f} "
+        f"{head} | {result.targets} | {1000 * per_target:.{digits}f} | {forecast} "
         f"| {bold}{ratio:.1f}×{bold} | {result.peak / 2**20:,.0f} | {same} | {checked} | {residual} |"
     )
 

@@ -108,7 +108,7 @@ def _costs(
     solves = list(_solves(transplant, offers)) if Approximation.OMP.value in approximations else []
     if measured_from is not None:
         solves = [
-            _timed(solve, transplant.options.device)
+            timed(solve, transplant.options.device)
             if solve.targets * solve.atoms * solve.dim >= measured_from
             else solve
             for solve in solves
@@ -217,8 +217,11 @@ def _tied(config: PretrainedConfig) -> bool:
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
-def _timed(solve: Solve, device: str | None) -> Solve:
-    """Time a few random targets, or the products that a Gram matrix takes as long as, and extrapolate."""
+def timed(solve: Solve, device: str | None) -> Solve:
+    """Return a solve with its estimated seconds on a device; those of an unknown width stay None.
+
+    Times a few random targets, or with a Gram matrix one matrix product, and extrapolates.
+    """
     if not solve.dim:
         return solve
     plan = _plan(solve, torch.device(device or "cpu"))

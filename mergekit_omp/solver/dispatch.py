@@ -18,9 +18,18 @@ from mergekit_omp.solver.memory import ProblemShape
 
 LOG = logging.getLogger(__name__)
 
-GRAM_BUILD_COST, WHOLE_STEP_COST, HALF_STEP_COST = 0.6, 2.0, 2.8
-"""Measured time of one multiplication, relative to one of a float32 matrix product: of the N² d of a Gram matrix, of
-which half are made, and of the N k² per target with a whole and with a half matrix."""
+GRAM_BUILD_COST = 0.48
+"""Measured time of one of the N² d products of a Gram matrix, of which half are made; this and the costs below are in
+units of the time of one product of a float32 matrix product."""
+
+WHOLE_SCAN_COST, HALF_SCAN_COST = 0.5, 1.8
+"""Measured time of one of the N k² products of a target, of which a scan makes the half and some again."""
+
+LIST_COST = 28_000
+"""Measured time that a target spends on its candidates and fits, for each of k² steps: as many as of these atoms."""
+
+MIRROR_COST = 0.7
+"""Measured time in which one of N² cosines of a half matrix is completed, and for which share of the k steps it is."""
 
 GRAM_MIN_GAIN = 2**39
 """Multiplications that a matrix has to save: some seconds, as long as compiling takes on first use."""
@@ -75,27 +84,34 @@ def plan_solve(
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
     for half in (False, True):
-        pays = gram_pays(device, shape, half=half)
-        slots = memory.gram_slots(budget, shape, threads, half=half) if pays else 0
-        if slots:
+        slots = memory.gram_slots(budget, shape, threads, half=half)
+        if slots and gram_pays(device, shape, slots, half=half):
             held = memory.gram_matrix_bytes(shape, threads, half=half) + slots * slot_bytes(*shape[1:])
-            return SolvePlan("gram", torch.int16, threads, slots, pairs, held, gram_products(shape, half=half), half)
+            products = gram_products(shape, slots, half=half)
+            return SolvePlan("gram", torch.int16, threads, slots, pairs, held, products, half)
     dtype = scan_dtype(device)
     chunk = memory.scan_chunk(device, budget, shape, threads, pairs, dtype)
     return SolvePlan("scan", dtype, threads, chunk, pairs, memory.scan_matrix_bytes(shape, dtype), 0.0)
 
 
-def gram_pays(device: torch.device, shape: ProblemShape, *, half: bool) -> bool:
-    """Tell whether a whole or half Gram matrix is faster than a scan in every step; memory is not considered."""
-    gain = math.prod(shape) - gram_products(shape, half=half)
+def gram_pays(device: torch.device, shape: ProblemShape, slots: int, *, half: bool) -> bool:
+    """Tell whether a whole or half Gram matrix is faster than a scan in every step."""
+    gain = math.prod(shape) - gram_products(shape, slots, half=half)
     return device.type == "cpu" and gain > GRAM_MIN_GAIN and load_gram_search() is not None
 
 
-def gram_products(shape: ProblemShape, *, half: bool) -> float:
-    """Return the number of products of a matrix product that takes as long as a solve with a Gram matrix."""
+def gram_products(shape: ProblemShape, slots: int, *, half: bool) -> float:
+    """Return the number of products of a matrix product that takes as long as a solve with a Gram matrix.
+
+    Args:
+        shape: sizes of the problem.
+        slots: targets that are solved together, for which a half matrix is completed once.
+        half: whether each pair of atoms is stored once.
+    """
     targets, atoms, dim, k = shape
-    step = HALF_STEP_COST if half else WHOLE_STEP_COST
-    return GRAM_BUILD_COST * atoms**2 * dim + targets * atoms * (dim + step * k**2)
+    steps = k**2 * (LIST_COST + (HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms)
+    completion = MIRROR_COST * k * atoms**2 / slots if half else 0
+    return GRAM_BUILD_COST * atoms**2 * dim + targets * (atoms * dim + steps + completion)
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:

@@ -125,7 +125,7 @@ def make_accumulate(steps: int, width: int) -> Any:
 def _transpose_block(
     typing_context: Any, source: Any, stride: Any, out: Any, out_stride: Any, start: Any, out_start: Any
 ) -> Any:
-    """Transpose LINE rows and COLUMNS columns of int16 arrays (places,) from ``start`` on to places from ``out_start`` on.
+    """Transpose LINE rows and COLUMNS columns of int16 arrays (places,), from and to given first places.
 
     A row of the result is a line of the cache, and begins at one. Stores past the cache write it whole, and need not
     read it first. Other threads see them after the next lock, such as that of a barrier.
