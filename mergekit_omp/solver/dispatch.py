@@ -18,7 +18,7 @@ from mergekit_omp.solver.memory import ProblemShape
 
 LOG = logging.getLogger(__name__)
 
-GRAM_BUILD_COST = 0.48
+WHOLE_BUILD_COST, HALF_BUILD_COST = 0.5, 0.4
 """Measured time of one of the N² d products of a Gram matrix, of which half are made; this and the costs below are in
 units of the time of one product of a float32 matrix product."""
 
@@ -83,20 +83,28 @@ def plan_solve(
     budget = memory.budget_on(device, memory_budget) // sharing
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
-    for half in (False, True):
-        slots = memory.gram_slots(budget, shape, threads, half=half)
-        if slots and gram_pays(device, shape, slots, half=half):
-            held = memory.gram_matrix_bytes(shape, threads, half=half) + slots * slot_bytes(*shape[1:])
-            products = gram_products(shape, slots, half=half)
-            return SolvePlan("gram", torch.int16, threads, slots, pairs, held, products, half)
+    plans = [_plan_gram(budget, shape, threads, pairs, half=half) for half in (False, True)]
+    fastest = min((plan for plan in plans if plan is not None), key=lambda plan: plan.products, default=None)
+    if fastest is not None and gram_pays(device, shape, fastest.products):
+        return fastest
     dtype = scan_dtype(device)
     chunk = memory.scan_chunk(device, budget, shape, threads, pairs, dtype)
     return SolvePlan("scan", dtype, threads, chunk, pairs, memory.scan_matrix_bytes(shape, dtype), 0.0)
 
 
-def gram_pays(device: torch.device, shape: ProblemShape, slots: int, *, half: bool) -> bool:
-    """Tell whether a whole or half Gram matrix is faster than a scan in every step."""
-    gain = math.prod(shape) - gram_products(shape, slots, half=half)
+def _plan_gram(budget: int, shape: ProblemShape, threads: int, pairs: int, *, half: bool) -> SolvePlan | None:
+    """Plan a solve with a whole or half Gram matrix; return None if it does not fit into the budget."""
+    slots = memory.gram_slots(budget, shape, threads, half=half)
+    if not slots:
+        return None
+    held = memory.gram_matrix_bytes(shape, threads, half=half) + slots * slot_bytes(*shape[1:])
+    products = gram_products(shape, slots, half=half)
+    return SolvePlan("gram", torch.int16, threads, slots, pairs, held, products, half)
+
+
+def gram_pays(device: torch.device, shape: ProblemShape, products: float) -> bool:
+    """Tell whether a solve with a Gram matrix, which takes as long as so many products, is faster than a scan."""
+    gain = math.prod(shape) - products
     return device.type == "cpu" and gain > GRAM_MIN_GAIN and load_gram_search() is not None
 
 
@@ -111,7 +119,8 @@ def gram_products(shape: ProblemShape, slots: int, *, half: bool) -> float:
     targets, atoms, dim, k = shape
     steps = k**2 * (LIST_COST + (HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms)
     completion = MIRROR_COST * k * atoms**2 / slots if half else 0
-    return GRAM_BUILD_COST * atoms**2 * dim + targets * (atoms * dim + steps + completion)
+    build = (HALF_BUILD_COST if half else WHOLE_BUILD_COST) * atoms**2 * dim
+    return build + targets * (atoms * dim + steps + completion)
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:

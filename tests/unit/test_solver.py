@@ -56,8 +56,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 def force(monkeypatch: pytest.MonkeyPatch, way: str | None = None, chunk: int | None = None) -> None:
     """Solve with a Gram matrix, a scan or, as on a GPU, steps of fixed shapes; with a number of targets per chunk."""
     if way in (WHOLE, HALF):
-        monkeypatch.setattr(dispatch, "gram_pays", lambda *_, half: half == (way == HALF))
-        monkeypatch.setattr(memory, "gram_slots", lambda *_, half: chunk or 16)
+        monkeypatch.setattr(dispatch, "gram_pays", lambda *_: True)
+        monkeypatch.setattr(memory, "gram_slots", lambda *_, half: (chunk or 16) if half == (way == HALF) else 0)
     elif way == REPLAY:
         monkeypatch.setattr(dispatch, "scan_dtype", lambda _: torch.float16)
         monkeypatch.setattr(scan_search, "has_fixed_shapes", lambda _: True)
@@ -424,7 +424,9 @@ def test_memory_stays_within_the_budget(atoms: int, dim: int, k: int, mib: int, 
         from mergekit_omp.solver import dispatch, memory, solve_omp
 
         memory.FEWEST_OF_HALF = 1
-        dispatch.gram_pays = lambda *_, half: {way != "scan"} and half == {way == HALF}
+        dispatch.gram_pays = lambda *_: {way != "scan"}
+        slots = memory.gram_slots
+        memory.gram_slots = lambda *given, half: slots(*given, half=half) if half == {way == HALF} else 0
         draw = torch.Generator().manual_seed(0)
         atoms, targets = torch.randn({atoms}, {dim}, generator=draw), torch.randn(300, {dim}, generator=draw)
         if {rows == "orthogonal"}:
