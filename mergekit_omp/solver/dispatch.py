@@ -23,13 +23,13 @@ WHOLE_BUILD_COST, HALF_BUILD_COST = 0.5, 0.4
 units of the time of one product of a float32 matrix product."""
 
 WHOLE_SCAN_COST, HALF_SCAN_COST = 0.5, 1.8
-"""Measured time of one of the N k² products of a target, of which a scan makes the half and some again."""
+"""Measured time of one of the N k² products of a target; its scans make half of them, and more for undone steps."""
 
 LIST_COST = 28_000
-"""Measured time that a target spends on its candidates and fits, for each of k² steps: as many as of these atoms."""
+"""Measured time of a target's candidates and fits, divided by k². It does not depend on the number of atoms."""
 
 MIRROR_COST = 0.7
-"""Measured time in which one of N² cosines of a half matrix is completed, and for which share of the k steps it is."""
+"""Measured time in which one of the N² cosines of a half matrix is completed, times the scans for each of k steps."""
 
 GRAM_MIN_GAIN = 2**39
 """Multiplications that a matrix has to save: some seconds, as long as compiling takes on first use."""

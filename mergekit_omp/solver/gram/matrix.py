@@ -83,8 +83,7 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gra
     relative[:count] = (norms / largest) * known
     scale = (1 / norms).where(known, torch.zeros_like(norms))[:, None]
     places, stride = matrix_places(count, half)
-    starts = np.array(places)
-    cosines = empty_places(places[-1])
+    starts, cosines = np.array(places), empty_places(places[-1])
 
     def unit_rows(start: int) -> Tensor:
         return atoms[start : start + STRIP] * scale[start : start + STRIP]

@@ -133,6 +133,10 @@ def _transpose_block(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source, stride, out, out_stride, start, out_start = arguments
+        interleave = [
+            _mask(place + vector for place in range(low, low + COLUMNS) for vector in (0, 2 * COLUMNS))
+            for low in (0, COLUMNS)
+        ]
         past_the_cache = builder.module.add_metadata([ir.IntType(32)(1)])
 
         def row(kind: Any, array: Any, first: Any, step: Any, number: int) -> Any:
@@ -144,21 +148,12 @@ def _transpose_block(
             return builder.load(builder.inttoptr(address, ir.VectorType(INTEGER, COLUMNS).as_pointer()), align=2)
 
         def columns(first: int) -> list:
-            """Return the columns of 2 * COLUMNS rows: in each half of a vector, a perfect shuffle of all rows."""
-            pairs = [(load(first + number), load(first + COLUMNS + number)) for number in range(COLUMNS)]
+            """Return the columns of 2 * COLUMNS rows: each perfect shuffle moves a bit of the row into the place."""
+            pairs = [(load(first + number), load(first + number + 1)) for number in range(0, 2 * COLUMNS, 2)]
             vectors = [builder.shuffle_vector(one, other, _mask(range(2 * COLUMNS))) for one, other in pairs]
-            quarter, half = COLUMNS // 2, COLUMNS
-            masks = [
-                _mask(
-                    place + second
-                    for place in (*range(low, low + quarter), *range(low + half, low + half + quarter))
-                    for second in (0, 2 * COLUMNS)
-                )
-                for low in (0, quarter)
-            ]
-            for _ in range(COLUMNS.bit_length() - 1):
-                halves = zip(vectors[:quarter], vectors[quarter:], strict=True)
-                vectors = [builder.shuffle_vector(one, other, mask) for one, other in halves for mask in masks]
+            for _ in range(COLUMNS.bit_length()):
+                halves = zip(vectors[: COLUMNS // 2], vectors[COLUMNS // 2 :], strict=True)
+                vectors = [builder.shuffle_vector(one, other, mask) for one, other in halves for mask in interleave]
             return vectors
 
         for number, parts in enumerate(zip(*(columns(first) for first in range(0, LINE, 2 * COLUMNS)), strict=True)):
