@@ -70,7 +70,19 @@ def _integer_at(typing_context: Any, address: Any) -> Any:
     return types.int16(types.int64), generate
 
 
+@intrinsic
+def _request_line(typing_context: Any, address: Any) -> Any:
+    """Ask the memory for the line of the cache with an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _request(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 address: Any = _address
+request_line: Any = _request_line
 integer_at: Any = _integer_at
 
 
@@ -96,7 +108,9 @@ def make_accumulate(steps: int, width: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             rows, size, inner, weights, sums, step, column = arguments
             kinds = signature.args
-            first = load_integers(builder, _element(context, builder, kinds[2], inner, column))
+            address = _element(context, builder, kinds[2], inner, column)
+            _request(builder, builder.add(address, PLACE(AHEAD)))
+            first = load_integers(builder, address)
             totals = [cgutils.alloca_once_value(builder, first) for _ in range(steps)]
             later = [builder.add(step, PLACE(number)) for number in range(steps)]
             offset = builder.mul(column, PLACE(2))

@@ -15,17 +15,19 @@ from mergekit_omp.solver.gram.kernels import (
     entry_point,
     transpose,
 )
-from mergekit_omp.solver.gram.layout import STEPS, STRIP
+from mergekit_omp.solver.gram.layout import LINE, STEPS, STRIP
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.propose import Workspace, compare_rivals, load_atoms
 from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
 from mergekit_omp.solver.gram.vectors import (
+    AHEAD,
     WIDTH_OF_FOUR,
     WIDTH_OF_TWO,
     accumulate_four,
     accumulate_two,
     address,
     integer_at,
+    request_line,
 )
 
 GROUP = 32
@@ -57,9 +59,21 @@ def verify(
 ) -> None:
     """Scan strips for the drafts in slots ``first`` to ``last``; list rivals of the choices, and new candidates."""
     for slot in range(first, last):
+        if gram.half and slot + 1 < last and pursuits.status[slot + 1] == DRAFTED:
+            _request_rows(gram, first_strip, below, pursuits, slot + 1, work.places)
         if pursuits.status[slot] == DRAFTED:
             for strip in range(first_strip, last_strip):
                 _verify_strip(gram, strip, below, pursuits, slot, work)
+
+
+@compiled
+def _request_rows(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, places: ndarray) -> None:
+    """Ask the memory for the first lines of a slot's rows, which come from anywhere in a half matrix's strip."""
+    size = pursuits.verified[slot] + pursuits.scanned[slot] - 1
+    _locate(gram, strip, below, pursuits.support[slot], size, places)
+    for place in range(size):
+        for line in range(0, AHEAD, 2 * LINE):
+            request_line(places[place] + line)
 
 
 @compiled
