@@ -1,6 +1,6 @@
 """Extend and solve the least-squares fit of one target, in float64.
 
-Letters in shapes: d dimensions, k sparsity.
+Letters in shapes: N atoms, d dimensions, k sparsity.
 """
 
 import math
@@ -19,33 +19,35 @@ class Fit(NamedTuple):
     Its first t rows are those of the fit by the first t atoms.
 
     Attributes:
-        atoms: float32 (k, d).
+        atoms: float32 (N, d), all atoms.
+        support: int64 (k,), which of them are fitted.
         factor: float64 (k, k), L.
         solved: float64 (k,), L⁻¹ Aᵀx for the target x.
         coefficients: float64 (k,), L⁻ᵀ L⁻¹ Aᵀx.
     """
 
     atoms: ndarray
+    support: ndarray
     factor: ndarray
     solved: ndarray
     coefficients: ndarray
 
 
 @compiled
-def extend(fit: Fit, target: ndarray, size: int, atom: ndarray) -> bool:
-    """Add an atom (d,) to ``size`` others; return False, without adding it, if it lies in their span."""
+def extend(fit: Fit, target: ndarray, size: int, choice: int) -> bool:
+    """Add an atom to ``size`` others; return False, without adding it, if it lies in their span."""
     row = fit.factor[size]
-    exact = atom.astype(np.float64)
+    exact = fit.atoms[choice].astype(np.float64)
     for slot in range(size):
         known = dot(fit.factor[slot, :slot], row[:slot])
-        row[slot] = (dot(fit.atoms[slot], exact) - known) / fit.factor[slot, slot]
+        row[slot] = (dot(fit.atoms[fit.support[slot]], exact) - known) / fit.factor[slot, slot]
     squared_norm = dot(exact, exact)
     outside = squared_norm - dot(row[:size], row[:size])
     if not outside > DEPENDENT**2 * squared_norm:
         return False
     row[size] = math.sqrt(outside)
     fit.solved[size] = (dot(exact, target) - dot(row[:size], fit.solved[:size])) / row[size]
-    fit.atoms[size] = atom
+    fit.support[size] = choice
     return True
 
 
@@ -60,9 +62,9 @@ def fit_target(fit: Fit, target: ndarray, size: int, residual: ndarray) -> float
     residual[:] = target
     slot = 0
     while slot + ROWS <= size:
-        subtract_rows(residual, coefficients, fit.atoms, slot)
+        subtract_rows(residual, coefficients, fit.atoms, fit.support, slot)
         slot += ROWS
     while slot < size:
-        add_scaled(residual, -coefficients[slot], fit.atoms[slot], len(residual))
+        add_scaled(residual, -coefficients[slot], fit.atoms[fit.support[slot]], len(residual))
         slot += 1
     return math.sqrt(dot(residual, residual))

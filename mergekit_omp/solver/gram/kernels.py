@@ -88,10 +88,15 @@ def add_scaled(out: ndarray, factor: float, row: ndarray, count: int) -> None:
 
 
 @compiled
-def subtract_rows(residual: ndarray, coefficients: ndarray, rows: ndarray, slot: int) -> None:
-    """Subtract ROWS rows from ``slot`` on, times their coefficients."""
+def subtract_rows(residual: ndarray, coefficients: ndarray, atoms: ndarray, support: ndarray, slot: int) -> None:
+    """Subtract ROWS atoms of a support, from ``slot`` on, times their coefficients."""
     c0, c1, c2, c3 = coefficients[slot], coefficients[slot + 1], coefficients[slot + 2], coefficients[slot + 3]
-    row0, row1, row2, row3 = rows[slot], rows[slot + 1], rows[slot + 2], rows[slot + 3]
+    row0, row1, row2, row3 = (
+        atoms[support[slot]],
+        atoms[support[slot + 1]],
+        atoms[support[slot + 2]],
+        atoms[support[slot + 3]],
+    )
     for place in range(len(residual)):
         residual[place] -= c0 * row0[place] + c1 * row1[place] + c2 * row2[place] + c3 * row3[place]
 

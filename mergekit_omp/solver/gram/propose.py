@@ -42,7 +42,6 @@ class Workspace(NamedTuple):
     """Buffers of one thread.
 
     Attributes:
-        atoms: float32 (k, d), the support's atoms.
         coefficients: float64 (k,).
         candidates: the candidates of one target.
         residual: float64 (d,).
@@ -50,7 +49,6 @@ class Workspace(NamedTuple):
         places: int64 (k,), addresses of the support's rows in a strip.
     """
 
-    atoms: ndarray
     coefficients: ndarray
     candidates: Candidates
     residual: ndarray
@@ -62,7 +60,6 @@ def workspace(dim: int, k: int, most_steps: int) -> Workspace:
     """Allocate the buffers of a thread."""
     steps = -(-most_steps // STEPS) * STEPS
     return Workspace(
-        atoms=np.zeros((k, dim), np.float32),
         coefficients=np.zeros(k),
         candidates=room_for_candidates(LISTED + most_steps, k),
         residual=np.zeros(dim),
@@ -91,7 +88,7 @@ def advance(
     for slot in range(first, last):
         if pursuits.status[slot] == DRAFTED and _advance_one(gram, pursuits, slot, most_steps, list_length, work):
             row, size = pursuits.rows[slot], pursuits.size[slot]
-            residuals[row] = fit_target(_fit(pursuits, slot, work), pursuits.targets[slot], size, work.residual)
+            residuals[row] = fit_target(_fit(gram, pursuits, slot, work), pursuits.targets[slot], size, work.residual)
             support[row, :size] = pursuits.support[slot, :size]
             coefficients[row, :size] = work.coefficients[:size]
             pursuits.status[slot] = EMPTY
@@ -99,13 +96,13 @@ def advance(
 
 @compiled
 def compare_rivals(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -> None:
-    """Replace choices of a draft by better rivals, and empty the list of rivals; the support's atoms are loaded."""
+    """Replace choices of a draft by better rivals, and empty the list of rivals."""
     fitted, residual = -1, work.residual
     for place in range(pursuits.rivals[slot]):
         atom, step = pursuits.rival_atoms[slot, place], pursuits.rival_steps[slot, place]
         if step != fitted:
             size = pursuits.verified[slot] + step
-            fit_target(_fit(pursuits, slot, work), pursuits.targets[slot], size, residual)
+            fit_target(_fit(gram, pursuits, slot, work), pursuits.targets[slot], size, residual)
             fitted = step
         correlation = exact_correlation(gram, atom, residual)
         if beats(correlation, atom, pursuits.correlations[slot, step], pursuits.choices[slot, step]):
@@ -114,15 +111,9 @@ def compare_rivals(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -
 
 
 @compiled
-def _fit(pursuits: Pursuits, slot: int, work: Workspace) -> Fit:
-    return Fit(work.atoms, pursuits.factor[slot], pursuits.solved[slot], work.coefficients)
-
-
-@compiled
-def load_atoms(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -> None:
-    """Copy the atoms of a slot's support, those of the draft included, into the workspace."""
-    for place in range(pursuits.size[slot]):
-        work.atoms[place] = gram.atoms[pursuits.support[slot, place]]
+def _fit(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -> Fit:
+    factor, solved = pursuits.factor[slot], pursuits.solved[slot]
+    return Fit(gram.atoms, pursuits.support[slot], factor, solved, work.coefficients)
 
 
 @entry_point
@@ -157,7 +148,6 @@ def _advance_one(
     gram: Gram, pursuits: Pursuits, slot: int, most_steps: int, list_length: int, work: Workspace
 ) -> bool:
     """Decide what the scan has left open, and draft the next steps; return whether the pursuit is complete."""
-    load_atoms(gram, pursuits, slot, work)
     compare_rivals(gram, pursuits, slot, work)
     support, choices, before = pursuits.support[slot], pursuits.choices[slot], pursuits.size[slot]
     scanned, length, verified = pursuits.scanned[slot], pursuits.length[slot], pursuits.verified[slot]
@@ -196,14 +186,13 @@ def _propose(
     work: Workspace,
 ) -> None:
     """Select ``choice`` and draft the next steps from the ``listed`` candidates."""
-    fit, support, target = _fit(pursuits, slot, work), pursuits.support[slot], pursuits.targets[slot]
+    fit, support, target = _fit(gram, pursuits, slot, work), pursuits.support[slot], pursuits.targets[slot]
     length, pursuits.complete[slot] = 0, False
     for step in range(steps):
         size = pursuits.size[slot]
         useful = correlation > ZERO * gram.norms[choice]
-        if not useful or not extend(fit, target, size, gram.atoms[choice]):
+        if not useful or not extend(fit, target, size, choice):
             break  # no atom reduces the residual; a drafted choice must be verified first
-        support[size] = choice
         size += 1
         pursuits.size[slot] = size
         residual_norm = fit_target(fit, target, size, work.residual)

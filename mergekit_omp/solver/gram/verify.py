@@ -17,7 +17,7 @@ from mergekit_omp.solver.gram.kernels import (
 )
 from mergekit_omp.solver.gram.layout import LINE, STEPS, STRIP
 from mergekit_omp.solver.gram.matrix import Gram
-from mergekit_omp.solver.gram.propose import Workspace, compare_rivals, load_atoms
+from mergekit_omp.solver.gram.propose import Workspace, compare_rivals
 from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
 from mergekit_omp.solver.gram.vectors import (
     AHEAD,
@@ -130,7 +130,6 @@ def _list_rivals(
         least = correlation * gram.inverse_norms[atom]
         if abs(cosines[column]) + error >= least and atom != pursuits.choices[slot, step] and atom < len(gram.atoms):
             if pursuits.rivals[slot] == pursuits.rival_atoms.shape[1]:
-                load_atoms(gram, pursuits, slot, work)
                 compare_rivals(gram, pursuits, slot, work)
             place = pursuits.rivals[slot]
             pursuits.rival_atoms[slot, place], pursuits.rival_steps[slot, place] = atom, step
