@@ -577,7 +577,7 @@ def test_proposed_steps_are_verified(steps: int, list_length: int) -> None:
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("listed", [80, 640])
+@pytest.mark.parametrize("listed", [80, 448])
 def test_full_lists_do_not_change_the_result(half: bool, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give a slot few places for candidates and rivals; many atoms that are almost equal are rivals of each other."""
     monkeypatch.setattr(gram_state, "LISTED", listed)

@@ -10,7 +10,8 @@ from numpy import ndarray
 
 from mergekit_omp.solver.gram.kernels import add_scaled, compiled, dot
 from mergekit_omp.solver.gram.layout import UNIT
-from mergekit_omp.solver.gram.matrix import Gram, cosine
+from mergekit_omp.solver.gram.matrix import Gram, cosine, place_of
+from mergekit_omp.solver.gram.vectors import address, request_line
 from mergekit_omp.solver.tolerances import TIE
 
 
@@ -81,6 +82,13 @@ def append(
         for place in range(count):
             row[first + place] = cosine(gram, support[slot], atoms[place])
     return first + count
+
+
+@compiled
+def request_cosines(gram: Gram, candidates: Candidates, listed: int, atom: int) -> None:
+    """Ask the memory for the cosines of an atom with the candidates."""
+    for place in range(listed):
+        request_line(address(gram.cosines, place_of(gram, atom, candidates.atoms[place])))
 
 
 @compiled

@@ -57,10 +57,16 @@ class Gram(NamedTuple):
 
 
 @compiled
+def place_of(gram: Gram, one: int, other: int) -> int:
+    """Return the place of the cosine of two atoms."""
+    row, column = (min(one, other), max(one, other)) if gram.half else (one, other)
+    return gram.starts[column // STRIP] + row * gram.stride + column % STRIP
+
+
+@compiled
 def cosine(gram: Gram, one: int, other: int) -> int:
     """Return the cosine of two atoms, in units of 1 / UNIT."""
-    row, column = (min(one, other), max(one, other)) if gram.half else (one, other)
-    return gram.cosines[gram.starts[column // STRIP] + row * gram.stride + column % STRIP]
+    return gram.cosines[place_of(gram, one, other)]
 
 
 def empty_places(count: int) -> ndarray:

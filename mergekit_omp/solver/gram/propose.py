@@ -18,6 +18,7 @@ from mergekit_omp.solver.gram.candidates import (
     best_candidate,
     exact_correlation,
     load_found,
+    request_cosines,
     room_for_candidates,
 )
 from mergekit_omp.solver.gram.cholesky import Fit, extend, fit_target
@@ -27,7 +28,7 @@ from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, LISTED, Pursuits
 from mergekit_omp.solver.tolerances import ROUNDING, ZERO
 
-LIST_LENGTH = 500
+LIST_LENGTH = 300
 """Target length of the candidate list."""
 
 FIRST_THRESHOLD, HIGHEST_THRESHOLD = 0.6, 0.95
@@ -190,6 +191,7 @@ def _propose(
     length, pursuits.complete[slot] = 0, False
     for step in range(steps):
         size = pursuits.size[slot]
+        request_cosines(gram, work.candidates, listed, choice)
         useful = correlation > ZERO * gram.norms[choice]
         if not useful or not extend(fit, target, size, choice):
             break  # no atom reduces the residual; a drafted choice must be verified first

@@ -14,7 +14,7 @@ from mergekit_omp.solver.gram.layout import STEPS, padded
 MOST_STEPS = 2 * STEPS
 """Steps of the longest draft; more are undone too often."""
 
-LISTED = 768
+LISTED = 512
 """Places of the list of candidates of each slot: a full list is shortened."""
 
 RIVALS = 64
