@@ -26,6 +26,7 @@ from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
 from mergekit_omp.solver.memory import ProblemShape
+from mergekit_omp.solver.precision import full_precision
 from mergekit_omp.vocabulary.matching import MatchReason
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 from mergekit_omp.vocabulary.tokens import TokenKind
@@ -52,6 +53,7 @@ class Solve:
         dim: hidden size of the donor.
         k: sparsity.
         memory_budget: memory limit of the solver in bytes, the lowest of all tensors; None for the default.
+        bfloat16: whether bfloat16 holds the atoms exactly.
         seconds: estimated time for all matrices on this machine; None if not measured.
     """
 
@@ -63,6 +65,7 @@ class Solve:
     dim: int
     k: int
     memory_budget: int | None = None
+    bfloat16: bool = False
     seconds: float | None = None
 
 
@@ -206,6 +209,7 @@ def _solves(transplant: Transplant, offers: dict[RecipeModel, list[list[Offer]]]
             dim=hidden_size(donor.config) or 0,
             k=min(max(settings_of(config, "k")), len(problem.atom_ids)),
             memory_budget=min(map(_bytes, filter(None, settings_of(config, "memory_budget"))), default=None),
+            bfloat16=donor.config.dtype == torch.bfloat16 and not any(settings_of(config, "normalize_atoms")),
         )
 
 
@@ -250,10 +254,11 @@ def _products_a_second(dim: int) -> float:
     rows = torch.randn(max(1, _PROBE_NUMBERS_ON_CPU // dim), dim, generator=torch.Generator().manual_seed(0))
     few = rows[:_PROBE_TARGETS]
     times = []
-    for _ in range(4):
-        started = time.perf_counter()
-        few @ rows.T
-        times.append(time.perf_counter() - started)
+    with full_precision():
+        for _ in range(4):
+            started = time.perf_counter()
+            few @ rows.T
+            times.append(time.perf_counter() - started)
     return few.numel() * len(rows) / min(times)
 
 
@@ -271,7 +276,7 @@ def _quiet_solver() -> Iterator[None]:
 
 def _plan(solve: Solve, device: torch.device) -> SolvePlan:
     shape = ProblemShape(solve.targets, solve.atoms, solve.dim, solve.k)
-    return plan_solve(device, shape, memory_budget=solve.memory_budget)
+    return plan_solve(device, shape, bfloat16=solve.bfloat16, memory_budget=solve.memory_budget)
 
 
 def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver.codes import SparseCodes, concatenate
 from mergekit_omp.solver.device import solve_on
-from mergekit_omp.solver.tolerances import full_precision
+from mergekit_omp.solver.precision import full_precision
 
 LOG = logging.getLogger(__name__)
 

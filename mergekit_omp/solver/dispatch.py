@@ -15,6 +15,7 @@ import torch
 from mergekit_omp.solver import memory
 from mergekit_omp.solver.gram.state import slot_bytes
 from mergekit_omp.solver.memory import ProblemShape
+from mergekit_omp.solver.precision import bfloat16_time
 
 LOG = logging.getLogger(__name__)
 
@@ -70,20 +71,27 @@ class SolvePlan:
 
 
 def plan_solve(
-    device: torch.device, shape: ProblemShape, *, memory_budget: int | None = None, sharing: int = 1
+    device: torch.device,
+    shape: ProblemShape,
+    *,
+    bfloat16: bool = False,
+    memory_budget: int | None = None,
+    sharing: int = 1,
 ) -> SolvePlan:
     """Choose the method and the chunk size for a problem on a device.
 
     Args:
         device: device of the solve.
         shape: sizes of the problem, counting duplicate atoms once.
+        bfloat16: whether bfloat16 holds atoms and targets exactly.
         memory_budget: memory limit in bytes, excluding the inputs; by default a share of the free memory.
         sharing: number of concurrent solves on this device, which share the budget and the cores.
     """
     budget = memory.budget_on(device, memory_budget) // sharing
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
-    plans = [_plan_gram(budget, shape, threads, pairs, half=half) for half in (False, True)]
+    product = bfloat16_time() if bfloat16 else 1.0
+    plans = [_plan_gram(budget, shape, threads, pairs, product, half=half) for half in (False, True)]
     fastest = min((plan for plan in plans if plan is not None), key=lambda plan: plan.products, default=None)
     if fastest is not None and gram_pays(device, shape, fastest.products):
         return fastest
@@ -92,13 +100,15 @@ def plan_solve(
     return SolvePlan("scan", dtype, threads, chunk, pairs, memory.scan_matrix_bytes(shape, dtype), 0.0)
 
 
-def _plan_gram(budget: int, shape: ProblemShape, threads: int, pairs: int, *, half: bool) -> SolvePlan | None:
+def _plan_gram(
+    budget: int, shape: ProblemShape, threads: int, pairs: int, product: float, *, half: bool
+) -> SolvePlan | None:
     """Plan a solve with a whole or half Gram matrix; return None if it does not fit into the budget."""
     slots = memory.gram_slots(budget, shape, threads, half=half)
     if not slots:
         return None
     held = memory.gram_matrix_bytes(shape, threads, half=half) + slots * slot_bytes(*shape[1:])
-    products = gram_products(shape, slots, half=half)
+    products = gram_products(shape, slots, product, half=half)
     return SolvePlan("gram", torch.int16, threads, slots, pairs, held, products, half)
 
 
@@ -108,19 +118,20 @@ def gram_pays(device: torch.device, shape: ProblemShape, products: float) -> boo
     return device.type == "cpu" and gain > GRAM_MIN_GAIN and load_gram_search() is not None
 
 
-def gram_products(shape: ProblemShape, slots: int, *, half: bool) -> float:
+def gram_products(shape: ProblemShape, slots: int, product: float = 1.0, *, half: bool) -> float:
     """Return the number of products of a matrix product that takes as long as a solve with a Gram matrix.
 
     Args:
         shape: sizes of the problem.
         slots: targets that are solved together, for which a half matrix is completed once.
+        product: time of a product of the rows, in units of one in float32.
         half: whether each pair of atoms is stored once.
     """
     targets, atoms, dim, k = shape
     steps = k**2 * (LIST_COST + (HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms)
     completion = MIRROR_COST * k * atoms**2 / slots if half else 0
     build = (HALF_BUILD_COST if half else WHOLE_BUILD_COST) * atoms**2 * dim
-    return build + targets * (atoms * dim + steps + completion)
+    return product * (build + targets * atoms * dim) + targets * (steps + completion)
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:

@@ -1,9 +1,4 @@
-"""Define the solver's tolerances and set the precision of matrix products that they assume."""
-
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+"""Define the solver's tolerances."""
 
 import torch
 
@@ -23,34 +18,3 @@ CANCELLED = 0.2
 
 TIE = 1e-12
 """Float64 correlations that differ by less than this share are equal, and the atom of the lowest index is selected."""
-
-REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
-"""Settings that let a GPU accumulate float16 products in float16; the second exists since torch 2.7."""
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32 and sum float16 products in float32; restore the settings afterwards.
-
-    A process may let torch compute float32 products in TF32 or bfloat16, and on a GPU torch accumulates float16
-    products in float16 by default. The solver's error bounds cover neither.
-    """
-    with ExitStack() as changed:
-        for get, put, value in _settings():
-            changed.callback(put, get())
-            put(value)
-        yield
-
-
-def _settings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
-    """Yield a getter, a setter and the required value for each setting."""
-    matmul = torch.backends.cuda.matmul
-    for name in REDUCED:
-        if hasattr(matmul, name):
-            yield partial(getattr, matmul, name), partial(setattr, matmul, name), False
-    if hasattr(matmul, "fp32_precision"):
-        # Set per backend: torch refuses to read the common setting where the backends differ.
-        for backend in (matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]  # set at run time
-            yield partial(getattr, backend, "fp32_precision"), partial(setattr, backend, "fp32_precision"), "ieee"
-    else:  # torch before 2.9
-        yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"

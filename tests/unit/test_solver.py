@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.solver import device as solver_device
 from mergekit_omp.solver import dispatch, memory, solve_omp
 from mergekit_omp.solver.dispatch import plan_solve
 from mergekit_omp.solver.gram import search as gram_search
@@ -35,12 +37,16 @@ from mergekit_omp.solver.memory import (
     scan_chunk,
     scan_matrix_bytes,
 )
+from mergekit_omp.solver.precision import bfloat16_products, bfloat16_time, full_precision, held_by_bfloat16
 from mergekit_omp.solver.reference import reference_omp
 from mergekit_omp.solver.scan import fixed_shape, gpu_operations
 from mergekit_omp.solver.scan import search as scan_search
 from mergekit_omp.solver.scan.screening import Screen
 
 CPU = torch.device("cpu")
+
+HAS_SETTING = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+"""Whether torch has a precision for each backend, which products from bfloat16 need."""
 
 SCREENS = ["float16", "float32"]
 WHOLE, HALF, REPLAY = "whole gram", "half gram", "replay"
@@ -246,6 +252,56 @@ def test_low_precision_settings_do_not_affect_the_solver(setting: str) -> None:
         assert before != ("highest", False)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+@pytest.mark.skipif(not HAS_SETTING, reason="torch before 2.9")
+def test_no_solve_multiplies_in_the_precision_of_another() -> None:
+    """Begin and end solves in any order: a new one ends products from bfloat16, and the last one restores."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    one, products, other = full_precision(), bfloat16_products(), full_precision()
+    one.__enter__()
+    with bfloat16_products():
+        assert matmul.fp32_precision == "bf16"
+    assert matmul.fp32_precision == "ieee"
+    products.__enter__()
+    other.__enter__()
+    assert matmul.fp32_precision == "ieee"
+    with bfloat16_products():
+        assert matmul.fp32_precision == "ieee"
+    products.__exit__(None, None, None)
+    one.__exit__(None, None, None)
+    assert matmul.fp32_precision == "ieee"
+    other.__exit__(None, None, None)
+    assert matmul.fp32_precision == before
+
+
+def test_bfloat16_is_used_only_for_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count how the products of a solve are made, on any CPU."""
+    used: list[bool] = []
+    monkeypatch.setattr(solver_device, "bfloat16_time", lambda: 0.5)
+    monkeypatch.setattr(solver_device, "bfloat16_products", lambda: nullcontext(used.append(True)))
+    force(monkeypatch, WHOLE)
+    held, other = random_rows(300, 32, 90).bfloat16().float(), random_rows(20, 32, 91)
+    for targets, atoms, expected in ((other.bfloat16(), held, 1), (other, held, 0), (held[:9], other, 0)):
+        used.clear()
+        codes = solve_omp(targets, atoms, 4)
+        assert len(used) == expected
+        assert torch.equal(codes.indices, reference_omp(targets, atoms, 4).indices)
+    used.clear()
+    solve_omp(other.bfloat16(), held, 4, normalize_atoms=True)
+    assert not used
+
+
+@given(
+    numbers=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
+)
+def test_what_bfloat16_holds(numbers: list[float], dtype: torch.dtype) -> None:
+    rows = torch.tensor(numbers, dtype=torch.float64)[:, None].to(dtype)
+    exact = all(float(torch.tensor(number).bfloat16()) == number for number in rows.double().flatten().tolist())
+    assert held_by_bfloat16(rows) == exact
+    assert held_by_bfloat16(rows.bfloat16())
 
 
 def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -548,18 +604,27 @@ def cosines_of(gram: Gram) -> torch.Tensor:
     dim=st.integers(1, 60),
     seed=st.integers(0, 10_000),
     size=st.sampled_from([1e-12, 1.0, 1e12]),
+    bfloat16=st.booleans(),
 )
-def test_gram_is_the_matrix_of_cosines(half: bool, count: int, dim: int, seed: int, size: float) -> None:
+def test_gram_is_the_matrix_of_cosines(
+    half: bool, count: int, dim: int, seed: int, size: float, bfloat16: bool
+) -> None:
     """Check within half a unit and the rounding of the product, with zeros for zero atoms."""
-    atoms = size * random_rows(count, dim, seed, 1.0)
+    atoms, rows = size * random_rows(count, dim, seed, 1.0), random_rows(3, dim, seed + 1).double()
+    if bfloat16:
+        atoms, rows = atoms.bfloat16().float(), rows.bfloat16().double()
     atoms[seed % count] = 0
     unit = torch.nn.functional.normalize(atoms.double() / size)
     atoms[seed % count, 0] = 1e-40  # as good as none
-    gram = gram_of(atoms, threads=2, half=half)
+    with ExitStack() as stack:
+        if bfloat16 and HAS_SETTING:
+            stack.enter_context(full_precision())
+            stack.enter_context(bfloat16_products())
+        gram = gram_of(atoms, threads=2, half=half)
+        inner = gram.cosines_with(rows, rows.norm(dim=1)).double() / UNIT
     difference = cosines_of(gram)[:, :count] - unit @ unit.T
     assert (difference.triu() if half else difference).abs().max() <= 0.5 / UNIT + (dim + 16) * 2**-24
-    targets = torch.nn.functional.normalize(random_rows(3, dim, seed + 1).double())
-    inner = gram.cosines_with(targets.float()).double() / UNIT
+    targets = torch.nn.functional.normalize(rows)
     assert inner.shape == (3, padded(count))
     assert (inner[:, count:] == 0).all()
     assert (inner[:, :count] - targets @ unit.T).abs().max() <= 0.5 / UNIT + (dim + 16) * 2**-24
@@ -614,6 +679,10 @@ def test_the_plan_is_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
     assert (plan.chunk, plan.half) == (SLOTS * plan.threads, False)
     assert 2 * 30_000**2 < plan.matrix_bytes < budget
     assert plan.products > 0
+    assert 0 < bfloat16_time() <= 1
+    monkeypatch.setattr(dispatch, "bfloat16_time", lambda: 0.5)
+    faster = plan_solve(CPU, shape, bfloat16=True, memory_budget=budget)
+    assert 0.5 * plan.products < faster.products < plan.products
     half = plan_solve(CPU, shape, memory_budget=3 * 2**29)
     assert (half.method, half.half) == ("gram", True)
     assert 30_000**2 < half.matrix_bytes < 3 * 2**29

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 from numpy import ndarray
 
-from mergekit_omp.solver.gram.layout import LINE, STRIP
+from mergekit_omp.solver.gram.layout import LINE, STRIP, UNIT
 from mergekit_omp.solver.gram.vectors import COLUMNS, transpose_block
 
 ROWS = 4
@@ -40,17 +40,27 @@ def _digest_of_sources() -> str:
 
 @entry_point
 def store_square(
-    product: ndarray, row: int, strip: int, cosines: ndarray, starts: ndarray, stride: int, half: bool
+    product: ndarray,
+    factors: ndarray,
+    row: int,
+    strip: int,
+    cosines: ndarray,
+    starts: ndarray,
+    stride: int,
+    half: bool,
 ) -> None:
     """Round STRIP rows of a strip, from ``row`` on, to integers and write them; in a whole matrix, their mirror too.
 
-    ``starts`` are the places of the strips, in which rows follow each other after ``stride`` places.
+    An integer is an entry of ``product`` times the ``factors`` float32 (P,) of its row and its column. ``starts`` are
+    the places of the strips, in which rows follow each other after ``stride`` places.
     """
     height, width = product.shape
     first = starts[strip] + row * stride
+    columns = factors[strip * STRIP : strip * STRIP + width]
     for i in range(height):
+        factor = factors[row + i] * np.float32(UNIT)
         for j in range(width):
-            cosines[first + i * stride + j] = np.int16(np.floor(product[i, j] + np.float32(0.5)))
+            cosines[first + i * stride + j] = np.int16(np.floor(product[i, j] * factor * columns[j] + np.float32(0.5)))
     if not half and row != strip * STRIP:
         mirror = starts[row // STRIP] + strip * STRIP * stride
         transpose(cosines[first:], stride, cosines[mirror:], stride, width)

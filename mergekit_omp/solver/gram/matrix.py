@@ -6,6 +6,7 @@ Source: Rubinstein, Zibulevsky & Elad, "Efficient Implementation of the K-SVD Al
 Pursuit" (2008). Here the matrix only selects the atoms to examine: see :mod:`mergekit_omp.solver.gram.search`.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -44,16 +45,26 @@ class Gram(NamedTuple):
     stride: int
     cosines: ndarray
 
-    def cosines_with(self, targets: Tensor) -> Tensor:
-        """Return the cosines int16 (B, P) of targets (B, d) of norm 1 with all atoms, 0 for padding."""
+    def cosines_with(self, targets: Tensor, lengths: Tensor) -> Tensor:
+        """Return the cosines int16 (B, P) of targets (B, d) of norms (B,) with all atoms, 0 for padding."""
         count = len(self.atoms)
         atoms, norms = torch.from_numpy(self.atoms), torch.from_numpy(self.norms[:count])
         scale = (UNIT / (norms * self.largest_norm)).where(norms > 0, torch.zeros_like(norms))
+        power, rest = _powers_of_two(lengths)
+        targets, rest = (targets * power[:, None]).float(), rest.float()[:, None]
         cosines = targets.new_zeros(len(targets), len(self.norms), dtype=torch.int16)
         for start in range(0, count, STRIP):
             part = slice(start, min(start + STRIP, count))
-            cosines[:, part] = (targets @ atoms[part].T).mul_(scale[part]).round_()
+            cosines[:, part] = (targets @ atoms[part].T).mul_(scale[part]).mul_(rest).round_()
         return cosines
+
+
+def _powers_of_two(norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the inverse of norms (B,) into a power of two and the rest, from 1 to 2; that of 0 is infinite."""
+    most = math.frexp(torch.finfo(norms.dtype).max)[1] - 2
+    exponents = torch.frexp(norms)[1].clamp(-most, most)
+    powers = torch.from_numpy(np.ldexp(1.0, -exponents.numpy())).to(norms)
+    return powers, 1 / (norms * powers)
 
 
 @compiled
@@ -80,24 +91,28 @@ def empty_places(count: int) -> ndarray:
 
 
 def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gram:
-    """Build the matrix of distinct atoms float32 (N, d) with norms (N,), on the CPU."""
+    """Build the matrix of distinct atoms float32 (N, d) with norms (N,), on the CPU.
+
+    Rows are multiplied by powers of two, which keeps what bfloat16 holds, and their products by the rest.
+    """
     count, width = len(atoms), padded(len(atoms))
     tiny = torch.finfo(torch.float32).tiny  # smaller norms have an infinite inverse
     largest = max(norms.max().item(), tiny)
     known = norms > max(tiny, largest / NO_ATOM)
     relative = torch.zeros(width)
     relative[:count] = (norms / largest) * known
-    scale = (1 / norms).where(known, torch.zeros_like(norms))[:, None]
+    scale, rest = _powers_of_two(norms)
+    factors = torch.where(known, rest, 0.0).numpy()
     places, stride = matrix_places(count, half)
     starts, cosines = np.array(places), empty_places(places[-1])
 
     def unit_rows(start: int) -> Tensor:
-        return atoms[start : start + STRIP] * scale[start : start + STRIP]
+        return atoms[start : start + STRIP] * scale[start : start + STRIP, None]
 
     def fill_square(corner: tuple[int, int]) -> None:
         row, column = corner
-        product = (unit_rows(row) @ unit_rows(column).T).mul_(UNIT)
-        store_square(product.numpy(), row, column // STRIP, cosines, starts, stride, half)
+        product = unit_rows(row) @ unit_rows(column).T
+        store_square(product.numpy(), factors, row, column // STRIP, cosines, starts, stride, half)
 
     firsts = range(0, count, STRIP)
     map_in_threads(fill_square, [(row, column) for row in firsts for column in firsts if row <= column], threads)

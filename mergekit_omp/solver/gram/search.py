@@ -155,10 +155,10 @@ class _Search:
 
     def _fill(self, slots: np.ndarray, rows: Tensor) -> None:
         """Put the targets at ``rows`` into empty slots."""
-        units = self.targets[rows].double() / self.norms[rows, None]
+        targets, norms = self.targets[rows].double(), self.norms[rows]
         self.pursuits.rows[slots] = rows
-        self.pursuits.targets[slots] = units
-        self.pursuits.inner[slots] = self.gram.cosines_with(units.float())
+        self.pursuits.targets[slots] = targets / norms[:, None]
+        self.pursuits.inner[slots] = self.gram.cosines_with(targets, norms)
         start(self.gram, self.pursuits, slots)
 
     def _report(self, thread: int, first: int, last: int) -> None:

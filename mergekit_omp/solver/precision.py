@@ -1,0 +1,121 @@
+"""Set how torch computes products of float32 matrices while a solve runs.
+
+Rows of most checkpoints are in bfloat16. A product of two such numbers is exact in float32, so a CPU that multiplies
+bfloat16 and adds in float32 makes errors no larger than those of float32, in about half the time.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_omp.solver.least_squares import rows_at_a_time
+
+REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
+"""Settings that let a GPU accumulate float16 products in float16; the second exists since torch 2.7."""
+
+WORTHWHILE = 0.8
+"""Share of the time of a float32 product above which products of bfloat16 are not used."""
+
+PROBE = 1024
+"""Rows and columns of the products that are timed."""
+
+_lock, _running, _before = Lock(), 0, ExitStack()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32 and sum float16 products in float32; restore the settings afterwards.
+
+    A process may let torch compute float32 products in TF32 or bfloat16, and on a GPU torch accumulates float16
+    products in float16 by default. The solver's error bounds cover neither. Several threads may solve at once.
+    """
+    global _running
+    with _lock:
+        _measured_time()
+        for get, put, value in _settings():
+            if not _running:
+                _before.callback(put, get())
+            put(value)
+        _running += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if not _running:
+                _before.close()
+
+
+def _settings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Any]]:
+    """Yield a getter, a setter and the required value for each setting."""
+    matmul = torch.backends.cuda.matmul
+    for name in REDUCED:
+        if hasattr(matmul, name):
+            yield partial(getattr, matmul, name), partial(setattr, matmul, name), False
+    if _has_backends():
+        # Set per backend: torch refuses to read the common setting where the backends differ.
+        for backend in (matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]  # set at run time
+            yield partial(getattr, backend, "fp32_precision"), partial(setattr, backend, "fp32_precision"), "ieee"
+    else:
+        yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
+
+
+def _has_backends() -> bool:
+    """Tell whether torch has a precision for each backend: since version 2.9."""
+    return hasattr(torch.backends.cuda.matmul, "fp32_precision")
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Compute float32 products on the CPU from bfloat16, inside :func:`full_precision`, for matrices that it holds.
+
+    Has no effect if several solves run, or as soon as another one begins: their matrices may be others.
+    """
+    with _lock:
+        if _running == 1:
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        with _lock:
+            torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
+
+def held_by_bfloat16(rows: Tensor) -> bool:
+    """Tell whether bfloat16 holds all numbers of rows (B, d) exactly."""
+    return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in rows.split(rows_at_a_time(rows)))
+
+
+def bfloat16_time() -> float:
+    """Return how long a product of float32 matrices from bfloat16 takes on this CPU, in units of one in float32.
+
+    It is 1 where that is not worth using: on a CPU without instructions for it, or with a torch that has no setting.
+    """
+    with _lock:
+        return _measured_time()
+
+
+@cache
+def _measured_time() -> float:
+    """Measure :func:`bfloat16_time` before any solve runs, since the setting would be that of all products."""
+    if not _has_backends():
+        return 1.0
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
+    rows, before = torch.ones(PROBE, PROBE), matmul.fp32_precision
+    seconds: dict[str, float] = {}
+    for precision in ("ieee", "bf16"):
+        matmul.fp32_precision = precision
+        for _ in range(4):  # the first one sets libraries up
+            started = time.perf_counter()
+            rows @ rows
+            passed = time.perf_counter() - started
+            seconds[precision] = min(passed, seconds.get(precision, passed))
+    matmul.fp32_precision = before
+    share = seconds["bf16"] / seconds["ieee"]
+    return share if share < WORTHWHILE else 1.0
