@@ -23,14 +23,17 @@ WHOLE_BUILD_COST, HALF_BUILD_COST = 0.5, 0.4
 """Measured time of one of the N² d products of a Gram matrix, of which half are made; this and the costs below are in
 units of the time of one product of a float32 matrix product."""
 
-WHOLE_SCAN_COST, HALF_SCAN_COST = 0.5, 1.8
+WHOLE_SCAN_COST, HALF_SCAN_COST = 0.8, 1.8
 """Measured time of one of the N k² products of a target; its scans make half of them, and more for undone steps."""
 
-LIST_COST = 28_000
+LIST_COST = 10_000
 """Measured time of a target's candidates and fits, divided by k². It does not depend on the number of atoms."""
 
 MIRROR_COST = 0.7
 """Measured time in which one of the N² cosines of a half matrix is completed, times the scans for each of k steps."""
+
+CLEAR_COST = 130
+"""Measured time in which the system clears and maps a byte of memory that was not in use."""
 
 GRAM_MIN_GAIN = 2**39
 """Multiplications that a matrix has to save: some seconds, as long as compiling takes on first use."""
@@ -108,7 +111,7 @@ def _plan_gram(
     if not slots:
         return None
     held = memory.gram_matrix_bytes(shape, threads, half=half) + slots * slot_bytes(*shape[1:])
-    products = gram_products(shape, slots, product, half=half)
+    products = gram_products(shape, slots, product, half=half) + CLEAR_COST * held
     return SolvePlan("gram", torch.int16, threads, slots, pairs, held, products, half)
 
 
@@ -119,7 +122,7 @@ def gram_pays(device: torch.device, shape: ProblemShape, products: float) -> boo
 
 
 def gram_products(shape: ProblemShape, slots: int, product: float = 1.0, *, half: bool) -> float:
-    """Return the number of products of a matrix product that takes as long as a solve with a Gram matrix.
+    """Return the number of products of a matrix product that takes as long as a solve in memory that was in use.
 
     Args:
         shape: sizes of the problem.
