@@ -26,7 +26,7 @@ from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
 from mergekit_omp.solver.memory import ProblemShape
-from mergekit_omp.solver.precision import full_precision
+from mergekit_omp.solver.precision import full_precision, seconds_of_product
 from mergekit_omp.vocabulary.matching import MatchReason
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 from mergekit_omp.vocabulary.tokens import TokenKind
@@ -253,13 +253,8 @@ def _products_a_second(dim: int) -> float:
     """Measure the rate of a float32 matrix product on the CPU."""
     rows = torch.randn(max(1, _PROBE_NUMBERS_ON_CPU // dim), dim, generator=torch.Generator().manual_seed(0))
     few = rows[:_PROBE_TARGETS]
-    times = []
     with full_precision():
-        for _ in range(4):
-            started = time.perf_counter()
-            few @ rows.T
-            times.append(time.perf_counter() - started)
-    return few.numel() * len(rows) / min(times)
+        return few.numel() * len(rows) / seconds_of_product(few, rows.T)
 
 
 @contextmanager

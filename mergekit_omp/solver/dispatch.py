@@ -121,7 +121,7 @@ def gram_pays(device: torch.device, shape: ProblemShape, products: float) -> boo
     return device.type == "cpu" and gain > GRAM_MIN_GAIN and load_gram_search() is not None
 
 
-def gram_products(shape: ProblemShape, slots: int, product: float = 1.0, *, half: bool) -> float:
+def gram_products(shape: ProblemShape, slots: int, product: float, *, half: bool) -> float:
     """Return the number of products of a matrix product that takes as long as a solve in memory that was in use.
 
     Args:

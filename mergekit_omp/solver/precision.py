@@ -37,7 +37,6 @@ def full_precision() -> Iterator[None]:
     """
     global _running
     with _lock:
-        _measured_time()
         for get, put, value in _settings():
             if not _running:
                 _before.callback(put, get())
@@ -58,7 +57,7 @@ def _settings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Any]
     for name in REDUCED:
         if hasattr(matmul, name):
             yield partial(getattr, matmul, name), partial(setattr, matmul, name), False
-    if _has_backends():
+    if has_backends():
         # Set per backend: torch refuses to read the common setting where the backends differ.
         for backend in (matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]  # set at run time
             yield partial(getattr, backend, "fp32_precision"), partial(setattr, backend, "fp32_precision"), "ieee"
@@ -66,7 +65,7 @@ def _settings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Any]
         yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
 
 
-def _has_backends() -> bool:
+def has_backends() -> bool:
     """Tell whether torch has a precision for each backend: since version 2.9."""
     return hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
@@ -95,27 +94,30 @@ def held_by_bfloat16(rows: Tensor) -> bool:
 def bfloat16_time() -> float:
     """Return how long a product of float32 matrices from bfloat16 takes on this CPU, in units of one in float32.
 
-    It is 1 where that is not worth using: on a CPU without instructions for it, or with a torch that has no setting.
+    It is 1 where :func:`bfloat16_products` has no effect, or is not worth using: on a CPU without instructions for
+    it, with a torch that has no setting, or while several solves run.
     """
     with _lock:
-        return _measured_time()
+        return _measured_time() if has_backends() and _running < 2 else 1.0
 
 
 @cache
 def _measured_time() -> float:
-    """Measure :func:`bfloat16_time` before any solve runs, since the setting would be that of all products."""
-    if not _has_backends():
-        return 1.0
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
     rows, before = torch.ones(PROBE, PROBE), matmul.fp32_precision
-    seconds: dict[str, float] = {}
-    for precision in ("ieee", "bf16"):
-        matmul.fp32_precision = precision
-        for _ in range(4):  # the first one sets libraries up
-            started = time.perf_counter()
-            rows @ rows
-            passed = time.perf_counter() - started
-            seconds[precision] = min(passed, seconds.get(precision, passed))
+    matmul.fp32_precision = "ieee"
+    usual = seconds_of_product(rows, rows)
+    matmul.fp32_precision = "bf16"
+    share = seconds_of_product(rows, rows) / usual
     matmul.fp32_precision = before
-    share = seconds["bf16"] / seconds["ieee"]
     return share if share < WORTHWHILE else 1.0
+
+
+def seconds_of_product(left: Tensor, right: Tensor) -> float:
+    """Measure the product of two matrices on the CPU: the least time of four, of which the first sets libraries up."""
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - started)
+    return min(times)

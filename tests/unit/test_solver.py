@@ -37,16 +37,19 @@ from mergekit_omp.solver.memory import (
     scan_chunk,
     scan_matrix_bytes,
 )
-from mergekit_omp.solver.precision import bfloat16_products, bfloat16_time, full_precision, held_by_bfloat16
+from mergekit_omp.solver.precision import (
+    bfloat16_products,
+    bfloat16_time,
+    full_precision,
+    has_backends,
+    held_by_bfloat16,
+)
 from mergekit_omp.solver.reference import reference_omp
 from mergekit_omp.solver.scan import fixed_shape, gpu_operations
 from mergekit_omp.solver.scan import search as scan_search
 from mergekit_omp.solver.scan.screening import Screen
 
 CPU = torch.device("cpu")
-
-HAS_SETTING = hasattr(torch.backends.cuda.matmul, "fp32_precision")
-"""Whether torch has a precision for each backend, which products from bfloat16 need."""
 
 SCREENS = ["float16", "float32"]
 WHOLE, HALF, REPLAY = "whole gram", "half gram", "replay"
@@ -254,7 +257,7 @@ def test_low_precision_settings_do_not_affect_the_solver(setting: str) -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
 
 
-@pytest.mark.skipif(not HAS_SETTING, reason="torch before 2.9")
+@pytest.mark.skipif(not has_backends(), reason="torch before 2.9")
 def test_no_solve_multiplies_in_the_precision_of_another() -> None:
     """Begin and end solves in any order: a new one ends products from bfloat16, and the last one restores."""
     matmul = torch.backends.mkldnn.matmul
@@ -617,7 +620,7 @@ def test_gram_is_the_matrix_of_cosines(
     unit = torch.nn.functional.normalize(atoms.double() / size)
     atoms[seed % count, 0] = 1e-40  # as good as none
     with ExitStack() as stack:
-        if bfloat16 and HAS_SETTING:
+        if bfloat16 and has_backends():
             stack.enter_context(full_precision())
             stack.enter_context(bfloat16_products())
         gram = gram_of(atoms, threads=2, half=half)
