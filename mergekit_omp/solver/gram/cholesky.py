@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from mergekit_omp.solver.gram.kernels import ROWS, add_scaled, compiled, dot, subtract_rows
+from mergekit_omp.solver.gram.kernels import ROWS, add_scaled, compiled, copy, dot, subtract_rows
 from mergekit_omp.solver.tolerances import DEPENDENT
 
 
@@ -37,16 +37,16 @@ class Fit(NamedTuple):
 def extend(fit: Fit, target: ndarray, size: int, choice: int) -> bool:
     """Add an atom to ``size`` others; return False, without adding it, if it lies in their span."""
     row = fit.factor[size]
-    exact = fit.atoms[choice].astype(np.float64)
+    atom = fit.atoms[choice]
     for slot in range(size):
         known = dot(fit.factor[slot, :slot], row[:slot])
-        row[slot] = (dot(fit.atoms[fit.support[slot]], exact) - known) / fit.factor[slot, slot]
-    squared_norm = dot(exact, exact)
+        row[slot] = (dot(fit.atoms[fit.support[slot]], atom) - known) / fit.factor[slot, slot]
+    squared_norm = dot(atom, atom)
     outside = squared_norm - dot(row[:size], row[:size])
     if not outside > DEPENDENT**2 * squared_norm:
         return False
     row[size] = math.sqrt(outside)
-    fit.solved[size] = (dot(exact, target) - dot(row[:size], fit.solved[:size])) / row[size]
+    fit.solved[size] = (dot(atom, target) - dot(row[:size], fit.solved[:size])) / row[size]
     fit.support[size] = choice
     return True
 
@@ -55,11 +55,11 @@ def extend(fit: Fit, target: ndarray, size: int, choice: int) -> bool:
 def fit_target(fit: Fit, target: ndarray, size: int, residual: ndarray) -> float:
     """Fit the target by the first ``size`` atoms; write the residual (d,) and return its norm."""
     coefficients = fit.coefficients
-    coefficients[:size] = fit.solved[:size]
+    copy(coefficients, fit.solved, size)
     for slot in range(size - 1, -1, -1):
         coefficients[slot] /= fit.factor[slot, slot]
         add_scaled(coefficients, -coefficients[slot], fit.factor[slot], slot)
-    residual[:] = target
+    copy(residual, target, len(target))
     slot = 0
     while slot + ROWS <= size:
         subtract_rows(residual, coefficients, fit.atoms, fit.support, slot)

@@ -18,13 +18,18 @@ GAP = LINE
 """Unused places after each row: rows that lie a multiple of 4,096 bytes apart would displace each other from the L1
 cache."""
 
-STEPS = 4
-"""Steps of a draft whose correlations are computed together."""
+STEPS = 8
+"""Steps of a draft whose correlations are computed together, at most."""
 
 
 def padded(atoms: int) -> int:
     """Return P, the number of atoms rounded up to whole strips."""
     return -(-atoms // STRIP) * STRIP
+
+
+def padded_steps(steps: int) -> int:
+    """Return n, a number of steps rounded up to whole passes over the rows."""
+    return -(-steps // STEPS) * STEPS
 
 
 def matrix_places(atoms: int, half: bool) -> tuple[list[int], int]:

@@ -22,10 +22,10 @@ from mergekit_omp.solver.gram.candidates import (
     room_for_candidates,
 )
 from mergekit_omp.solver.gram.cholesky import Fit, extend, fit_target
-from mergekit_omp.solver.gram.kernels import compiled, entry_point
-from mergekit_omp.solver.gram.layout import STEPS, STRIP, UNIT
+from mergekit_omp.solver.gram.kernels import compiled, copy, entry_point
+from mergekit_omp.solver.gram.layout import STRIP, UNIT, padded_steps
 from mergekit_omp.solver.gram.matrix import Gram
-from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, LISTED, Pursuits
+from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, LISTED, STEPS_AFTER_WRONG, Pursuits
 from mergekit_omp.solver.tolerances import ROUNDING, ZERO
 
 LIST_LENGTH = 300
@@ -59,7 +59,7 @@ class Workspace(NamedTuple):
 
 def workspace(dim: int, k: int, most_steps: int) -> Workspace:
     """Allocate the buffers of a thread."""
-    steps = -(-most_steps // STEPS) * STEPS
+    steps = padded_steps(most_steps)
     return Workspace(
         coefficients=np.zeros(k),
         candidates=room_for_candidates(LISTED + most_steps, k),
@@ -90,8 +90,8 @@ def advance(
         if pursuits.status[slot] == DRAFTED and _advance_one(gram, pursuits, slot, most_steps, list_length, work):
             row, size = pursuits.rows[slot], pursuits.size[slot]
             residuals[row] = fit_target(_fit(gram, pursuits, slot, work), pursuits.targets[slot], size, work.residual)
-            support[row, :size] = pursuits.support[slot, :size]
-            coefficients[row, :size] = work.coefficients[:size]
+            copy(support[row], pursuits.support[slot], size)
+            copy(coefficients[row], work.coefficients, size)
             pursuits.status[slot] = EMPTY
 
 
@@ -168,8 +168,8 @@ def _advance_one(
     elif listed < 0.75 * list_length:
         pursuits.threshold[slot] *= LOWER
     # The scan skipped the atoms that are undone now, since they were in the support.
-    listed = append(gram, work.candidates, inner, support, size, support[size:before].copy(), listed)
-    steps = min(STEPS, most_steps) if undone else most_steps
+    listed = append(gram, work.candidates, inner, support, size, support[size:before], listed)
+    steps = min(STEPS_AFTER_WRONG, most_steps) if undone else most_steps
     pursuits.size[slot], pursuits.verified[slot] = size, size + 1
     _propose(gram, pursuits, slot, choices[last], pursuits.correlations[slot, last], steps, listed, work)
     return pursuits.length[slot] == 0

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from mergekit_omp.solver.gram.layout import STEPS, padded
+from mergekit_omp.solver.gram.layout import padded, padded_steps
 
-MOST_STEPS = 2 * STEPS
-"""Steps of the longest draft; more are undone too often."""
+MOST_STEPS, STEPS_AFTER_WRONG = 8, 4
+"""Steps of the longest draft, and of one after a wrong step; more are undone too often."""
 
 LISTED = 512
 """Places of the list of candidates of each slot: a full list is shortened."""
@@ -87,7 +87,7 @@ class Pursuits(NamedTuple):
 
 def empty_slots(slots: int, atoms: int, dim: int, k: int, most_steps: int) -> Pursuits:
     """Allocate slots without targets."""
-    steps = -(-most_steps // STEPS) * STEPS
+    steps = padded_steps(most_steps)
     return Pursuits(
         status=np.zeros(slots, np.int8),
         rows=np.zeros(slots, np.int64),

@@ -7,18 +7,24 @@ takes as long as the products, and a transposition would move one number at a ti
 from collections.abc import Iterable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mergekit_omp.solver.gram.layout import LINE
+from mergekit_omp.solver.gram.layout import LINE, STEPS
 
 COLUMNS = 8
 """Columns that are transposed in registers, with as many rows as a line of the cache has places."""
 
-WIDTH_OF_FOUR, WIDTH_OF_TWO = 16, 32
-"""Columns whose sums for four and for two steps fit into the registers of a CPU with vectors of 256 bits."""
+WIDE = binding.get_host_cpu_features().get("avx512f", False)
+"""Whether the CPU has vectors of 512 bits, and twice as many registers for them."""
+
+MANY, FEW = (STEPS, STEPS // 2) if WIDE else (STEPS // 2, STEPS // 4)
+"""Steps whose sums are computed together, in one pass over the rows: where many steps are left, and where few are."""
+
+COLUMNS_OF_MANY, COLUMNS_OF_FEW = 32 if WIDE else 16, 32
+"""Columns whose sums for so many steps fit into the registers."""
 
 AHEAD = 256
 """Bytes of a row that are requested ahead of their use: a CPU does not follow as many rows by itself."""
@@ -188,5 +194,5 @@ def _mask(places: Iterable[int]) -> Any:
 
 
 transpose_block: Any = _transpose_block
-accumulate_four = make_accumulate(4, WIDTH_OF_FOUR)
-accumulate_two = make_accumulate(2, WIDTH_OF_TWO)
+accumulate_many = make_accumulate(MANY, COLUMNS_OF_MANY)
+accumulate_few = make_accumulate(FEW, COLUMNS_OF_FEW)

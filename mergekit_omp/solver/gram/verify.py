@@ -15,16 +15,18 @@ from mergekit_omp.solver.gram.kernels import (
     entry_point,
     transpose,
 )
-from mergekit_omp.solver.gram.layout import LINE, STEPS, STRIP
+from mergekit_omp.solver.gram.layout import LINE, STRIP
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.propose import Workspace, compare_rivals
 from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
 from mergekit_omp.solver.gram.vectors import (
     AHEAD,
-    WIDTH_OF_FOUR,
-    WIDTH_OF_TWO,
-    accumulate_four,
-    accumulate_two,
+    COLUMNS_OF_FEW,
+    COLUMNS_OF_MANY,
+    FEW,
+    MANY,
+    accumulate_few,
+    accumulate_many,
     address,
     integer_at,
     request_line,
@@ -107,13 +109,13 @@ def _locate(gram: Gram, strip: int, below: ndarray, support: ndarray, size: int,
 @compiled
 def _scan(places: ndarray, size: int, weights: ndarray, inner: ndarray, count: int, sums: ndarray) -> None:
     """Compute the cosines ``sums`` (n, STRIP) of a strip of atoms with the residuals of ``count`` steps."""
-    for step in range(0, count, STEPS):
-        if count - step > 2:
-            for column in range(0, STRIP, WIDTH_OF_FOUR):
-                accumulate_four(places, size, inner, weights, sums, step, column)
+    for step in range(0, count, MANY):
+        if count - step > FEW:
+            for column in range(0, STRIP, COLUMNS_OF_MANY):
+                accumulate_many(places, size, inner, weights, sums, step, column)
         else:
-            for column in range(0, STRIP, WIDTH_OF_TWO):
-                accumulate_two(places, size, inner, weights, sums, step, column)
+            for column in range(0, STRIP, COLUMNS_OF_FEW):
+                accumulate_few(places, size, inner, weights, sums, step, column)
 
 
 @compiled
