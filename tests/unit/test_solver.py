@@ -624,11 +624,13 @@ def test_gram_is_the_matrix_of_cosines(
             stack.enter_context(full_precision())
             stack.enter_context(bfloat16_products())
         gram = gram_of(atoms, threads=2, half=half)
-        inner = gram.cosines_with(rows, rows.norm(dim=1)).double() / UNIT
+        kept = np.zeros((5, padded(count)), np.int16)
+        gram.store_cosines(rows, rows.norm(dim=1), kept, np.array([3, 0, 4]))
     difference = cosines_of(gram)[:, :count] - unit @ unit.T
     assert (difference.triu() if half else difference).abs().max() <= 0.5 / UNIT + (dim + 16) * 2**-24
     targets = torch.nn.functional.normalize(rows)
-    assert inner.shape == (3, padded(count))
+    inner = torch.from_numpy(kept)[[3, 0, 4]].double() / UNIT
+    assert not kept[[1, 2]].any()
     assert (inner[:, count:] == 0).all()
     assert (inner[:, :count] - targets @ unit.T).abs().max() <= 0.5 / UNIT + (dim + 16) * 2**-24
 
@@ -664,7 +666,7 @@ def test_an_error_in_one_thread_ends_all(half: bool, monkeypatch: pytest.MonkeyP
 
     def fail_once(search: gram_search._Search, *arguments: object) -> None:
         with search.lock:
-            first, search.support[0, 0] = search.support[0, 0] == -1, 0
+            first, search.results.support[0, 0] = search.results.support[0, 0] == -1, 0
         if first:
             raise MemoryError("injected")
         fill(search, *arguments)

@@ -6,7 +6,6 @@ Letters in shapes: N atoms, d dimensions, k sparsity.
 import math
 from typing import NamedTuple
 
-import numpy as np
 from numpy import ndarray
 
 from mergekit_omp.solver.gram.kernels import ROWS, add_scaled, compiled, copy, dot, subtract_rows

@@ -56,21 +56,37 @@ def store_square(
     stride: int,
     half: bool,
 ) -> None:
-    """Round STRIP rows of a strip, from ``row`` on, to integers and write them; in a whole matrix, their mirror too.
+    """Write STRIP rows of a strip, from ``row`` on, as integers; in a whole matrix, their mirror too.
 
-    An integer is an entry of ``product`` times the ``factors`` float32 (P,) of its row and its column. ``starts`` are
-    the places of the strips, in which rows follow each other after ``stride`` places.
+    An integer is an entry of ``product``, times the ``factors`` float32 (P,) of its row and its column, in units of 1
+    / UNIT. ``starts`` are the places of the strips, in which rows follow each other after ``stride`` places.
     """
     height, width = product.shape
     first = starts[strip] + row * stride
     columns = factors[strip * STRIP : strip * STRIP + width]
     for i in range(height):
-        factor = factors[row + i] * np.float32(UNIT)
-        for j in range(width):
-            cosines[first + i * stride + j] = np.int16(np.floor(product[i, j] * factor * columns[j] + np.float32(0.5)))
+        _store_row(product[i], factors[row + i], columns, cosines[first + i * stride :])
     if not half and row != strip * STRIP:
         mirror = starts[row // STRIP] + strip * STRIP * stride
         transpose(cosines[first:], stride, cosines[mirror:], stride, width)
+
+
+@entry_point
+def store_rows(product: ndarray, factors: ndarray, columns: ndarray, out: ndarray, rows: ndarray, first: int) -> None:
+    """Write a ``product`` (B, n) as integers to rows int64 (B,) of ``out`` int16 (T, P), from a ``first`` column on.
+
+    An integer is an entry of the product, times the ``factors`` float32 (B,) of its row and ``columns`` (n,) of its
+    column, in units of 1 / UNIT.
+    """
+    for i in range(len(rows)):
+        _store_row(product[i], factors[i], columns, out[rows[i], first:])
+
+
+@compiled
+def _store_row(product: ndarray, factor: np.floating, columns: ndarray, out: ndarray) -> None:
+    unit = factor * np.float32(UNIT)
+    for j in range(len(product)):
+        out[j] = np.int16(np.floor(product[j] * unit * columns[j] + np.float32(0.5)))
 
 
 @compiled

@@ -14,7 +14,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from mergekit_omp.solver.gram.kernels import compiled, store_square
+from mergekit_omp.solver.gram.kernels import compiled, store_rows, store_square
 from mergekit_omp.solver.gram.layout import LINE, STRIP, UNIT, matrix_places, padded
 from mergekit_omp.solver.threads import map_in_threads
 
@@ -45,18 +45,19 @@ class Gram(NamedTuple):
     stride: int
     cosines: ndarray
 
-    def cosines_with(self, targets: Tensor, lengths: Tensor) -> Tensor:
-        """Return the cosines int16 (B, P) of targets (B, d) of norms (B,) with all atoms, 0 for padding."""
+    def store_cosines(self, targets: Tensor, norms: Tensor, out: ndarray, rows: ndarray) -> None:
+        """Write the cosines of targets (B, d) of norms (B,) with all atoms to rows int64 (B,) of ``out`` int16 (T, P).
+
+        What is there for padding is left.
+        """
         count = len(self.atoms)
-        atoms, norms = torch.from_numpy(self.atoms), torch.from_numpy(self.norms[:count])
-        scale = (UNIT / (norms * self.largest_norm)).where(norms > 0, torch.zeros_like(norms))
-        power, rest = _powers_of_two(lengths)
-        targets, rest = (targets * power[:, None]).float(), rest.float()[:, None]
-        cosines = targets.new_zeros(len(targets), len(self.norms), dtype=torch.int16)
+        atoms, relative = torch.from_numpy(self.atoms), torch.from_numpy(self.norms[:count])
+        scale = (1 / (relative * self.largest_norm)).where(relative > 0, torch.zeros_like(relative)).numpy()
+        power, rest = _powers_of_two(norms)
+        targets, factors = (targets * power[:, None]).float(), rest.float().numpy()
         for start in range(0, count, STRIP):
             part = slice(start, min(start + STRIP, count))
-            cosines[:, part] = (targets @ atoms[part].T).mul_(scale[part]).mul_(rest).round_()
-        return cosines
+            store_rows((targets @ atoms[part].T).numpy(), factors, scale[part], out, rows, start)
 
 
 def _powers_of_two(norms: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,26 +6,24 @@ residuals, and the correlations of rivals. So the support is that of OMP with a 
 Letters in shapes: T slots, d dimensions, k sparsity, n steps of a draft.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy import ndarray
 
 from mergekit_omp.solver.gram.candidates import (
-    Candidates,
     append,
-    beats,
     best_candidate,
     exact_correlation,
     load_found,
     request_cosines,
-    room_for_candidates,
 )
-from mergekit_omp.solver.gram.cholesky import Fit, extend, fit_target
+from mergekit_omp.solver.gram.cholesky import extend, fit_target
 from mergekit_omp.solver.gram.kernels import compiled, copy, entry_point
-from mergekit_omp.solver.gram.layout import STRIP, UNIT, padded_steps
+from mergekit_omp.solver.gram.layout import UNIT
 from mergekit_omp.solver.gram.matrix import Gram
-from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, LISTED, STEPS_AFTER_WRONG, Pursuits
+from mergekit_omp.solver.gram.rivals import compare_rivals
+from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, STEPS_AFTER_WRONG, Pursuits, Results
+from mergekit_omp.solver.gram.verify import scan_strip
+from mergekit_omp.solver.gram.workspace import Workspace, fit_of
 from mergekit_omp.solver.tolerances import ROUNDING, ZERO
 
 LIST_LENGTH = 300
@@ -39,87 +37,20 @@ RAISE, LOWER = 1.04, 0.96
 """Factors on the threshold after a list longer than 1.5 times, or shorter than 0.75 times, the target length."""
 
 
-class Workspace(NamedTuple):
-    """Buffers of one thread.
-
-    Attributes:
-        coefficients: float64 (k,).
-        candidates: the candidates of one target.
-        residual: float64 (d,).
-        sums: float32 (n, STRIP), cosines of a strip of atoms with the residual of each step.
-        places: int64 (k,), addresses of the support's rows in a strip.
-    """
-
-    coefficients: ndarray
-    candidates: Candidates
-    residual: ndarray
-    sums: ndarray
-    places: ndarray
-
-
-def workspace(dim: int, k: int, most_steps: int) -> Workspace:
-    """Allocate the buffers of a thread."""
-    steps = padded_steps(most_steps)
-    return Workspace(
-        coefficients=np.zeros(k),
-        candidates=room_for_candidates(LISTED + most_steps, k),
-        residual=np.zeros(dim),
-        sums=np.zeros((steps, STRIP), np.float32),
-        places=np.zeros(k, np.int64),
-    )
-
-
 @entry_point
-def advance(
+def start(
     gram: Gram,
     pursuits: Pursuits,
-    first: int,
-    last: int,
+    slots: ndarray,
     most_steps: int,
     list_length: int,
     work: Workspace,
-    support: ndarray,
-    coefficients: ndarray,
-    residuals: ndarray,
+    results: Results,
 ) -> None:
-    """Decide and draft the next steps in slots ``first`` to ``last``.
+    """Draft the first steps of the new targets in ``slots``; a target that this completes leaves its slot empty.
 
-    Slots of finished targets become empty, and their results are written to the rows of the last three arguments.
+    The cosines with the targets are those of the first step, so that its scan reads no row of the matrix.
     """
-    for slot in range(first, last):
-        if pursuits.status[slot] == DRAFTED and _advance_one(gram, pursuits, slot, most_steps, list_length, work):
-            row, size = pursuits.rows[slot], pursuits.size[slot]
-            residuals[row] = fit_target(_fit(gram, pursuits, slot, work), pursuits.targets[slot], size, work.residual)
-            copy(support[row], pursuits.support[slot], size)
-            copy(coefficients[row], work.coefficients, size)
-            pursuits.status[slot] = EMPTY
-
-
-@compiled
-def compare_rivals(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -> None:
-    """Replace choices of a draft by better rivals, and empty the list of rivals."""
-    fitted, residual = -1, work.residual
-    for place in range(pursuits.rivals[slot]):
-        atom, step = pursuits.rival_atoms[slot, place], pursuits.rival_steps[slot, place]
-        if step != fitted:
-            size = pursuits.verified[slot] + step
-            fit_target(_fit(gram, pursuits, slot, work), pursuits.targets[slot], size, residual)
-            fitted = step
-        correlation = exact_correlation(gram, atom, residual)
-        if beats(correlation, atom, pursuits.correlations[slot, step], pursuits.choices[slot, step]):
-            pursuits.correlations[slot, step], pursuits.choices[slot, step] = correlation, atom
-    pursuits.rivals[slot] = 0
-
-
-@compiled
-def _fit(gram: Gram, pursuits: Pursuits, slot: int, work: Workspace) -> Fit:
-    factor, solved = pursuits.factor[slot], pursuits.solved[slot]
-    return Fit(gram.atoms, pursuits.support[slot], factor, solved, work.coefficients)
-
-
-@entry_point
-def start(gram: Gram, pursuits: Pursuits, slots: ndarray) -> None:
-    """Draft the first step of the new targets in ``slots``: the best atom for each."""
     for slot in slots:
         pursuits.status[slot] = DRAFTED
         pursuits.size[slot], pursuits.verified[slot], pursuits.complete[slot] = 0, 0, False
@@ -133,6 +64,45 @@ def start(gram: Gram, pursuits: Pursuits, slots: ndarray) -> None:
         pursuits.choices[slot, 0] = best
         pursuits.correlations[slot, 0] = exact_correlation(gram, best, pursuits.targets[slot])
         _expect_scan(pursuits, slot, 1)
+        work.known[:] = False
+        for strip in range(len(gram.starts) - 1):
+            scan_strip(gram, strip, pursuits, slot, work)
+        _advance_one(gram, pursuits, slot, most_steps, list_length, work, results)
+
+
+@entry_point
+def advance(
+    gram: Gram,
+    pursuits: Pursuits,
+    first: int,
+    last: int,
+    most_steps: int,
+    list_length: int,
+    work: Workspace,
+    results: Results,
+) -> None:
+    """Decide and draft the next steps in slots ``first`` to ``last``; those of finished targets become empty."""
+    for slot in range(first, last):
+        if pursuits.status[slot] == DRAFTED:
+            _advance_one(gram, pursuits, slot, most_steps, list_length, work, results)
+
+
+@compiled
+def _advance_one(
+    gram: Gram,
+    pursuits: Pursuits,
+    slot: int,
+    most_steps: int,
+    list_length: int,
+    work: Workspace,
+    results: Results,
+) -> None:
+    if _decide_and_draft(gram, pursuits, slot, most_steps, list_length, work):
+        row, size, target = pursuits.rows[slot], pursuits.size[slot], pursuits.targets[slot]
+        results.residuals[row] = fit_target(fit_of(gram, pursuits, slot, work), target, size, work.residuals[0])
+        copy(results.support[row], pursuits.support[slot], size)
+        copy(results.coefficients[row], work.coefficients, size)
+        pursuits.status[slot] = EMPTY
 
 
 @compiled
@@ -145,10 +115,11 @@ def _expect_scan(pursuits: Pursuits, slot: int, length: int) -> None:
 
 
 @compiled
-def _advance_one(
+def _decide_and_draft(
     gram: Gram, pursuits: Pursuits, slot: int, most_steps: int, list_length: int, work: Workspace
 ) -> bool:
     """Decide what the scan has left open, and draft the next steps; return whether the pursuit is complete."""
+    work.known[:] = False
     compare_rivals(gram, pursuits, slot, work)
     support, choices, before = pursuits.support[slot], pursuits.choices[slot], pursuits.size[slot]
     scanned, length, verified = pursuits.scanned[slot], pursuits.length[slot], pursuits.verified[slot]
@@ -187,7 +158,7 @@ def _propose(
     work: Workspace,
 ) -> None:
     """Select ``choice`` and draft the next steps from the ``listed`` candidates."""
-    fit, support, target = _fit(gram, pursuits, slot, work), pursuits.support[slot], pursuits.targets[slot]
+    fit, support, target = fit_of(gram, pursuits, slot, work), pursuits.support[slot], pursuits.targets[slot]
     length, pursuits.complete[slot] = 0, False
     for step in range(steps):
         size = pursuits.size[slot]
@@ -197,15 +168,14 @@ def _propose(
             break  # no atom reduces the residual; a drafted choice must be verified first
         size += 1
         pursuits.size[slot] = size
-        residual_norm = fit_target(fit, target, size, work.residual)
+        residual = work.residuals[step]
+        residual_norm = fit_target(fit, target, size, residual)
         if size == len(work.coefficients) or residual_norm <= ZERO:
             pursuits.complete[slot] = True
             break
         _weigh(gram, pursuits, slot, step, size, work.coefficients)
         weights, error = pursuits.weights[slot, step], pursuits.errors[slot, step]
-        choice, correlation = best_candidate(
-            gram, work.candidates, listed, support, size, weights, work.residual, error
-        )
+        choice, correlation = best_candidate(gram, work.candidates, listed, support, size, weights, residual, error)
         pursuits.choices[slot, step], pursuits.correlations[slot, step] = choice, correlation
         length += 1
     _expect_scan(pursuits, slot, length)

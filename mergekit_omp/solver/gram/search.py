@@ -36,9 +36,10 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.solver.gram.matrix import Gram, empty_places
-from mergekit_omp.solver.gram.propose import LIST_LENGTH, Workspace, advance, start, workspace
-from mergekit_omp.solver.gram.state import EMPTY, MOST_STEPS, PART, empty_slots
+from mergekit_omp.solver.gram.propose import LIST_LENGTH, advance, start
+from mergekit_omp.solver.gram.state import EMPTY, MOST_STEPS, PART, empty_slots, no_results
 from mergekit_omp.solver.gram.verify import mirror, verify
+from mergekit_omp.solver.gram.workspace import Workspace, workspace
 from mergekit_omp.solver.threads import map_in_threads
 
 
@@ -74,8 +75,8 @@ def solve_by_gram(
     map_in_threads(search.run_thread, range(search.threads), search.threads, stop=search.stop)
     if progress is not None:
         progress(len(targets) - search.reported)
-    coefficients = torch.from_numpy(search.coefficients) * search.norms[:, None]
-    return torch.from_numpy(search.support), coefficients.float(), torch.from_numpy(search.residuals).float()
+    support, coefficients, residuals = map(torch.from_numpy, search.results)
+    return support, (coefficients * search.norms[:, None]).float(), residuals.float()
 
 
 class _Search:
@@ -95,8 +96,7 @@ class _Search:
         self.targets, self.gram, self.k, self.threads = targets, gram, k, max(1, min(threads, slots))
         self.most_steps, self.list_length, self.progress = most_steps, list_length, progress
         self.norms = torch.cat([part.double().norm(dim=1) for part in targets.split(PART)])
-        self.support = np.full((len(targets), k), -1, np.int64)
-        self.coefficients, self.residuals = np.zeros((len(targets), k)), np.zeros(len(targets))
+        self.results = no_results(len(targets), k)
         atoms, dim = gram.atoms.shape
         self.pursuits = empty_slots(slots, atoms, dim, k, most_steps)
         self.below = [empty_places(len(gram.norms) * gram.stride if gram.half else 0) for _ in range(2)]
@@ -135,17 +135,15 @@ class _Search:
 
     def _advance(self, thread: int, first: int, last: int, work: Workspace) -> bool:
         """Draft the next steps in the slots of a thread, and fill free ones; return whether to scan again."""
-        results = self.support, self.coefficients, self.residuals
-        advance(self.gram, self.pursuits, first, last, self.most_steps, self.list_length, work, *results)
-        free = first + np.flatnonzero(self.pursuits.status[first:last] == EMPTY)
-        while len(free) >= min(PART, -(-(last - first) // 4)):  # fewer are too few for an efficient product
+        advance(self.gram, self.pursuits, first, last, self.most_steps, self.list_length, work, self.results)
+        fewest = min(PART, -(-(last - first) // 4))  # fewer are too few for an efficient product
+        while len(free := first + np.flatnonzero(self.pursuits.status[first:last] == EMPTY)) >= fewest:
             count = min(PART, len(free))
             with self.lock:
                 rows, self.waiting = self.waiting[:count], self.waiting[count:]
-            if not len(rows):
+            if self.stopped or not len(rows):
                 break
-            self._fill(free[: len(rows)], rows)
-            free = free[len(rows) :]
+            self._fill(free[: len(rows)], rows, work)
         self._report(thread, first, last)
         self.busy[thread] = len(free) < last - first
         if not self.gram.half:
@@ -153,13 +151,13 @@ class _Search:
         self.barrier.wait()
         return any(self.busy)
 
-    def _fill(self, slots: np.ndarray, rows: Tensor) -> None:
-        """Put the targets at ``rows`` into empty slots."""
+    def _fill(self, slots: np.ndarray, rows: Tensor, work: Workspace) -> None:
+        """Put the targets at ``rows`` into empty slots, and draft their first steps."""
         targets, norms = self.targets[rows].double(), self.norms[rows]
         self.pursuits.rows[slots] = rows
         self.pursuits.targets[slots] = targets / norms[:, None]
-        self.pursuits.inner[slots] = self.gram.cosines_with(targets, norms)
-        start(self.gram, self.pursuits, slots)
+        self.gram.store_cosines(targets, norms, self.pursuits.inner, slots)
+        start(self.gram, self.pursuits, slots, self.most_steps, self.list_length, work, self.results)
 
     def _report(self, thread: int, first: int, last: int) -> None:
         """Report the targets solved by all threads, unfinished ones with their share of the steps."""

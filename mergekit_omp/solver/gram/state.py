@@ -1,7 +1,7 @@
 """Hold the pursuits of the targets that are solved together: one slot for each. Imports without numba.
 
-Letters in shapes: T slots, P atoms padded to whole strips, d dimensions, k sparsity, n steps of a draft, L and R
-places of the lists of candidates and rivals.
+Letters in shapes: B targets, T slots, P atoms padded to whole strips, d dimensions, k sparsity, n steps of a draft, L
+and R places of the lists of candidates and rivals.
 """
 
 from typing import NamedTuple
@@ -83,6 +83,25 @@ class Pursuits(NamedTuple):
     rivals: ndarray
     rival_atoms: ndarray
     rival_steps: ndarray
+
+
+class Results(NamedTuple):
+    """Results for all targets.
+
+    Attributes:
+        support: int64 (B, k), in the order of selection, -1 in unused places.
+        coefficients: float64 (B, k), for targets of norm 1.
+        residuals: float64 (B,), norms for targets of norm 1.
+    """
+
+    support: ndarray
+    coefficients: ndarray
+    residuals: ndarray
+
+
+def no_results(targets: int, k: int) -> Results:
+    """Allocate results: those of targets of zeros."""
+    return Results(np.full((targets, k), -1, np.int64), np.zeros((targets, k)), np.zeros(targets))
 
 
 def empty_slots(slots: int, atoms: int, dim: int, k: int, most_steps: int) -> Pursuits:

@@ -1,7 +1,7 @@
 """Scan a strip of atoms for the drafted steps of many targets.
 
 The cosines of the scan, in 16-bit integers and float32, only exclude atoms, by a bound on their error. What the bound
-does not exclude is listed as a rival, and :mod:`mergekit_omp.solver.gram.propose` compares rivals in float64.
+does not exclude is listed as a rival, and :mod:`mergekit_omp.solver.gram.rivals` compares them in float64.
 
 Letters in shapes: T slots, n steps of a draft, k sparsity.
 """
@@ -17,7 +17,7 @@ from mergekit_omp.solver.gram.kernels import (
 )
 from mergekit_omp.solver.gram.layout import LINE, STRIP
 from mergekit_omp.solver.gram.matrix import Gram
-from mergekit_omp.solver.gram.propose import Workspace, compare_rivals
+from mergekit_omp.solver.gram.rivals import add_rival
 from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
 from mergekit_omp.solver.gram.vectors import (
     AHEAD,
@@ -31,6 +31,7 @@ from mergekit_omp.solver.gram.vectors import (
     integer_at,
     request_line,
 )
+from mergekit_omp.solver.gram.workspace import Workspace
 
 GROUP = 32
 """Atoms that are compared with the least correlation together; few groups contain a candidate."""
@@ -64,8 +65,11 @@ def verify(
         if gram.half and slot + 1 < last and pursuits.status[slot + 1] == DRAFTED:
             _request_rows(gram, first_strip, below, pursuits, slot + 1, work.places)
         if pursuits.status[slot] == DRAFTED:
+            work.known[:] = False
             for strip in range(first_strip, last_strip):
-                _verify_strip(gram, strip, below, pursuits, slot, work)
+                size = pursuits.verified[slot] + pursuits.scanned[slot] - 1
+                _locate(gram, strip, below, pursuits.support[slot], size, work.places)
+                scan_strip(gram, strip, pursuits, slot, work)
 
 
 @compiled
@@ -79,13 +83,13 @@ def _request_rows(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, sl
 
 
 @compiled
-def _verify_strip(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, work: Workspace) -> None:
+def scan_strip(gram: Gram, strip: int, pursuits: Pursuits, slot: int, work: Workspace) -> None:
+    """Scan a strip for the draft of a slot, with the ``places`` of the support's rows in the workspace."""
     start, sums, places = strip * STRIP, work.sums, work.places
     inverse_norms, norms = gram.inverse_norms[start : start + STRIP], gram.norms[start : start + STRIP]
     count = pursuits.scanned[slot]
     size = pursuits.verified[slot] + count - 1
-    support, inner = pursuits.support[slot], pursuits.inner[slot, start : start + STRIP]
-    _locate(gram, strip, below, support, size, places)
+    inner = pursuits.inner[slot, start : start + STRIP]
     _scan(places, size, pursuits.weights[slot], inner, count, sums)
     correlations, errors = pursuits.correlations[slot], pursuits.errors[slot]
     for step in range(count):
@@ -131,11 +135,7 @@ def _list_rivals(
         atom = start + column
         least = correlation * gram.inverse_norms[atom]
         if abs(cosines[column]) + error >= least and atom != pursuits.choices[slot, step] and atom < len(gram.atoms):
-            if pursuits.rivals[slot] == pursuits.rival_atoms.shape[1]:
-                compare_rivals(gram, pursuits, slot, work)
-            place = pursuits.rivals[slot]
-            pursuits.rival_atoms[slot, place], pursuits.rival_steps[slot, place] = atom, step
-            pursuits.rivals[slot] += 1
+            add_rival(gram, pursuits, slot, step, atom, work)
             if abs(cosines[column]) - error > least:
                 pursuits.scanned[slot] = min(pursuits.scanned[slot], step + 1)
 
