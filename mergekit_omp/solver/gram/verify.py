@@ -97,7 +97,7 @@ def scan_strip(gram: Gram, strip: int, pursuits: Pursuits, slot: int, work: Work
             sums[step], inverse_norms, np.float32(correlations[step]), errors[step]
         ):
             _list_rivals(gram, pursuits, slot, step, start, sums[step], work)
-    _list_candidates(places, pursuits, slot, size, start, sums[count - 1], norms)
+    _list_candidates(places, pursuits, slot, size, start, sums[count - 1], norms, work.kept)
 
 
 @compiled
@@ -149,6 +149,7 @@ def _list_candidates(
     start: int,
     cosines: ndarray,
     norms: ndarray,
+    kept: ndarray,
 ) -> None:
     """Add the atoms of a strip whose correlation is high enough; raise what is enough when the list is full."""
     atoms, estimates, found = pursuits.candidates[slot], pursuits.estimates[slot], pursuits.found[slot]
@@ -164,7 +165,7 @@ def _list_candidates(
             _copy_cosines(places, size, start, atoms, first, listed, found)
             mean = np.mean(estimates[:listed])
             least = max(np.float32(1.1) * least, np.float32(0.5) * mean)
-            first = listed = _shorten(atoms, estimates, found, size, listed, least)
+            first = listed = _shorten(atoms, estimates, found, size, listed, least, kept)
         for column in range(left, left + GROUP):
             estimate = abs(cosines[column]) * norms[column]
             atoms[listed], estimates[listed] = start + column, estimate
@@ -184,13 +185,23 @@ def _copy_cosines(
 
 
 @compiled
-def _shorten(atoms: ndarray, estimates: ndarray, found: ndarray, size: int, listed: int, least: np.floating) -> int:
+def _shorten(
+    atoms: ndarray,
+    estimates: ndarray,
+    found: ndarray,
+    size: int,
+    listed: int,
+    least: np.floating,
+    kept: ndarray,
+) -> int:
     """Keep the candidates whose correlation exceeds ``least``, but always leave room; return their number."""
-    kept = 0
+    count = 0
     for candidate in range(listed):
-        if estimates[candidate] > least and kept < len(atoms) - 2 * GROUP:
-            atoms[kept], estimates[kept] = atoms[candidate], estimates[candidate]
-            for place in range(size):
-                found[place, kept] = found[place, candidate]
-            kept += 1
-    return kept
+        if estimates[candidate] > least and count < len(atoms) - 2 * GROUP:
+            kept[count] = candidate
+            atoms[count], estimates[count] = atoms[candidate], estimates[candidate]
+            count += 1
+    for place in range(size):
+        for candidate in range(count):
+            found[place, candidate] = found[place, kept[candidate]]
+    return count

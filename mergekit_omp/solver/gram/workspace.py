@@ -1,6 +1,6 @@
 """Hold the buffers of one thread.
 
-Letters in shapes: d dimensions, k sparsity, n steps of a draft.
+Letters in shapes: L candidates, d dimensions, k sparsity, n steps of a draft.
 """
 
 from typing import NamedTuple
@@ -26,6 +26,7 @@ class Workspace(NamedTuple):
         known: bool (n,), which of them are computed.
         sums: float32 (n, STRIP), cosines of a strip of atoms with these residuals.
         places: int64 (k,), addresses of the support's rows in a strip.
+        kept: int64 (L,), which candidates stay in a list that is shortened.
     """
 
     coefficients: ndarray
@@ -34,6 +35,7 @@ class Workspace(NamedTuple):
     known: ndarray
     sums: ndarray
     places: ndarray
+    kept: ndarray
 
 
 def workspace(dim: int, k: int, most_steps: int) -> Workspace:
@@ -46,6 +48,7 @@ def workspace(dim: int, k: int, most_steps: int) -> Workspace:
         known=np.zeros(steps, np.bool_),
         sums=np.zeros((steps, STRIP), np.float32),
         places=np.zeros(k, np.int64),
+        kept=np.zeros(LISTED, np.int64),
     )
 
 
