@@ -19,17 +19,20 @@ from mergekit_omp.solver.precision import bfloat16_time
 
 LOG = logging.getLogger(__name__)
 
-WHOLE_BUILD_COST, HALF_BUILD_COST = 0.5, 0.4
+BUILD_COST = 0.5
 """Measured time of one of the N² d products of a Gram matrix, of which half are made; this and the costs below are in
 units of the time of one product of a float32 matrix product."""
 
-WHOLE_SCAN_COST, HALF_SCAN_COST = 0.8, 1.8
-"""Measured time of one of the N k² products of a target; its scans make half of them, and more for undone steps."""
+WHOLE_SCAN_COST, HALF_SCAN_COST = 0.6, 1.0
+"""Measured time in which a step takes one of N atoms times the sparsity, or times FEWEST_SCANNED if that is less."""
 
-LIST_COST = 10_000
-"""Measured time of a target's candidates and fits, divided by k². It does not depend on the number of atoms."""
+FEWEST_SCANNED = 64
+"""Sparsity below which the scans of a step take no less: they wait for the memory, and compare."""
 
-MIRROR_COST = 0.7
+FIT_COST = 1500
+"""Measured time of one of the d dimensions in a step: fits, residuals and exact correlations."""
+
+MIRROR_COST = 1.2
 """Measured time in which one of the N² cosines of a half matrix is completed, times the scans for each of k steps."""
 
 CLEAR_COST = 130
@@ -131,10 +134,10 @@ def gram_products(shape: ProblemShape, slots: int, product: float, *, half: bool
         half: whether each pair of atoms is stored once.
     """
     targets, atoms, dim, k = shape
-    steps = k**2 * (LIST_COST + (HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms)
-    completion = MIRROR_COST * k * atoms**2 / slots if half else 0
-    build = (HALF_BUILD_COST if half else WHOLE_BUILD_COST) * atoms**2 * dim
-    return product * (build + targets * atoms * dim) + targets * (steps + completion)
+    scan = (HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms * max(k, FEWEST_SCANNED)
+    completion = MIRROR_COST * atoms**2 / slots if half else 0
+    products = BUILD_COST * atoms**2 * dim + targets * atoms * dim
+    return product * products + targets * k * (scan + FIT_COST * dim + completion)
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:

@@ -21,7 +21,7 @@ from mergekit_omp.solver.gram.kernels import compiled, copy, entry_point
 from mergekit_omp.solver.gram.layout import UNIT
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.rivals import compare_rivals
-from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, STEPS_AFTER_WRONG, Pursuits, Results
+from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, Pursuits, Results
 from mergekit_omp.solver.gram.verify import scan_strip
 from mergekit_omp.solver.gram.workspace import Workspace, fit_of
 from mergekit_omp.solver.tolerances import ROUNDING, ZERO
@@ -130,7 +130,6 @@ def _decide_and_draft(
         return True
     # The choice of this step is right, or was corrected; the steps after it are undone.
     last = min(last, scanned - 1)
-    undone = last < length - 1 or pursuits.complete[slot]
     size = verified + last
     atoms, inner = pursuits.candidates[slot], pursuits.inner[slot]
     listed = load_found(work.candidates, inner, atoms, pursuits.found[slot], pursuits.listed[slot], size)
@@ -140,9 +139,8 @@ def _decide_and_draft(
         pursuits.threshold[slot] *= LOWER
     # The scan skipped the atoms that are undone now, since they were in the support.
     listed = append(gram, work.candidates, inner, support, size, support[size:before], listed)
-    steps = min(STEPS_AFTER_WRONG, most_steps) if undone else most_steps
     pursuits.size[slot], pursuits.verified[slot] = size, size + 1
-    _propose(gram, pursuits, slot, choices[last], pursuits.correlations[slot, last], steps, listed, work)
+    _propose(gram, pursuits, slot, choices[last], pursuits.correlations[slot, last], most_steps, listed, work)
     return pursuits.length[slot] == 0
 
 

@@ -19,8 +19,6 @@ share one forward pass of the large model in speculative decoding (Leviathan et 
             support += choice; fit; choice = best of the candidates
             draft += [choice]
 
-Long drafts need fewer scans, and short ones waste less when a step is wrong: the draft after a wrong step is shorter.
-
 Many targets are solved together, strip by strip of the matrix, so that its rows are read from the cache, and the
 strips of a half matrix are completed once for all. A target that is finished makes room for the next one, as requests
 do in continuous batching (Yu et al., Orca, 2022).

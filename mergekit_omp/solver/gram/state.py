@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from mergekit_omp.solver.gram.layout import padded, padded_steps
+from mergekit_omp.solver.gram.layout import STEPS, padded, padded_steps
 
-MOST_STEPS, STEPS_AFTER_WRONG = 8, 4
-"""Steps of the longest draft, and of one after a wrong step; more are undone too often."""
+MOST_STEPS = STEPS
+"""Steps of the longest draft; more are undone too often."""
 
 LISTED = 512
 """Places of the list of candidates of each slot: a full list is shortened."""
