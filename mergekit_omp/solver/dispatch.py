@@ -19,23 +19,23 @@ from mergekit_omp.solver.precision import bfloat16_time
 
 LOG = logging.getLogger(__name__)
 
-BUILD_COST = 0.5
+BUILD_COST = 0.4
 """Measured time of one of the N² d products of a Gram matrix, of which half are made; this and the costs below are in
 units of the time of one product of a float32 matrix product."""
 
-WHOLE_SCAN_COST, HALF_SCAN_COST = 0.6, 1.0
-"""Measured time in which a step takes one of N atoms times the sparsity, or times FEWEST_SCANNED if that is less."""
+WHOLE_SCAN_COST, HALF_SCAN_COST = 0.5, 0.8
+"""Measured time of one of the N atoms in the scans of a step, divided by k."""
 
-FEWEST_SCANNED = 64
-"""Sparsity below which the scans of a step take no less: they wait for the memory, and compare."""
+FIT_COST = 14
+"""Measured time of one of the d dimensions in a step's fits, residuals and exact correlations, divided by k."""
 
-FIT_COST = 1500
-"""Measured time of one of the d dimensions in a step: fits, residuals and exact correlations."""
+FEWEST = 64
+"""The k below which a step takes no less: its scans wait for the memory, and compare."""
 
-MIRROR_COST = 1.2
+MIRROR_COST = 1.0
 """Measured time in which one of the N² cosines of a half matrix is completed, times the scans for each of k steps."""
 
-CLEAR_COST = 130
+CLEAR_COST = 110
 """Measured time in which the system clears and maps a byte of memory that was not in use."""
 
 GRAM_MIN_GAIN = 2**39
@@ -134,10 +134,10 @@ def gram_products(shape: ProblemShape, slots: int, product: float, *, half: bool
         half: whether each pair of atoms is stored once.
     """
     targets, atoms, dim, k = shape
-    scan = (HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms * max(k, FEWEST_SCANNED)
+    step = ((HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms + FIT_COST * dim) * max(k, FEWEST)
     completion = MIRROR_COST * atoms**2 / slots if half else 0
     products = BUILD_COST * atoms**2 * dim + targets * atoms * dim
-    return product * products + targets * k * (scan + FIT_COST * dim + completion)
+    return product * products + targets * k * (step + completion)
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:

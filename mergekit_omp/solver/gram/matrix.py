@@ -21,6 +21,9 @@ from mergekit_omp.solver.threads import map_in_threads
 NO_ATOM = 1e30
 """Inverse norm of padding and zero atoms: the cosine that they would need for any correlation is out of reach."""
 
+USUAL_EXPONENT = 40
+"""Exponent of two that norms of usual rows do not exceed, in either direction."""
+
 
 class Gram(NamedTuple):
     """Cosines of all pairs of atoms in 16-bit integers, as arrays for compiled code.
@@ -94,7 +97,8 @@ def empty_places(count: int) -> ndarray:
 def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gram:
     """Build the matrix of distinct atoms float32 (N, d) with norms (N,), on the CPU.
 
-    Rows are multiplied by powers of two, which keeps what bfloat16 holds, and their products by the rest.
+    Products of unusual rows would be too small or too large for float32. They are multiplied by powers of two before,
+    which keeps what bfloat16 holds, and their products by the rest.
     """
     count, width = len(atoms), padded(len(atoms))
     tiny = torch.finfo(torch.float32).tiny  # smaller norms have an infinite inverse
@@ -102,17 +106,17 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gra
     known = norms > max(tiny, largest / NO_ATOM)
     relative = torch.zeros(width)
     relative[:count] = (norms / largest) * known
-    scale, rest = _powers_of_two(norms)
+    rows, rest = atoms, 1 / norms
+    if norms[known].log2().abs().gt(USUAL_EXPONENT).any():
+        power, rest = _powers_of_two(norms)
+        rows = atoms * power[:, None]
     factors = torch.where(known, rest, 0.0).numpy()
     places, stride = matrix_places(count, half)
     starts, cosines = np.array(places), empty_places(places[-1])
 
-    def unit_rows(start: int) -> Tensor:
-        return atoms[start : start + STRIP] * scale[start : start + STRIP, None]
-
     def fill_square(corner: tuple[int, int]) -> None:
         row, column = corner
-        product = unit_rows(row) @ unit_rows(column).T
+        product = rows[row : row + STRIP] @ rows[column : column + STRIP].T
         store_square(product.numpy(), factors, row, column // STRIP, cosines, starts, stride, half)
 
     firsts = range(0, count, STRIP)

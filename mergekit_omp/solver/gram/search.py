@@ -36,7 +36,8 @@ from torch import Tensor
 from mergekit_omp.solver.gram.matrix import Gram, empty_places
 from mergekit_omp.solver.gram.propose import LIST_LENGTH, advance, start
 from mergekit_omp.solver.gram.state import EMPTY, MOST_STEPS, PART, empty_slots, no_results
-from mergekit_omp.solver.gram.verify import mirror, verify
+from mergekit_omp.solver.gram.vectors import COLUMNS
+from mergekit_omp.solver.gram.verify import mark_rows, mirror, verify
 from mergekit_omp.solver.gram.workspace import Workspace, workspace
 from mergekit_omp.solver.threads import map_in_threads
 
@@ -98,6 +99,7 @@ class _Search:
         atoms, dim = gram.atoms.shape
         self.pursuits = empty_slots(slots, atoms, dim, k, most_steps)
         self.below = [empty_places(len(gram.norms) * gram.stride if gram.half else 0) for _ in range(2)]
+        self.needed = np.zeros((self.threads, len(gram.norms) // COLUMNS), np.bool_)
         self.waiting = self.norms.nonzero().flatten()  # a target of zeros has an empty support
         self.barrier, self.lock = Barrier(self.threads), Lock()
         self.busy, self.unfinished, self.reported = [True] * self.threads, [0.0] * self.threads, 0
@@ -118,10 +120,11 @@ class _Search:
                 if not self.gram.half:
                     verify(self.gram, 0, strips, self.below[0], self.pursuits, first, last, work)
                     continue
+                needed = self.needed.any(axis=0)
                 for strip in range(strips):
                     below, missing = self.below[strip % 2], strips - strip - 1
                     part = (strip + 1 + missing * bound // self.threads for bound in (thread, thread + 1))
-                    mirror(self.gram, strip, *part, below)
+                    mirror(self.gram, strip, *part, below, needed)
                     # One wait is enough: no thread writes this buffer again before all have used the other one.
                     self.barrier.wait()
                     verify(self.gram, strip, strip + 1, below, self.pursuits, first, last, work)
@@ -146,6 +149,7 @@ class _Search:
         self.busy[thread] = len(free) < last - first
         if not self.gram.half:
             return self.busy[thread]
+        mark_rows(self.pursuits, first, last, self.needed[thread])
         self.barrier.wait()
         return any(self.busy)
 

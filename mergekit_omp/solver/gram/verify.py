@@ -13,7 +13,6 @@ from mergekit_omp.solver.gram.kernels import (
     any_may_reach,
     compiled,
     entry_point,
-    transpose,
 )
 from mergekit_omp.solver.gram.layout import LINE, STRIP
 from mergekit_omp.solver.gram.matrix import Gram
@@ -21,6 +20,7 @@ from mergekit_omp.solver.gram.rivals import add_rival
 from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
 from mergekit_omp.solver.gram.vectors import (
     AHEAD,
+    COLUMNS,
     COLUMNS_OF_FEW,
     COLUMNS_OF_MANY,
     FEW,
@@ -30,6 +30,7 @@ from mergekit_omp.solver.gram.vectors import (
     address,
     integer_at,
     request_line,
+    transpose_block,
 )
 from mergekit_omp.solver.gram.workspace import Workspace
 
@@ -38,15 +39,31 @@ GROUP = 32
 
 
 @entry_point
-def mirror(gram: Gram, strip: int, first: int, last: int, below: ndarray) -> None:
+def mark_rows(pursuits: Pursuits, first: int, last: int, needed: ndarray) -> None:
+    """Set ``needed`` bool (P / COLUMNS,) to the blocks of atoms whose rows the scans of slots of a range read."""
+    needed[:] = False
+    for slot in range(first, last):
+        if pursuits.status[slot] == DRAFTED:
+            for place in range(pursuits.verified[slot] + pursuits.scanned[slot] - 1):
+                needed[pursuits.support[slot, place] // COLUMNS] = True
+
+
+@entry_point
+def mirror(gram: Gram, strip: int, first: int, last: int, below: ndarray, needed: ndarray) -> None:
     """Write the rows of a half matrix's strip that are not stored: those of the atoms of strips ``first`` to ``last``.
 
-    ``first`` is above ``strip``, and ``below`` int16 (places,) holds the rows that follow those of the strip.
+    ``first`` is above ``strip``, and ``below`` int16 (places,) holds the rows that follow those of the strip. Blocks
+    of rows that are not ``needed`` bool (P / COLUMNS,) are left as they are: at the end few targets remain.
     """
+    stride = gram.stride
     for other in range(first, last):
-        source = gram.starts[other] + strip * STRIP * gram.stride
-        target = (other - strip - 1) * STRIP * gram.stride
-        transpose(gram.cosines[source:], gram.stride, below[target:], gram.stride, STRIP)
+        source = gram.starts[other] + strip * STRIP * stride
+        target = (other - strip - 1) * STRIP * stride
+        for row in range(0, STRIP, LINE):
+            for column in range(0, STRIP, COLUMNS):
+                if needed[(other * STRIP + column) // COLUMNS]:
+                    place, out = source + row * stride + column, target + column * stride + row
+                    transpose_block(gram.cosines, stride, below, stride, place, out)
 
 
 @entry_point
