@@ -114,9 +114,9 @@ def _measured_time() -> float:
 
 
 def seconds_of_product(left: Tensor, right: Tensor) -> float:
-    """Measure the product of two matrices on the CPU: the least time of four, of which the first sets libraries up."""
+    """Measure the product of two matrices on the CPU: the least time of eight, of which the first sets libraries up."""
     times = []
-    for _ in range(4):
+    for _ in range(8):
         started = time.perf_counter()
         left @ right
         times.append(time.perf_counter() - started)
