@@ -114,7 +114,7 @@ def _measured_time() -> float:
 
 
 def seconds_of_product(left: Tensor, right: Tensor) -> float:
-    """Measure the product of two matrices on the CPU: the least time of eight, of which the first sets libraries up."""
+    """Measure a product of matrices on the CPU: the least time of eight, of which the first sets libraries up."""
     times = []
     for _ in range(8):
         started = time.perf_counter()
