@@ -118,7 +118,7 @@ def gram_slots(budget: int, shape: ProblemShape, threads: int, *, half: bool) ->
     """
     targets, atoms, dim, k = shape
     room = budget - gram_matrix_bytes(shape, threads, half=half)
-    room -= threads * (4 * k * LISTED + PART * (4 * STRIP + 2 * padded(atoms) + 20 * dim) + 2**20)
+    room -= threads * (4 * k * LISTED + PART * (4 * STRIP + 20 * dim) + 2**20)
     room -= targets * (12 * k + 24)
     slots = min(SLOTS_OF_HALF if half else SLOTS * threads, targets, room // slot_bytes(atoms, dim, k))
     return slots if slots >= min(FEWEST_OF_HALF if half else threads, targets) else 0

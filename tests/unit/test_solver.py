@@ -646,6 +646,27 @@ def test_proposed_steps_are_verified(steps: int, list_length: int) -> None:
         assert torch.equal(support, reference_omp(targets, atoms, 24).indices)
 
 
+def test_vectors_of_256_bits_find_the_same(tmp_path: Path) -> None:
+    """Let numba and the inner loops see a CPU without longer vectors, in a process of its own."""
+    code = """
+        import torch
+        from llvmlite import binding
+        features = binding.get_host_cpu_features()
+        features.update((name, False) for name in features if name.startswith("avx512"))
+        binding.get_host_cpu_features = lambda: features
+        from mergekit_omp.solver.gram import matrix, search, vectors
+        from mergekit_omp.solver.reference import reference_omp
+        assert vectors.MANY == 4
+        draw = torch.Generator().manual_seed(0)
+        atoms, targets = torch.randn(1100, 48, generator=draw) + 0.3, torch.randn(6, 48, generator=draw) + 0.3
+        gram = matrix.build_gram(atoms, atoms.norm(dim=1), 2, half=True)
+        support, _, _ = search.solve_by_gram(targets, gram, 20, 4, 2)
+        assert torch.equal(support, reference_omp(targets, atoms, 20).indices)
+    """
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("listed", [80, 448])
 def test_full_lists_do_not_change_the_result(half: bool, listed: int, monkeypatch: pytest.MonkeyPatch) -> None:

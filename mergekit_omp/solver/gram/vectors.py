@@ -17,8 +17,16 @@ from mergekit_omp.solver.gram.layout import LINE, STEPS
 COLUMNS = 8
 """Columns that are transposed in registers, with as many rows as a line of the cache has places."""
 
-WIDE = binding.get_host_cpu_features().get("avx512f", False)
-"""Whether the CPU has vectors of 512 bits, and twice as many registers for them."""
+
+def _has_wide_vectors() -> bool:
+    """Tell whether the CPU has vectors of 512 bits, and twice as many registers for them."""
+    try:
+        return binding.get_host_cpu_features().get("avx512f", False)
+    except RuntimeError:  # LLVM cannot tell on every platform
+        return False
+
+
+WIDE = _has_wide_vectors()
 
 MANY, FEW = (STEPS, STEPS // 2) if WIDE else (STEPS // 2, STEPS // 4)
 """Steps whose sums are computed together, in one pass over the rows: where many steps are left, and where few are."""
