@@ -16,7 +16,7 @@ from mergekit_omp.vocabulary.tokens import Token, TokenKind, Vocabulary
 SAMPLES = 12
 NEIGHBOURS = 5
 ANCHORS_SHOWN = 6
-_NUMBERS_PER_BATCH = 2**22  # 16 MB: the system clears the memory of larger blocks again for each batch
+_ROWS_PER_BATCH = 2**10  # the system clears the memory of large blocks again for each batch
 _MAX_LENGTH = 24
 _VISIBLE = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
@@ -122,7 +122,7 @@ def _nearest(
     """Return the output ids with the most similar rows for each query, including itself, and their cosines."""
     queries = torch.nn.functional.normalize(matrix[query_rows].float())
     parts = []
-    for ids in candidate_rows.split(max(1, _NUMBERS_PER_BATCH // matrix.shape[1])):
+    for ids in candidate_rows.split(_ROWS_PER_BATCH):
         rows = matrix[ids].float()
         parts.append(queries @ rows.T / rows.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny))
     similarity = torch.cat(parts, dim=1)

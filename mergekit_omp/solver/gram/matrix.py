@@ -97,8 +97,8 @@ def empty_places(count: int) -> ndarray:
 def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gram:
     """Build the matrix of distinct atoms float32 (N, d) with norms (N,), on the CPU.
 
-    Products of unusual rows would be too small or too large for float32. They are multiplied by powers of two before,
-    which keeps what bfloat16 holds, and their products by the rest.
+    Products of rows with unusual norms may be too small or too large for float32. Such rows are multiplied by powers
+    of two before, which keeps what bfloat16 holds, and their products by the rest.
     """
     count, width = len(atoms), padded(len(atoms))
     tiny = torch.finfo(torch.float32).tiny  # smaller norms have an infinite inverse

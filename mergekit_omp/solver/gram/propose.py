@@ -22,7 +22,7 @@ from mergekit_omp.solver.gram.layout import UNIT
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.rivals import compare_rivals
 from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, Pursuits, Results
-from mergekit_omp.solver.gram.verify import scan_strip
+from mergekit_omp.solver.gram.verify import scan
 from mergekit_omp.solver.gram.workspace import Workspace, fit_of
 from mergekit_omp.solver.tolerances import ROUNDING, ZERO
 
@@ -64,9 +64,8 @@ def start(
         pursuits.choices[slot, 0] = best
         pursuits.correlations[slot, 0] = exact_correlation(gram, best, pursuits.targets[slot])
         _expect_scan(pursuits, slot, 1)
-        work.known[:] = False
-        for strip in range(len(gram.starts) - 1):
-            scan_strip(gram, strip, pursuits, slot, work)
+        no_rows = gram.cosines
+        scan(gram, 0, len(gram.starts) - 1, no_rows, pursuits, slot, work)
         _advance_one(gram, pursuits, slot, most_steps, list_length, work, results)
 
 

@@ -44,7 +44,7 @@ def mark_rows(pursuits: Pursuits, first: int, last: int, needed: ndarray) -> Non
     needed[:] = False
     for slot in range(first, last):
         if pursuits.status[slot] == DRAFTED:
-            for place in range(pursuits.verified[slot] + pursuits.scanned[slot] - 1):
+            for place in range(_rows_read(pursuits, slot)):
                 needed[pursuits.support[slot, place] // COLUMNS] = True
 
 
@@ -82,17 +82,29 @@ def verify(
         if gram.half and slot + 1 < last and pursuits.status[slot + 1] == DRAFTED:
             _request_rows(gram, first_strip, below, pursuits, slot + 1, work.places)
         if pursuits.status[slot] == DRAFTED:
-            work.known[:] = False
-            for strip in range(first_strip, last_strip):
-                size = pursuits.verified[slot] + pursuits.scanned[slot] - 1
-                _locate(gram, strip, below, pursuits.support[slot], size, work.places)
-                scan_strip(gram, strip, pursuits, slot, work)
+            scan(gram, first_strip, last_strip, below, pursuits, slot, work)
+
+
+@compiled
+def scan(
+    gram: Gram, first_strip: int, last_strip: int, below: ndarray, pursuits: Pursuits, slot: int, work: Workspace
+) -> None:
+    """Scan strips for the draft of one slot."""
+    work.known[:] = False
+    for strip in range(first_strip, last_strip):
+        _scan_strip(gram, strip, below, pursuits, slot, work)
+
+
+@compiled
+def _rows_read(pursuits: Pursuits, slot: int) -> int:
+    """Return the number of atoms of the support whose rows the scan of a slot reads."""
+    return pursuits.verified[slot] + pursuits.scanned[slot] - 1
 
 
 @compiled
 def _request_rows(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, places: ndarray) -> None:
     """Ask the memory for the first lines of a slot's rows, which come from anywhere in a half matrix's strip."""
-    size = pursuits.verified[slot] + pursuits.scanned[slot] - 1
+    size = _rows_read(pursuits, slot)
     _locate(gram, strip, below, pursuits.support[slot], size, places)
     for place in range(size):
         for line in range(0, AHEAD, 2 * LINE):
@@ -100,14 +112,13 @@ def _request_rows(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, sl
 
 
 @compiled
-def scan_strip(gram: Gram, strip: int, pursuits: Pursuits, slot: int, work: Workspace) -> None:
-    """Scan a strip for the draft of a slot, with the ``places`` of the support's rows in the workspace."""
+def _scan_strip(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, work: Workspace) -> None:
     start, sums, places = strip * STRIP, work.sums, work.places
     inverse_norms, norms = gram.inverse_norms[start : start + STRIP], gram.norms[start : start + STRIP]
-    count = pursuits.scanned[slot]
-    size = pursuits.verified[slot] + count - 1
+    count, size = pursuits.scanned[slot], _rows_read(pursuits, slot)
     inner = pursuits.inner[slot, start : start + STRIP]
-    _scan(places, size, pursuits.weights[slot], inner, count, sums)
+    _locate(gram, strip, below, pursuits.support[slot], size, places)
+    _accumulate(places, size, pursuits.weights[slot], inner, count, sums)
     correlations, errors = pursuits.correlations[slot], pursuits.errors[slot]
     for step in range(count):
         if step < pursuits.scanned[slot] and any_may_reach(
@@ -128,7 +139,7 @@ def _locate(gram: Gram, strip: int, below: ndarray, support: ndarray, size: int,
 
 
 @compiled
-def _scan(places: ndarray, size: int, weights: ndarray, inner: ndarray, count: int, sums: ndarray) -> None:
+def _accumulate(places: ndarray, size: int, weights: ndarray, inner: ndarray, count: int, sums: ndarray) -> None:
     """Compute the cosines ``sums`` (n, STRIP) of a strip of atoms with the residuals of ``count`` steps."""
     for step in range(0, count, MANY):
         if count - step > FEW:
