@@ -29,7 +29,7 @@ WHOLE_SCAN_COST, HALF_SCAN_COST = 0.5, 0.8
 FIT_COST = 14
 """Measured time of one of the d dimensions in a step's fits, residuals and exact correlations, divided by k."""
 
-FEWEST = 64
+LEAST_SPARSITY = 64
 """The k below which a step takes no less: its scans wait for the memory, and compare."""
 
 MIRROR_COST = 1.0
@@ -134,7 +134,7 @@ def gram_products(shape: ProblemShape, slots: int, product: float, *, half: bool
         half: whether each pair of atoms is stored once.
     """
     targets, atoms, dim, k = shape
-    step = ((HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms + FIT_COST * dim) * max(k, FEWEST)
+    step = ((HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms + FIT_COST * dim) * max(k, LEAST_SPARSITY)
     completion = MIRROR_COST * atoms**2 / slots if half else 0
     products = BUILD_COST * atoms**2 * dim + targets * atoms * dim
     return product * products + targets * k * (step + completion)

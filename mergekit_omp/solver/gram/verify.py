@@ -13,6 +13,7 @@ from mergekit_omp.solver.gram.kernels import (
     any_may_reach,
     compiled,
     entry_point,
+    transpose,
 )
 from mergekit_omp.solver.gram.layout import LINE, STRIP
 from mergekit_omp.solver.gram.matrix import Gram
@@ -30,7 +31,6 @@ from mergekit_omp.solver.gram.vectors import (
     address,
     integer_at,
     request_line,
-    transpose_block,
 )
 from mergekit_omp.solver.gram.workspace import Workspace
 
@@ -59,11 +59,10 @@ def mirror(gram: Gram, strip: int, first: int, last: int, below: ndarray, needed
     for other in range(first, last):
         source = gram.starts[other] + strip * STRIP * stride
         target = (other - strip - 1) * STRIP * stride
-        for row in range(0, STRIP, LINE):
-            for column in range(0, STRIP, COLUMNS):
-                if needed[(other * STRIP + column) // COLUMNS]:
-                    place, out = source + row * stride + column, target + column * stride + row
-                    transpose_block(gram.cosines, stride, below, stride, place, out)
+        for column in range(0, STRIP, COLUMNS):
+            if needed[(other * STRIP + column) // COLUMNS]:
+                out = below[target + column * stride :]
+                transpose(gram.cosines[source + column :], stride, out, stride, COLUMNS)
 
 
 @entry_point
