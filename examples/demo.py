@@ -49,7 +49,7 @@ def main() -> None:
     base = yaml.safe_load(recipe.read_text())["models"][0]["model"]
     with step("What both models write"):
         show_continuations(base, str(arguments.out))
-    with step("How well they predict texts: bits a byte, less is better"):
+    with step("How well they predict texts: bits per byte, lower is better"):
         show_scores(base, str(arguments.out))
     with step("What the transplant did"):
         write_report(arguments.out)

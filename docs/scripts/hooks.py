@@ -75,7 +75,7 @@ def parameter_table(names: list[str]) -> str:
         if not names or name in names:
             default = field.default.value if isinstance(field.default, Enum) else field.default
             shown = "" if default is None else f"`{json.dumps(default) if not isinstance(default, str) else default}`"
-            description = (field.description or "").replace("docs/methods.md", "[methods](../methods.md)")
+            description = re.sub(r"docs/(\w+)\.md", r"[\1](../\1.md)", field.description or "")
             lines.append(f"| `{name}` | {shown} | {description} *{_values(field.annotation)}.* |")
     return "\n".join(lines)
 
