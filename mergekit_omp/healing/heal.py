@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from mergekit_omp.checkpoints.input_folders import InputFolders
-from mergekit_omp.errors import OmpError, explained
+from mergekit_omp.errors import OmpError, explained, failures_as
 from mergekit_omp.evaluation.bits_per_byte import load_model
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
@@ -51,7 +51,14 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
             interruption, unless the best state is to be written then.
     """
     texts = read_texts(options.text, options.seed) if options.text else None
-    record = read_json(folder_of(options.model) / RECORD_FILE)
+    with failures_as(
+        lambda reason: (
+            f"model: {options.model} is neither a folder nor a model that the hub gives ({reason}); write "
+            "<owner>/<name> or a path."
+        )
+    ):
+        source = folder_of(options.model)
+    record = read_json(source / RECORD_FILE)
     base_name = teacher_of(options, record)
     inputs = InputFolders([options.model, base_name])
     with inputs.unchanged():
@@ -98,7 +105,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
             )
         healed = student.finished(done.best_state, written_dtype)
         told = _describe(options, base_name, texts, done, checker, supply.skipped)
-        write_model(folder, healed, options.model, told)
+        write_model(folder, healed, source, told)
     return told
 
 

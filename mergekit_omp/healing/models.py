@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from mergekit.common import ModelReference
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_omp.checkpoints.files import read_config
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import OmpError, failures_as
 from mergekit_omp.healing.alignment import Reader
 from mergekit_omp.healing.options import HealOptions
 from mergekit_omp.report.record import RECORD_FILE
@@ -77,12 +77,11 @@ def check_rows(reader: Reader, model: PreTrainedModel, name: str, key: str) -> N
 
 def _shapes(name: str, trust_remote_code: bool, key: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors but the vocabulary matrices."""
-    reference = ModelReference.parse(name)
-    read_config(reference, trust_remote_code, key)
-    config = AutoConfig.from_pretrained(
-        reference.model.path, revision=reference.model.revision, trust_remote_code=trust_remote_code
-    )
-    with init_empty_weights():
+    config = read_config(ModelReference.parse(name), trust_remote_code, key)
+    with (
+        failures_as(lambda reason: f"{key}: {name} cannot be loaded as a causal language model: {reason}."),
+        torch.device("meta"),
+    ):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     rows = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     matrices = {

@@ -17,19 +17,18 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json")
 _LEFT_OUT = (RECORD_FILE, "omp_report.html", "model.safetensors.index.json")
 
 
-def write_model(folder: Path, model: PreTrainedModel, origin: str, heal: Mapping[str, Any]) -> None:
+def write_model(folder: Path, model: PreTrainedModel, source: Path, heal: Mapping[str, Any]) -> None:
     """Write a model to a folder, with the configuration, tokenizer and other files that it had.
 
     Args:
         folder: where to write.
         model: the healed model.
-        origin: the folder, or the name on the hub, of the model that it was.
+        source: the folder of the model that it was.
         heal: what the record tells of the healing.
     """
     model.generation_config = GenerationConfig()  # the file is copied; what is invalid in it must not stop this
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    source = folder_of(origin)
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in _LEFT_OUT:
             shutil.copyfile(path, folder / path.name)

@@ -173,6 +173,8 @@ def test_mistakes_are_told_before_anything_is_written(models: dict[str, Path], t
     (tmp_path / "list.yml").write_text("- model\n")
     other = byte_level_tokenizer(ENGLISH, 420)
     save(tmp_path / "wide", make_model(other, intermediate=96), other)
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"]}')
     cases = [
         ((transplanted,), "OUT is missing"),
         ((tmp_path / "unknown.yml",), "minuts: no such key (did you mean minutes?)"),
@@ -180,6 +182,11 @@ def test_mistakes_are_told_before_anything_is_written(models: dict[str, Path], t
         ((transplanted, out, "--text", tmp_path / "none.txt"), "none.txt cannot be read (No such file or directory)"),
         ((transplanted, out, "--text", text, "--base", tmp_path / "wide"), "has the shape 96×32 in it, and 64×32"),
         ((transplanted, out, "--text", text, "--base", tmp_path / "none"), "none"),
+        (("./typo", out, "--text", text), "model: ./typo is neither a folder nor a model that the hub gives"),
+        (
+            (tmp_path / "t5", out, "--text", text, "--base", models["base"]),
+            f"model: {tmp_path / 't5'} cannot be loaded as a causal language model: Unrecognized configuration class",
+        ),
         ((models["base"], out, "--text", text), "has no omp_record.json that tells its base; name it with --base"),
         ((models["base"], out, "--text", text, "--base", models["base"]), "has the tokenizer of"),
         ((transplanted, out, "--text", text, "--generate"), "text and generate: true exclude each other"),
