@@ -15,8 +15,7 @@ from mergekit_omp.audit.scripts import SCRIPTS
 from mergekit_omp.audit.states import States, last_states, logits_of
 from mergekit_omp.audit.tokens import TokenChecks, check_tokens
 from mergekit_omp.checkpoints.architecture import VocabularyRole
-from mergekit_omp.checkpoints.tokenizers import tokenizer_of
-from mergekit_omp.evaluation.bits_per_byte import load_model
+from mergekit_omp.checkpoints.models import load_model, tokenizer_of
 from mergekit_omp.report.samples import readable
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.duplicates import without_duplicates
@@ -142,13 +141,13 @@ def audit_model(
     tokenizer = tokenizer_of(model, trust_remote_code)
     vocabulary = read_vocabulary(tokenizer)
     base_tokenizer = tokenizer_of(base, trust_remote_code, key="--base")
-    loaded = load(str(base))
+    loaded = load(base, key="--base")
     states, of_base = last_states(loaded, base_tokenizer, texts, progress=progress), matrices_of(loaded)
     del loaded
     base_vocabulary = read_vocabulary(base_tokenizer).truncated(states.logits.shape[1])
     match = without_duplicates(match_vocabularies(vocabulary, base_vocabulary), vocabulary, tokenizer)
 
-    loaded = load(str(model))
+    loaded = load(model)
     logits = logits_of(loaded, torch.cat([states.hidden, states.hidden.mean(dim=0, keepdim=True)]))
     match = VocabularyMatch(match.rows[: logits.shape[1]], match.reasons[: logits.shape[1]])
     alignment = Alignment(str(base), base_tokenizer, base_vocabulary, match, match)

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from mergekit_omp.checkpoints.input_folders import InputFolders
+from mergekit_omp.checkpoints.models import load_model
 from mergekit_omp.errors import OmpError, explained, failures_as
-from mergekit_omp.evaluation.bits_per_byte import load_model
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.beginnings import sums

@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_omp.checkpoints.files import read_config
-from mergekit_omp.checkpoints.tokenizers import load_tokenizer
+from mergekit_omp.checkpoints.models import reference_of, tokenizer_of
 from mergekit_omp.errors import OmpError, failures_as
 from mergekit_omp.healing.alignment import Reader
 from mergekit_omp.healing.options import HealOptions
@@ -41,7 +40,7 @@ def load_reader(name: str, trust_remote_code: bool, key: str) -> Reader:
     Raises:
         OmpError: it cannot be read, or has neither bos nor eos.
     """
-    tokenizer = load_tokenizer(ModelReference.parse(name), trust_remote_code, key)
+    tokenizer = tokenizer_of(name, trust_remote_code, key)
     vocabulary = read_vocabulary(tokenizer)
     start_id = vocabulary.roles.get("bos", vocabulary.roles.get("eos"))
     if start_id is None:
@@ -77,7 +76,7 @@ def check_rows(reader: Reader, model: PreTrainedModel, name: str, key: str) -> N
 
 def _shapes(name: str, trust_remote_code: bool, key: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors but the vocabulary matrices."""
-    config = read_config(ModelReference.parse(name), trust_remote_code, key)
+    config = read_config(reference_of(name, key), trust_remote_code, key)
     with (
         failures_as(lambda reason: f"{key}: {name} cannot be loaded as a causal language model: {reason}."),
         torch.device("meta"),

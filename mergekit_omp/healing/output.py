@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedModel
 
+from mergekit_omp.checkpoints.models import reference_of
 from mergekit_omp.report.fingerprints import fingerprints
 from mergekit_omp.report.record import FORMAT, RECORD_FILE, write_record
 
@@ -43,7 +44,10 @@ def write_model(folder: Path, model: PreTrainedModel, source: Path, heal: Mappin
 
 def folder_of(model: str) -> Path:
     """Return a model's folder, downloading it from the hub where it is not one."""
-    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
+    if Path(model).is_dir():
+        return Path(model)
+    path = reference_of(model, "model").model
+    return Path(snapshot_download(path.path, revision=path.revision))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import ModelPath, ModelReference
+from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from mergekit_omp.checkpoints.architecture import vocabulary_role, vocabulary_size
 from mergekit_omp.checkpoints.files import PROCESSOR_FILES, find_file, read_config, read_json
+from mergekit_omp.checkpoints.models import reference_of
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
 from mergekit_omp.checkpoints.weights import open_checkpoint, vocabulary_matrix
 from mergekit_omp.errors import OmpError
@@ -84,7 +85,7 @@ def restore(
     described = next(each for each in record["models"] if each["name"] == base_of(record))
     if "origins" not in described:
         raise OmpError(f"The record of {model} does not say where its rows come from; make the model again.")
-    reference = ModelReference(model=ModelPath(path=base or described["name"]))
+    reference = reference_of(base or described["name"], _KEY)
     config = read_config(reference, trust_remote_code, _KEY)
     _check_base(reference, config, described, trust_remote_code)
     origins = unpack_rows(described["origins"])

@@ -25,8 +25,8 @@ from helpers.commands import merge_here, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_omp.cli.main import main
-from mergekit_omp.evaluation.bits_per_byte import evaluate
 from mergekit_omp.healing import training
+from mergekit_omp.report.scores import evaluate
 
 TEXT = "\n".join([*ENGLISH, *PYTHON]) + "\n"
 
