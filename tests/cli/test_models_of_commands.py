@@ -1,4 +1,4 @@
-"""What commands do with the names of models that records have."""
+"""What commands do with the names of models that records have, and with damaged weights."""
 
 import json
 import shutil
@@ -21,6 +21,7 @@ COMMANDS = [
     ("heal", "OUT", "NEW", "--text", "TEXT", "--tokens", "600"),
 ]
 EVAL = ("eval", "OUT", "--base", "some/base@" + "0" * 40)
+VERIFY = ("audit", "OUT", "--verify")
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +85,26 @@ def test_a_folder_whose_name_looks_like_an_adapter(merged: Path, tmp_path: Path)
     folder = shutil.copytree(merged / "base", tmp_path / "base+adapter@main")
     result = CliRunner().invoke(main, ["eval", str(folder), "--text", str(merged / "text.txt")])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, EVAL[:2], VERIFY], ids=" ".join)
+def test_truncated_weights(merged: Path, tmp_path: Path, command: tuple[str, ...]) -> None:
+    out = shutil.copytree(merged / "out", tmp_path / "out")
+    weights = out / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    sentence = refusal(*arguments_of(command, merged, out))
+    assert str(out) in sentence
+    assert "cannot be " in sentence
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("index", ["{}", "{", '{"weight_map": {"lm_head.weight": "model.safetensors"}}'])
+def test_verify_with_a_damaged_index(merged: Path, tmp_path: Path, index: str) -> None:
+    """An index that lacks tensors of the record is a change; one that is none cannot be read."""
+    out = shutil.copytree(merged / "out", tmp_path / "out")
+    (out / "model.safetensors.index.json").write_text(index)
+    result = CliRunner().invoke(main, arguments_of(VERIFY, merged, out))
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 1
+    expected = "model.embed_tokens.weight: missing" if "lm_head" in index else f"{out}: its weights cannot be read ("
+    assert expected in " ".join(result.output.split())
