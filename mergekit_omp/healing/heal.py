@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mergekit_omp.checkpoints.files import read_settings
 from mergekit_omp.checkpoints.input_folders import InputFolders
-from mergekit_omp.checkpoints.models import load_model
+from mergekit_omp.checkpoints.models import load_model, reference_of
 from mergekit_omp.errors import OmpError, explained, failures_as
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
@@ -22,7 +23,7 @@ from mergekit_omp.healing.checks import Check, Checker
 from mergekit_omp.healing.generation import generate
 from mergekit_omp.healing.models import check_bodies, check_rows, load_reader, teacher_of
 from mergekit_omp.healing.options import HealOptions
-from mergekit_omp.healing.output import folder_of, read_json, write_model
+from mergekit_omp.healing.output import folder_of, write_model
 from mergekit_omp.healing.student import Student
 from mergekit_omp.healing.teacher import Teacher
 from mergekit_omp.healing.texts import Texts, make_texts, read_texts
@@ -44,7 +45,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
         progress: show a progress bar where the error stream is a terminal, and print each check there.
 
     Returns:
-        What the record of the output tells of the healing, under "heal".
+        What the record of the output has on the healing, under "heal".
 
     Raises:
         OmpError: texts, a model or a base that do not serve; an output folder that is not free; too little memory; an
@@ -58,8 +59,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
         )
     ):
         source = folder_of(options.model)
-    record = read_json(source / RECORD_FILE)
-    base_name = teacher_of(options, record)
+    base_name = teacher_of(options, read_settings(reference_of(source, "model"), RECORD_FILE))
     inputs = InputFolders([options.model, base_name])
     with inputs.unchanged():
         check_bodies(options.model, base_name, options.trust_remote_code)
@@ -104,9 +104,9 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
                 "state so far is."
             )
         healed = student.finished(done.best_state, written_dtype)
-        told = _describe(options, base_name, texts, done, checker, supply.skipped)
-        write_model(folder, healed, source, told)
-    return told
+        summary = _describe(options, base_name, texts, done, checker, supply.skipped)
+        write_model(folder, healed, source, summary)
+    return summary
 
 
 def _written_by(base: Any, reader: Reader, options: HealOptions, bar: tqdm) -> Texts:

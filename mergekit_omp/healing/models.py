@@ -15,16 +15,22 @@ from mergekit_omp.report.record import RECORD_FILE
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 
-def teacher_of(options: HealOptions, record: Mapping[str, Any] | None) -> str:
-    """Name the base: as the options say, or the one input of the merge that made the model.
+def teacher_of(options: HealOptions, record: Mapping[str, Any]) -> str:
+    """Name the base: that of the options, or of an earlier healing, or the one input of the merge.
+
+    Args:
+        options: the options.
+        record: of the model; {} if it has none.
 
     Raises:
         OmpError: there is no record, or a record of a merge of several inputs.
     """
     if options.base is not None:
         return options.base
-    if record is None:
+    if not record:
         raise OmpError(f"base: {options.model} has no {RECORD_FILE} that tells its base; name it with --base.")
+    if "heal" in record:
+        return record["heal"]["base"]
     inputs = [model["name"] for model in record.get("models", ()) if "input" in model["roles"]]
     if len(inputs) != 1:
         raise OmpError(

@@ -1,6 +1,5 @@
 """Write a healed model: its weights beside the other files of the model that it was."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedModel
 
+from mergekit_omp.checkpoints.files import read_settings
 from mergekit_omp.checkpoints.models import reference_of
 from mergekit_omp.report.fingerprints import fingerprints
 from mergekit_omp.report.record import FORMAT, RECORD_FILE, write_record
@@ -33,7 +33,7 @@ def write_model(folder: Path, model: PreTrainedModel, source: Path, heal: Mappin
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in _LEFT_OUT:
             shutil.copyfile(path, folder / path.name)
-    record = (read_json(source / RECORD_FILE) or {"format": FORMAT}) | {"heal": heal}
+    record = {"format": FORMAT} | read_settings(reference_of(source, "model"), RECORD_FILE) | {"heal": heal}
     if "sha256" in record:
         record["sha256"] = fingerprints(folder, record["sha256"]["tensors"])
     write_record(folder, record)
@@ -48,15 +48,6 @@ def folder_of(model: str) -> Path:
         return Path(model)
     path = reference_of(model, "model").model
     return Path(snapshot_download(path.path, revision=path.revision))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def card_section(heal: Mapping[str, Any]) -> str:

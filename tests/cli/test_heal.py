@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -207,6 +208,24 @@ def test_a_merge_of_several_inputs_names_no_base(models: dict[str, Path], tmp_pa
     assert result.exit_code == 0, result.output
     sentence = refusal(tmp_path / "merged", tmp_path / "out", "--text", models["text.txt"])
     assert "was merged from 2 inputs" in sentence
+
+
+def test_a_model_without_a_record(models: dict[str, Path], tmp_path: Path) -> None:
+    """Its new record describes the healing alone: enough to audit it and to heal it again."""
+    bare, healed, text = tmp_path / "bare", tmp_path / "healed", models["text.txt"]
+    shutil.copytree(models["transplanted"], bare, ignore=shutil.ignore_patterns("omp_record.json"))
+    result = call(bare, healed, "--base", models["base"], "--text", text, "--tokens", 600)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert call(healed, tmp_path / "again", "--text", text, "--tokens", 600).exit_code == 0
+    run = CliRunner().invoke
+    audit = json.loads(run(main, ["audit", str(healed), "--json"]).stdout)
+    assert audit["base"] == str(models["base"])
+    for command in (["report", str(healed)], ["audit", str(healed), "--verify"]):
+        result = run(main, command)
+        assert result.exit_code == 1
+        assert "describes a healing and no merge, since the healed model had no record" in " ".join(
+            result.stderr.split()
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
