@@ -15,7 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.evaluation.spans import IdealToken, SpanRuler, SpanScores, add_scores, score_spans, token_starts
+from mergekit_omp.evaluation.chunks import row_chunks
+from mergekit_omp.evaluation.spans import (
+    IdealToken,
+    SpanRuler,
+    SpanScores,
+    add_scores,
+    score_spans,
+    spans_as_dict,
+    token_starts,
+)
 from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 LOG = logging.getLogger(__name__)
@@ -23,7 +32,6 @@ LOG = logging.getLogger(__name__)
 WINDOW_BYTES = 1536
 """Default length of a window in bytes: about 400 tokens of English, which fit every model's context."""
 
-_LOGITS_AT_A_TIME = 2**22  # 16 MiB of float32, which the C library keeps for the next part
 
 _SUITES = ("tuning", "held_out")
 
@@ -71,15 +79,7 @@ class TextScore:
             "agreement": self.agreement,
             "bytes": self.n_bytes,
             "tokens": self.n_tokens,
-            "spans": self.spans
-            and {
-                kind.value: {
-                    "tokens": score.n_tokens,
-                    "bits_per_byte": score.bits / self.n_bytes,
-                    "ideal_bits_per_byte": score.ideal_bits / self.n_bytes,
-                }
-                for kind, score in self.spans.items()
-            },
+            "spans": self.spans and spans_as_dict(self.spans, self.n_bytes),
         }
 
 
@@ -305,10 +305,9 @@ def bits_of_tokens(logits: Tensor, ids: Sequence[int]) -> list[float]:
     """
     followers = torch.tensor(ids, device=logits.device)
     bits: list[float] = []
-    step = max(1, _LOGITS_AT_A_TIME // logits.shape[1])
-    for start in range(0, len(logits), step):
-        part = logits[start : start + step].float()
-        chosen = part.gather(1, followers[start : start + step, None])[:, 0]
+    for rows in row_chunks(logits):
+        part = logits[rows].float()
+        chosen = part.gather(1, followers[rows, None])[:, 0]
         bits += ((part.logsumexp(dim=1) - chosen).double() / log(2)).tolist()
     return bits
 

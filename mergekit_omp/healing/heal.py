@@ -16,7 +16,7 @@ from mergekit_omp.checkpoints.files import read_settings
 from mergekit_omp.checkpoints.input_folders import InputFolders
 from mergekit_omp.checkpoints.models import load_model, reference_of
 from mergekit_omp.errors import OmpError, explained, failures_as
-from mergekit_omp.evaluation.spans import SpanRuler
+from mergekit_omp.evaluation.spans import SpanRuler, spans_as_dict
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.beginnings import sums
 from mergekit_omp.healing.checks import Check, Checker
@@ -177,8 +177,8 @@ def _describe(
         "base_bits_per_byte": checker.base_bits_per_byte,
         "checks": checks,
         "written": checks[done.checks.index(done.best)],
-        "before": done.checks[0].spans_as_dict(),
-        "after": done.best.spans_as_dict(),
+        "before": spans_as_dict(done.checks[0].spans, checker.n_bytes),
+        "after": spans_as_dict(done.best.spans, checker.n_bytes),
         "objective": options.objective.value,
         "train": options.train.value,
         "options": options.model_dump(mode="json"),
