@@ -210,7 +210,7 @@ def check_rows_of(
     excess = excess_over_bounds(ByteBounds(base, data), states.logits, logits[:-1, others] + shift)
     mean = logits[-1]
     limits = _highest_kept(mean, kept, vocabulary)
-    judged = {ROW_NAMES[role]: each for role, each in (distances or {}).items() if each is not None}
+    by_name = {ROW_NAMES[role]: values for role, values in (distances or {}).items() if values is not None}
     checks = [
         RowCheck(
             id=id_,
@@ -220,7 +220,7 @@ def check_rows_of(
             probability=float(excess.probability[n]),
             mean_logit=float(mean[id_]),
             highest_kept=limits.get(token.kind if token else None, limits[None]),
-            distances={name: float(each[id_]) for name, each in judged.items() if id_ < len(each)},
+            distances={name: float(values[id_]) for name, values in by_name.items() if id_ < len(values)},
         )
         for n, (id_, token) in enumerate(zip(others.tolist(), tokens, strict=True))
     ]
@@ -238,5 +238,5 @@ def _highest_kept(mean: Tensor, kept: Tensor, vocabulary: Vocabulary) -> dict[To
     for id_, logit in zip(kept.tolist(), mean[kept].tolist(), strict=True):
         by_kind.setdefault(vocabulary.tokens[id_].kind, []).append(logit)
         by_kind[None].append(logit)
-    highest = {kind: max(each) for kind, each in by_kind.items() if len(each) >= _FEWEST_OF_A_KIND}
+    highest = {kind: max(logits) for kind, logits in by_kind.items() if len(logits) >= _FEWEST_OF_A_KIND}
     return {None: max(by_kind[None], default=float("inf")), **highest}

@@ -93,7 +93,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
             def check(tokens: int) -> Check:
                 found = checker.check(student.logits, tokens, budget.started)
                 if progress:
-                    _tell(found, checker)
+                    _print_check(found, checker)
                 return found
 
             with _interruption() as interrupted:
@@ -148,7 +148,7 @@ def _changed_texts() -> OmpError:
     )
 
 
-def _tell(check: Check, checker: Checker) -> None:
+def _print_check(check: Check, checker: Checker) -> None:
     """Print a check above the progress bar."""
     tqdm.write(
         f"{check.tokens:>9,} tokens, {check.seconds:4.0f} s: {check.bits_per_byte:.3f} bits per byte of held-out text "
