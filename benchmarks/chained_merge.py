@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import real_weights
 
 import mergekit_omp
-from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate
-from mergekit_omp.report.scores import format_scores
+from mergekit_omp.evaluation.bits_per_byte import builtin_texts
+from mergekit_omp.report.scores import evaluate, format_scores
 
 NOISE = 0.1
 """Standard deviation of the perturbation relative to that of the matrix."""

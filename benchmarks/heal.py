@@ -29,9 +29,10 @@ import torch
 import transformers
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.evaluation.bits_per_byte import ModelScore, builtin_texts, evaluate
+from mergekit_omp.evaluation.bits_per_byte import ModelScore, builtin_texts
 from mergekit_omp.evaluation.spans import SpanClass
 from mergekit_omp.healing.beginnings import sum_line
+from mergekit_omp.report.scores import evaluate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import one_vocabulary

@@ -16,7 +16,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 import mergekit_omp
-from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, evaluate, windows
+from mergekit_omp.evaluation.bits_per_byte import WINDOW_BYTES, builtin_texts, windows
+from mergekit_omp.report.scores import evaluate
 
 sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("examples", "tests")]
 

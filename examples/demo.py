@@ -125,8 +125,8 @@ def continuations(folder: str, n_tokens: int) -> list[str]:
 
 def show_scores(base: str, out: str) -> None:
     """Print bits per byte and agreement on the beginnings of two of the built-in texts."""
-    from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate, windows
-    from mergekit_omp.report.scores import score_table
+    from mergekit_omp.evaluation.bits_per_byte import builtin_texts, windows
+    from mergekit_omp.report.scores import evaluate, score_table
     from mergekit_omp.report.tables import show
 
     texts = {name: windows(builtin_texts()[name], SCORED_BYTES)[0] for name in ("prose", "code")}

@@ -20,8 +20,8 @@ import one_vocabulary
 import real_weights
 from transformers import AutoTokenizer
 
-from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate, windows
-from mergekit_omp.report.scores import format_scores
+from mergekit_omp.evaluation.bits_per_byte import builtin_texts, windows
+from mergekit_omp.report.scores import evaluate, format_scores
 
 _BATCH_BYTES = 2**16
 

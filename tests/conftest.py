@@ -1,6 +1,8 @@
 """Define fixtures for several test files, and mark tests that need the network."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,32 @@ def _checkpoint(name: str) -> Path:
         return real_weights.checkpoint(name)
     except real_weights.WeightsUnavailableError as error:
         pytest.fail(f"this test needs real weights: {error}", pytrace=False)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, set[str]], str]:
+    """Move a checkpoint to a hub cache without the shards that are not needed; nothing else is reachable.
+
+    Only processes that a test starts read this cache. It returns the name there; the revision is 40 zeros.
+    """
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def move(folder: Path, needed: set[str]) -> str:
+        repository = tmp_path / "hub" / f"models--some--{folder.name}"
+        snapshot = repository / "snapshots" / ("0" * 40)
+        snapshot.parent.mkdir(parents=True)
+        folder.rename(snapshot)
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text("0" * 40)
+        index = snapshot / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = json.loads(index.read_text())["weight_map"]
+            keep = {weight_map[name] for name in needed}
+            others = [path for path in snapshot.glob("*.safetensors") if path.name not in keep]
+            assert len(others) > 2
+            for path in others:
+                path.unlink()
+        return f"some/{folder.name}"
+
+    return move

@@ -15,8 +15,7 @@ from mergekit_omp.audit.scripts import SCRIPTS
 from mergekit_omp.audit.states import States, last_states, logits_of
 from mergekit_omp.audit.tokens import TokenChecks, check_tokens
 from mergekit_omp.checkpoints.architecture import VocabularyRole
-from mergekit_omp.checkpoints.tokenizers import tokenizer_of
-from mergekit_omp.evaluation.bits_per_byte import load_model
+from mergekit_omp.checkpoints.models import load_model, tokenizer_of
 from mergekit_omp.report.samples import readable
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.duplicates import without_duplicates
@@ -142,13 +141,13 @@ def audit_model(
     tokenizer = tokenizer_of(model, trust_remote_code)
     vocabulary = read_vocabulary(tokenizer)
     base_tokenizer = tokenizer_of(base, trust_remote_code, key="--base")
-    loaded = load(str(base))
+    loaded = load(base, key="--base")
     states, of_base = last_states(loaded, base_tokenizer, texts, progress=progress), matrices_of(loaded)
     del loaded
     base_vocabulary = read_vocabulary(base_tokenizer).truncated(states.logits.shape[1])
     match = without_duplicates(match_vocabularies(vocabulary, base_vocabulary), vocabulary, tokenizer)
 
-    loaded = load(str(model))
+    loaded = load(model)
     logits = logits_of(loaded, torch.cat([states.hidden, states.hidden.mean(dim=0, keepdim=True)]))
     match = VocabularyMatch(match.rows[: logits.shape[1]], match.reasons[: logits.shape[1]])
     alignment = Alignment(str(base), base_tokenizer, base_vocabulary, match, match)
@@ -211,7 +210,7 @@ def check_rows_of(
     excess = excess_over_bounds(ByteBounds(base, data), states.logits, logits[:-1, others] + shift)
     mean = logits[-1]
     limits = _highest_kept(mean, kept, vocabulary)
-    judged = {ROW_NAMES[role]: each for role, each in (distances or {}).items() if each is not None}
+    by_name = {ROW_NAMES[role]: values for role, values in (distances or {}).items() if values is not None}
     checks = [
         RowCheck(
             id=id_,
@@ -221,7 +220,7 @@ def check_rows_of(
             probability=float(excess.probability[n]),
             mean_logit=float(mean[id_]),
             highest_kept=limits.get(token.kind if token else None, limits[None]),
-            distances={name: float(each[id_]) for name, each in judged.items() if id_ < len(each)},
+            distances={name: float(values[id_]) for name, values in by_name.items() if id_ < len(values)},
         )
         for n, (id_, token) in enumerate(zip(others.tolist(), tokens, strict=True))
     ]
@@ -239,5 +238,5 @@ def _highest_kept(mean: Tensor, kept: Tensor, vocabulary: Vocabulary) -> dict[To
     for id_, logit in zip(kept.tolist(), mean[kept].tolist(), strict=True):
         by_kind.setdefault(vocabulary.tokens[id_].kind, []).append(logit)
         by_kind[None].append(logit)
-    highest = {kind: max(each) for kind, each in by_kind.items() if len(each) >= _FEWEST_OF_A_KIND}
+    highest = {kind: max(logits) for kind, logits in by_kind.items() if len(logits) >= _FEWEST_OF_A_KIND}
     return {None: max(by_kind[None], default=float("inf")), **highest}

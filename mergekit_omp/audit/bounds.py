@@ -50,14 +50,14 @@ class ByteBounds:
         """
         text = [token for token in base.tokens.values() if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE)]
         by_bytes = sorted((token.data, token.id) for token in text if token.data)
-        spelt = [each for each, _ in by_bytes]
+        token_bytes = [known for known, _ in by_bytes]
         self._ids = torch.tensor([id_ for _, id_ in by_bytes], dtype=torch.int64)
-        longest = max(map(len, spelt), default=0)
+        longest = max(map(len, token_bytes), default=0)
         after = b"\xff" * (longest + 1)  # no token of the base is after some bytes and these
-        self._starts = torch.tensor([0 if one is None else bisect_left(spelt, one) for one in data])
-        self._ends = torch.tensor([0 if one is None else bisect_left(spelt, one + after) for one in data])
+        self._starts = torch.tensor([0 if one is None else bisect_left(token_bytes, one) for one in data])
+        self._ends = torch.tensor([0 if one is None else bisect_left(token_bytes, one + after) for one in data])
         places: dict[bytes, list[int]] = {}
-        for place, one in enumerate(spelt):
+        for place, one in enumerate(token_bytes):
             places.setdefault(one, []).append(place)
         prefixes = [
             (index, place)

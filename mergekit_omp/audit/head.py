@@ -47,15 +47,15 @@ def _mean_state(matrix: Tensor, anchors: Tensor) -> Tensor:
     places = torch.linspace(0, len(anchors) - 1, min(SAMPLE, len(anchors))).long()
     rows = matrix[anchors[places].to(matrix.device)].float()
     rows = rows - rows.mean(dim=0)
-    wanted = -torch.log1p(places.float()).to(rows.device)
+    log_frequencies = -torch.log1p(places.float()).to(rows.device)
     is_narrow = rows.shape[1] < len(rows)  # the same direction from the smaller system
     products = rows.T @ rows if is_narrow else rows @ rows.T
     ridge = RIDGE * rows.square().sum() / rows.shape[1]
     products.diagonal().add_(ridge.clamp(min=torch.finfo(torch.float32).tiny))
-    wanted = wanted - wanted.mean()
+    log_frequencies = log_frequencies - log_frequencies.mean()
     if is_narrow:
-        return torch.linalg.solve(products, rows.T @ wanted)
-    return rows.T @ torch.linalg.solve(products, wanted)
+        return torch.linalg.solve(products, rows.T @ log_frequencies)
+    return rows.T @ torch.linalg.solve(products, log_frequencies)
 
 
 def _along(direction: Tensor, matrix: Tensor, ids: Tensor) -> Tensor:

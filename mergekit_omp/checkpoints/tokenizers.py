@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from mergekit.common import ModelPath, ModelReference
+from mergekit.common import ModelReference
 from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -65,11 +65,6 @@ def _lack_of_files(model: ModelReference) -> str | None:
     if folder.is_dir() and not any(path.name.startswith(_TOKENIZER_FILES) for path in folder.iterdir()):
         return "the folder has no tokenizer.json, tokenizer.model or tekken.json"
     return None
-
-
-def tokenizer_of(name: str | Path, trust_remote_code: bool = False, key: str = "MODEL") -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or hub id, as :func:`load_tokenizer` does for a model of a recipe."""
-    return load_tokenizer(ModelReference(model=ModelPath(path=str(name))), trust_remote_code, key)
 
 
 def named_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

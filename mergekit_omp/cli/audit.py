@@ -63,7 +63,7 @@ def audit(
     check_device(device)
     result = audit_model(
         model,
-        base or base_of(read_record(model)),
+        base or base_of(read_record(model, of_merge=False)),
         [*read_texts(texts).values(), *(() if texts else read_texts((), "tuning").values())],
         device=device,
         progress=not as_json,

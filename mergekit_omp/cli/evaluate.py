@@ -1,7 +1,5 @@
 """``mergekit-omp eval``: how well models predict texts."""
 
-from functools import partial
-
 import click
 
 from mergekit_omp.cli.options import (
@@ -63,9 +61,7 @@ def eval_command(
     silence_transformers()
     import torch
 
-    from mergekit_omp.checkpoints.tokenizers import tokenizer_of
-    from mergekit_omp.evaluation.bits_per_byte import evaluate
-    from mergekit_omp.report.scores import score_table, span_table
+    from mergekit_omp.report.scores import evaluate, score_table, span_table
     from mergekit_omp.report.tables import heading, show
 
     check_device(device)
@@ -77,7 +73,6 @@ def eval_command(
         dtype=getattr(torch, dtype),
         progress=not as_json,
         trust_remote_code=trust_remote_code,
-        read_tokenizer=partial(tokenizer_of, trust_remote_code=trust_remote_code),
     )
     if as_json:
         print_json([score.as_dict() for score in scores])

@@ -59,15 +59,15 @@ def heal(model: str, out: str | None, as_json: bool, **given: Any) -> None:
     check_device(options.device)
     from mergekit_omp.healing.heal import heal as run
 
-    told = run(options, progress=not as_json)
+    summary = run(options, progress=not as_json)
     if as_json:
-        print_json(told)
+        print_json(summary)
         return
     from mergekit_omp.report.heal_summary import heal_summary
     from mergekit_omp.report.tables import show
 
-    show(*heal_summary(told))
-    click.echo(f"\nWritten to {options.out}. Next: mergekit-omp eval {options.out} --base {told['base']}")
+    show(*heal_summary(summary))
+    click.echo(f"\nWritten to {options.out}. Next: mergekit-omp eval {options.out} --base {summary['base']}")
 
 
 def _options(model: str, out: str | None, given: dict[str, Any]) -> HealOptions:

@@ -27,7 +27,7 @@ def tokens(out: str, texts: tuple[str, ...], most: int, as_json: bool) -> None:
     recipe.
     """
     silence_transformers()
-    from mergekit_omp.checkpoints.tokenizers import tokenizer_of
+    from mergekit_omp.checkpoints.models import tokenizer_of
     from mergekit_omp.report.record import read_record
     from mergekit_omp.report.tables import show
     from mergekit_omp.report.token_impact import rank_tokens

@@ -1,24 +1,30 @@
-"""Evaluate models on texts: bits per byte, tokens per byte, and agreement with a base model.
+"""Score a model on texts: bits per byte, tokens per byte, and agreement with a base model.
 
 All three are per byte of UTF-8, so models with different tokenizers are comparable.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import resources
 from math import log
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mergekit_omp.errors import OmpError, first_line
-from mergekit_omp.evaluation.spans import IdealToken, SpanRuler, SpanScores, add_scores, score_spans, token_starts
+from mergekit_omp.errors import OmpError
+from mergekit_omp.evaluation.chunks import row_chunks
+from mergekit_omp.evaluation.spans import (
+    IdealToken,
+    SpanRuler,
+    SpanScores,
+    add_scores,
+    score_spans,
+    spans_as_dict,
+    token_starts,
+)
 from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 LOG = logging.getLogger(__name__)
@@ -26,9 +32,6 @@ LOG = logging.getLogger(__name__)
 WINDOW_BYTES = 1536
 """Default length of a window in bytes: about 400 tokens of English, which fit every model's context."""
 
-_LOGITS_AT_A_TIME = 2**22  # 16 MiB of float32, which the C library keeps for the next part
-TokenizerReader = Callable[[str], PreTrainedTokenizerBase]
-"""From a folder or hub id to its tokenizer."""
 
 _SUITES = ("tuning", "held_out")
 
@@ -76,15 +79,7 @@ class TextScore:
             "agreement": self.agreement,
             "bytes": self.n_bytes,
             "tokens": self.n_tokens,
-            "spans": self.spans
-            and {
-                kind.value: {
-                    "tokens": score.n_tokens,
-                    "bits_per_byte": score.bits / self.n_bytes,
-                    "ideal_bits_per_byte": score.ideal_bits / self.n_bytes,
-                }
-                for kind, score in self.spans.items()
-            },
+            "spans": self.spans and spans_as_dict(self.spans, self.n_bytes),
         }
 
 
@@ -179,91 +174,6 @@ def builtin_texts(suite: str = "held_out") -> dict[str, str]:
     return {item.name.removesuffix(".txt"): item.read_text(encoding="utf-8") for item in files}
 
 
-def evaluate(
-    models: Sequence[str | Path],
-    texts: Mapping[str, str] | None = None,
-    *,
-    base: str | Path | None = None,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    window_bytes: int = WINDOW_BYTES,
-    progress: bool = True,
-    trust_remote_code: bool = False,
-    read_tokenizer: TokenizerReader | None = None,
-) -> list[ModelScore]:
-    """Score models on texts, with one model in memory at a time.
-
-    Args:
-        models: folders or hub ids of causal language models with their tokenizers.
-        texts: texts by name; the built-in held-out texts if None.
-        base: the model to compare with, for agreement and ideal bits; if None, agreement with the first of ``models``.
-        device: device of the models.
-        dtype: dtype of the models; log-probabilities are float32 in any case.
-        window_bytes: maximum length of a window of text, in bytes.
-        progress: whether to show a progress bar, in bytes, where the error stream is a terminal.
-        trust_remote_code: whether to run code that comes with a model.
-        read_tokenizer: reads the tokenizer of each model; transformers' ``AutoTokenizer`` if None.
-
-    Returns:
-        One score per model, in the order of ``models``.
-
-    Raises:
-        OmpError: if there is no model or no text, a model cannot be loaded, or a text is empty.
-
-    Example:
-        A model whose weights are all zero predicts a uniform distribution over its tokens:
-
-        >>> import tempfile
-        >>> from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-        >>> from mergekit_omp.evaluation.bits_per_byte import evaluate
-        >>> backend = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")]))
-        >>> backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8,
-        ...     num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1))
-        >>> _ = model.lm_head.weight.data.zero_()
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = model.save_pretrained(folder), tokenizer.save_pretrained(folder)
-        ...     [score] = evaluate([folder], {"text": "abab"}, progress=False)
-        >>> f"{score.overall.bits_per_byte:.3f} {score.overall.tokens_per_byte:.3f}"
-        '1.000 0.500'
-    """
-    texts = builtin_texts() if texts is None else texts
-    _check_request(models, texts)
-    read_tokenizer = read_tokenizer or partial(_load_tokenizer, trust_remote_code=trust_remote_code)
-    measured = [] if base is None else [str(model) for model in models if str(model) != str(base)]
-    base = base or models[0]
-    order = [str(base), *(str(model) for model in models if str(model) != str(base))]
-    readings: dict[str, dict[str, Reading]] = {}
-    total = len(order) * sum(len(text.encode()) for text in texts.values())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
-        for name in order:
-            bar.set_description(Path(name).name)
-            tokenizer = read_tokenizer(name)
-            others = {other: read_tokenizer(other) for other in measured} if name == order[0] else {}
-            model = load_model(name, device, dtype, trust_remote_code)
-            vocabulary = read_vocabulary(tokenizer)
-            rulers = _rulers(vocabulary, others)
-            readings[name] = {
-                title: read_text(
-                    model,
-                    tokenizer,
-                    text,
-                    window_bytes=window_bytes,
-                    progress=bar.update,
-                    rulers=rulers,
-                    vocabulary=vocabulary,
-                )
-                for title, text in texts.items()
-            }
-            del model
-    return [
-        score_readings(str(model), texts, readings[str(model)], readings[str(base)] if len(order) > 1 else None)
-        for model in models
-    ]
-
-
 def score_readings(
     model: str, texts: Mapping[str, str], readings: Mapping[str, Reading], base: Mapping[str, Reading] | None = None
 ) -> ModelScore:
@@ -342,16 +252,6 @@ def read_text(
     return Reading(sum(token_bits), len(token_bits), next_bytes, token_bits, ideals)
 
 
-def _rulers(own: Vocabulary, others: Mapping[str, PreTrainedTokenizerBase]) -> dict[str, SpanRuler]:
-    """Build rulers for the tokenizers that differ from the model's own."""
-    vocabularies = {name: read_vocabulary(other) for name, other in others.items()}
-    return {
-        name: SpanRuler(own, others[name], vocabulary)
-        for name, vocabulary in vocabularies.items()
-        if vocabulary != own
-    }
-
-
 def _extended(known: list[IdealToken] | None, more: list[IdealToken] | None) -> list[IdealToken] | None:
     return None if known is None or more is None else known + more
 
@@ -383,39 +283,6 @@ def windows(text: str, window_bytes: int) -> list[str]:
     return [*found, data[start:].decode()] if start < len(data) else found
 
 
-def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> None:
-    if not models:
-        raise OmpError("No model to evaluate: name at least one folder or hub id.")
-    if not texts:
-        raise OmpError("No text to evaluate on: name at least one file.")
-    for title, text in texts.items():
-        if not text:
-            raise OmpError(f"The text {title} is empty: name a file that is not empty.")
-
-
-def load_model(
-    name: str, device: str, dtype: torch.dtype | str, trust_remote_code: bool, key: str | None = None
-) -> PreTrainedModel:
-    """Load a causal language model, in evaluation mode.
-
-    Raises:
-        OmpError: it cannot be loaded; the message begins with the ``key`` that names it.
-    """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError) as error:
-        named = f"{key}: {name}" if key else name
-        raise OmpError(f"{named} cannot be loaded as a causal language model: {first_line(error)}.") from error
-    return model.to(device).eval()  # type: ignore[arg-type]  # transformers' annotation of `to` lacks self
-
-
-def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise OmpError(f"{name} cannot be loaded as a causal language model with a tokenizer: {error}") from error
-
-
 def _check_ids(ids: Sequence[int], model: PreTrainedModel) -> None:
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
     if max(ids, default=0) >= rows:
@@ -438,10 +305,9 @@ def bits_of_tokens(logits: Tensor, ids: Sequence[int]) -> list[float]:
     """
     followers = torch.tensor(ids, device=logits.device)
     bits: list[float] = []
-    step = max(1, _LOGITS_AT_A_TIME // logits.shape[1])
-    for start in range(0, len(logits), step):
-        part = logits[start : start + step].float()
-        chosen = part.gather(1, followers[start : start + step, None])[:, 0]
+    for rows in row_chunks(logits):
+        part = logits[rows].float()
+        chosen = part.gather(1, followers[rows, None])[:, 0]
         bits += ((part.logsumexp(dim=1) - chosen).double() / log(2)).tolist()
     return bits
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_omp.evaluation.chunks import row_chunks
 from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
 
 _TERMS_AT_A_TIME = 2**22
-"""Logits that are worked on at a time. On a CPU an array beyond some 32 MB is asked from the system anew each time."""
+"""Logits that are summed at a time, for the reason that ``row_chunks`` has."""
 
 
 class SpanClass(str, Enum):
@@ -93,24 +94,48 @@ def add_scores(all_scores: Iterable[SpanScores]) -> dict[SpanClass, SpanScore]:
     return total
 
 
+def spans_as_dict(scores: SpanScores, n_bytes: int) -> dict[str, dict[str, float]]:
+    """Return the scores of a text of ``n_bytes`` as records and ``--json`` have them."""
+    return {
+        kind.value: {
+            "tokens": score.n_tokens,
+            "bits_per_byte": score.bits / n_bytes,
+            "ideal_bits_per_byte": score.ideal_bits / n_bytes,
+        }
+        for kind, score in scores.items()
+    }
+
+
 @dataclass(frozen=True)
-class _Span:
-    """Bytes between two boundaries that both tokenizers have.
+class Span:
+    """The bytes between two neighbouring boundaries that both tokenizers have.
 
     Attributes:
-        pieces: the other tokenizer's tokens.
-        first: place of the base's first token in it.
-        last: place after the base's last token in it.
+        base: the range of the base's tokens.
+        output: the range of the other tokenizer's tokens.
     """
 
-    pieces: tuple[int, ...]
-    first: int
-    last: int
+    base: range
+    output: range
 
-    @property
-    def is_one_token(self) -> bool:
-        """Whether it is one token of the base."""
-        return self.last - self.first == 1
+
+def find_spans(base_starts: Sequence[int], output_starts: Sequence[int], n_bytes: int) -> list[Span]:
+    """Find the spans of a text in order.
+
+    Args:
+        base_starts: byte offset of each of the base's tokens, ascending.
+        output_starts: byte offset of each of the other tokenizer's tokens, ascending.
+        n_bytes: length of the text in bytes.
+    """
+    common = sorted(set(base_starts) & set(output_starts))
+    return [
+        Span(_range(base_starts, start, end), _range(output_starts, start, end))
+        for start, end in zip(common, [*common[1:], n_bytes + 1], strict=True)
+    ]
+
+
+def _range(starts: Sequence[int], start: int, end: int) -> range:
+    return range(bisect_left(starts, start), bisect_left(starts, end))
 
 
 class SpanRuler:
@@ -154,25 +179,21 @@ class SpanRuler:
         starts = token_starts(ids, window, self._output)
         if starts is None:
             return None
-        common = sorted(set(starts) & set(base_starts))
-        spans = [
-            _Span(
-                tuple(ids[bisect_left(starts, start) : bisect_left(starts, end)]),
-                bisect_left(base_starts, start),
-                bisect_left(base_starts, end),
-            )
-            for start, end in zip(common, [*common[1:], len(window.encode()) + 1], strict=True)
-        ]
-        exact = {span.first: ranges for span in spans if span.is_one_token and (ranges := self._ranges(span.pieces))}
+        spans = find_spans(base_starts, starts, len(window.encode()))
+        exact = {
+            span.base.start: ranges
+            for span in spans
+            if len(span.base) == 1 and (ranges := self._ranges(tuple(ids[place] for place in span.output)))
+        }
         bits = dict(zip(exact, self._bits(logits, exact), strict=True))
         ideals: list[IdealToken] = []
         for span in spans:
-            later = len(span.pieces) - 1
-            if span.first in bits:
+            later = len(span.output) - 1
+            if span.base.start in bits:
                 kinds = [SpanClass.FIRST if later else SpanClass.EQUAL] + [SpanClass.LATER] * later
-                ideals += map(IdealToken, kinds, bits[span.first])
+                ideals += map(IdealToken, kinds, bits[span.base.start])
             else:
-                ideals.append(IdealToken(SpanClass.CROSSING, sum(base_bits[span.first : span.last])))
+                ideals.append(IdealToken(SpanClass.CROSSING, sum(base_bits[place] for place in span.base)))
                 ideals += [IdealToken(SpanClass.CROSSING, 0.0)] * later
         return ideals
 
@@ -233,9 +254,9 @@ class SpanRuler:
 
 
 def _log_totals(logits: Tensor, places: Tensor) -> Tensor:
-    """Logarithms (P,), float64, of the sums of exp over P rows of logits (T, V)."""
-    parts = places.split(max(1, _TERMS_AT_A_TIME // logits.shape[1]))
-    totals = [logits[part.to(logits.device)].float().logsumexp(dim=1).double().cpu() for part in parts]
+    """Logarithms (P,), float64, of the sums of exp over P different rows of logits (T, V)."""
+    parts = (places[chunk].to(logits.device) for chunk in row_chunks(logits[: len(places)]))
+    totals = [logits[part].float().logsumexp(dim=1).double().cpu() for part in parts]
     return torch.cat([torch.zeros(0, dtype=torch.float64), *totals])
 
 

@@ -1,12 +1,11 @@
 """A window of text in the tokens of two tokenizers."""
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.evaluation.spans import token_starts
+from mergekit_omp.evaluation.spans import Span, find_spans, token_starts
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
 
@@ -30,19 +29,6 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Span:
-    """The bytes between two neighbouring boundaries that both tokenizers have.
-
-    Attributes:
-        base: the range of the base's tokens.
-        output: the range of the output's tokens.
-    """
-
-    base: range
-    output: range
-
-
-@dataclass(frozen=True)
 class AlignedWindow:
     """A window as both tokenizers read it.
 
@@ -60,11 +46,9 @@ class AlignedWindow:
     output_ids: Sequence[int]
     output_starts: Sequence[int]
 
-    def spans(self) -> Iterator[Span]:
-        """Yield the spans in order."""
-        common = sorted(set(self.base_starts) & set(self.output_starts))
-        for start, end in zip(common, [*common[1:], len(self.text.encode()) + 1], strict=True):
-            yield Span(_range(self.base_starts, start, end), _range(self.output_starts, start, end))
+    def spans(self) -> list[Span]:
+        """Return the spans in order."""
+        return find_spans(self.base_starts, self.output_starts, len(self.text.encode()))
 
 
 def align(window: str, base: Reader, output: Reader) -> AlignedWindow | None:
@@ -75,7 +59,3 @@ def align(window: str, base: Reader, output: Reader) -> AlignedWindow | None:
     if base_starts is None or output_starts is None or not base_ids or not output_ids:
         return None
     return AlignedWindow(window, base_ids, base_starts, output_ids, output_starts)
-
-
-def _range(starts: Sequence[int], start: int, end: int) -> range:
-    return range(bisect_left(starts, start), bisect_left(starts, end))

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,25 +24,12 @@ class Check:
         seconds: how long the run had taken, this check included.
         bits_per_byte: -log2 of the probability of the windows' tokens, per byte of UTF-8.
         spans: the tokens by how they lie over the base's, beside what they should cost.
-        n_bytes: bytes of all windows.
     """
 
     tokens: int
     seconds: float
     bits_per_byte: float
     spans: SpanScores
-    n_bytes: int
-
-    def spans_as_dict(self) -> dict[str, Any]:
-        """Return the spans as the record and ``eval --json`` have them."""
-        return {
-            kind.value: {
-                "tokens": score.n_tokens,
-                "bits_per_byte": score.bits / self.n_bytes,
-                "ideal_bits_per_byte": score.ideal_bits / self.n_bytes,
-            }
-            for kind, score in self.spans.items()
-        }
 
 
 class Checker:
@@ -90,7 +76,7 @@ class Checker:
             total += sum(bits)
             scores.append(score_spans(ideals, bits))
         seconds = time.monotonic() - started
-        return Check(tokens, seconds, total / self.n_bytes, add_scores(scores), self.n_bytes)
+        return Check(tokens, seconds, total / self.n_bytes, add_scores(scores))
 
 
 @torch.no_grad()

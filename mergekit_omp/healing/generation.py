@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from mergekit_omp.evaluation.chunks import row_chunks
 from mergekit_omp.healing.alignment import Reader
 from mergekit_omp.healing.beginnings import BEGINNINGS
-from mergekit_omp.healing.chunks import row_chunks
 
 MAX_TOKENS = 224
 """Tokens that are written after each beginning: with it, about a window."""

@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from mergekit_omp.checkpoints.files import read_settings
 from mergekit_omp.checkpoints.input_folders import InputFolders
-from mergekit_omp.errors import OmpError, explained
-from mergekit_omp.evaluation.bits_per_byte import load_model
-from mergekit_omp.evaluation.spans import SpanRuler
+from mergekit_omp.checkpoints.models import load_model, reference_of
+from mergekit_omp.errors import OmpError, explained, failures_as
+from mergekit_omp.evaluation.spans import SpanRuler, spans_as_dict
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.beginnings import sums
 from mergekit_omp.healing.checks import Check, Checker
 from mergekit_omp.healing.generation import generate
 from mergekit_omp.healing.models import check_bodies, check_rows, load_reader, teacher_of
 from mergekit_omp.healing.options import HealOptions
-from mergekit_omp.healing.output import folder_of, read_json, write_model
+from mergekit_omp.healing.output import folder_of, write_model
 from mergekit_omp.healing.student import Student
 from mergekit_omp.healing.teacher import Teacher
 from mergekit_omp.healing.texts import Texts, make_texts, read_texts
@@ -44,15 +45,21 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
         progress: show a progress bar where the error stream is a terminal, and print each check there.
 
     Returns:
-        What the record of the output tells of the healing, under "heal".
+        What the record of the output has on the healing, under "heal".
 
     Raises:
         OmpError: texts, a model or a base that do not serve; an output folder that is not free; too little memory; an
             interruption, unless the best state is to be written then.
     """
     texts = read_texts(options.text, options.seed) if options.text else None
-    record = read_json(folder_of(options.model) / RECORD_FILE)
-    base_name = teacher_of(options, record)
+    with failures_as(
+        lambda reason: (
+            f"model: {options.model} is neither a folder nor a model that the hub gives ({reason}); write "
+            "<owner>/<name> or a path."
+        )
+    ):
+        source = folder_of(options.model)
+    base_name = teacher_of(options, read_settings(reference_of(source, "model"), RECORD_FILE))
     inputs = InputFolders([options.model, base_name])
     with inputs.unchanged():
         check_bodies(options.model, base_name, options.trust_remote_code)
@@ -86,7 +93,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
             def check(tokens: int) -> Check:
                 found = checker.check(student.logits, tokens, budget.started)
                 if progress:
-                    _tell(found, checker)
+                    _print_check(found, checker)
                 return found
 
             with _interruption() as interrupted:
@@ -97,9 +104,9 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
                 "state so far is."
             )
         healed = student.finished(done.best_state, written_dtype)
-        told = _describe(options, base_name, texts, done, checker, supply.skipped)
-        write_model(folder, healed, options.model, told)
-    return told
+        summary = _describe(options, base_name, texts, done, checker, supply.skipped)
+        write_model(folder, healed, source, summary)
+    return summary
 
 
 def _written_by(base: Any, reader: Reader, options: HealOptions, bar: tqdm) -> Texts:
@@ -141,7 +148,7 @@ def _changed_texts() -> OmpError:
     )
 
 
-def _tell(check: Check, checker: Checker) -> None:
+def _print_check(check: Check, checker: Checker) -> None:
     """Print a check above the progress bar."""
     tqdm.write(
         f"{check.tokens:>9,} tokens, {check.seconds:4.0f} s: {check.bits_per_byte:.3f} bits per byte of held-out text "
@@ -170,8 +177,8 @@ def _describe(
         "base_bits_per_byte": checker.base_bits_per_byte,
         "checks": checks,
         "written": checks[done.checks.index(done.best)],
-        "before": done.checks[0].spans_as_dict(),
-        "after": done.best.spans_as_dict(),
+        "before": spans_as_dict(done.checks[0].spans, checker.n_bytes),
+        "after": spans_as_dict(done.best.spans, checker.n_bytes),
         "objective": options.objective.value,
         "train": options.train.value,
         "options": options.model_dump(mode="json"),

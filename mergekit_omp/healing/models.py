@@ -3,29 +3,34 @@
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate import init_empty_weights
-from mergekit.common import ModelReference
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mergekit_omp.checkpoints.files import read_config
-from mergekit_omp.checkpoints.tokenizers import load_tokenizer
-from mergekit_omp.errors import OmpError
+from mergekit_omp.checkpoints.models import reference_of, tokenizer_of
+from mergekit_omp.errors import OmpError, failures_as
 from mergekit_omp.healing.alignment import Reader
 from mergekit_omp.healing.options import HealOptions
 from mergekit_omp.report.record import RECORD_FILE
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
 
-def teacher_of(options: HealOptions, record: Mapping[str, Any] | None) -> str:
-    """Name the base: as the options say, or the one input of the merge that made the model.
+def teacher_of(options: HealOptions, record: Mapping[str, Any]) -> str:
+    """Name the base: that of the options, or of an earlier healing, or the one input of the merge.
+
+    Args:
+        options: the options.
+        record: of the model; {} if it has none.
 
     Raises:
         OmpError: there is no record, or a record of a merge of several inputs.
     """
     if options.base is not None:
         return options.base
-    if record is None:
+    if not record:
         raise OmpError(f"base: {options.model} has no {RECORD_FILE} that tells its base; name it with --base.")
+    if "heal" in record:
+        return record["heal"]["base"]
     inputs = [model["name"] for model in record.get("models", ()) if "input" in model["roles"]]
     if len(inputs) != 1:
         raise OmpError(
@@ -41,7 +46,7 @@ def load_reader(name: str, trust_remote_code: bool, key: str) -> Reader:
     Raises:
         OmpError: it cannot be read, or has neither bos nor eos.
     """
-    tokenizer = load_tokenizer(ModelReference.parse(name), trust_remote_code, key)
+    tokenizer = tokenizer_of(name, trust_remote_code, key)
     vocabulary = read_vocabulary(tokenizer)
     start_id = vocabulary.roles.get("bos", vocabulary.roles.get("eos"))
     if start_id is None:
@@ -77,12 +82,11 @@ def check_rows(reader: Reader, model: PreTrainedModel, name: str, key: str) -> N
 
 def _shapes(name: str, trust_remote_code: bool, key: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors but the vocabulary matrices."""
-    reference = ModelReference.parse(name)
-    read_config(reference, trust_remote_code, key)
-    config = AutoConfig.from_pretrained(
-        reference.model.path, revision=reference.model.revision, trust_remote_code=trust_remote_code
-    )
-    with init_empty_weights():
+    config = read_config(reference_of(name, key), trust_remote_code, key)
+    with (
+        failures_as(lambda reason: f"{key}: {name} cannot be loaded as a causal language model: {reason}."),
+        torch.device("meta"),
+    ):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     rows = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     matrices = {

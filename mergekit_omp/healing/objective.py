@@ -7,7 +7,7 @@ to autograd, which would keep several more arrays of the size of the logits.
 import torch
 from torch import Tensor
 
-from mergekit_omp.healing.chunks import row_chunks
+from mergekit_omp.evaluation.chunks import row_chunks
 from mergekit_omp.healing.teacher import Targets
 
 

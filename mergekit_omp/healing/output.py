@@ -1,6 +1,5 @@
 """Write a healed model: its weights beside the other files of the model that it was."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig, PreTrainedModel
 
+from mergekit_omp.checkpoints.files import read_settings
+from mergekit_omp.checkpoints.models import reference_of
 from mergekit_omp.report.fingerprints import fingerprints
 from mergekit_omp.report.record import FORMAT, RECORD_FILE, write_record
 
@@ -17,23 +18,22 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf", ".index.json")
 _LEFT_OUT = (RECORD_FILE, "omp_report.html", "model.safetensors.index.json")
 
 
-def write_model(folder: Path, model: PreTrainedModel, origin: str, heal: Mapping[str, Any]) -> None:
+def write_model(folder: Path, model: PreTrainedModel, source: Path, heal: Mapping[str, Any]) -> None:
     """Write a model to a folder, with the configuration, tokenizer and other files that it had.
 
     Args:
         folder: where to write.
         model: the healed model.
-        origin: the folder, or the name on the hub, of the model that it was.
+        source: the folder of the model that it was.
         heal: what the record tells of the healing.
     """
     model.generation_config = GenerationConfig()  # the file is copied; what is invalid in it must not stop this
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    source = folder_of(origin)
     for path in source.iterdir():
         if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in _LEFT_OUT:
             shutil.copyfile(path, folder / path.name)
-    record = (read_json(source / RECORD_FILE) or {"format": FORMAT}) | {"heal": heal}
+    record = {"format": FORMAT} | read_settings(reference_of(source, "model"), RECORD_FILE) | {"heal": heal}
     if "sha256" in record:
         record["sha256"] = fingerprints(folder, record["sha256"]["tensors"])
     write_record(folder, record)
@@ -44,16 +44,10 @@ def write_model(folder: Path, model: PreTrainedModel, origin: str, heal: Mapping
 
 def folder_of(model: str) -> Path:
     """Return a model's folder, downloading it from the hub where it is not one."""
-    return Path(model) if Path(model).is_dir() else Path(snapshot_download(model))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+    if Path(model).is_dir():
+        return Path(model)
+    path = reference_of(model, "model").model
+    return Path(snapshot_download(path.path, revision=path.revision))
 
 
 def card_section(heal: Mapping[str, Any]) -> str:

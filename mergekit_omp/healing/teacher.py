@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mergekit_omp.evaluation.chunks import row_chunks
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader
-from mergekit_omp.healing.chunks import row_chunks
 from mergekit_omp.vocabulary.tokens import ROLES, TokenKind, Vocabulary
 
 Split = tuple[int, ...]

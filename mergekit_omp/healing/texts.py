@@ -26,7 +26,7 @@ class Texts:
     Attributes:
         training: in random order.
         held_out: for checks alone.
-        sources: what is told of them in the record.
+        sources: what the record has on them.
     """
 
     training: Sequence[str]

@@ -1,4 +1,4 @@
-"""The way back: a transplanted model, trained since or not, with its base's tokenizer again."""
+"""Restore the base's tokenizer in a transplanted model, which may have been trained since."""
 
 import shutil
 from collections.abc import Mapping
@@ -7,18 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import ModelPath, ModelReference
+from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.dynamic_module_utils import get_relative_imports
 
 from mergekit_omp.checkpoints.architecture import vocabulary_role, vocabulary_size
-from mergekit_omp.checkpoints.files import PROCESSOR_FILES, find_file, read_config, read_json
+from mergekit_omp.checkpoints.files import (
+    PROCESSOR_FILES,
+    check_weights,
+    find_file,
+    read_config,
+    read_json,
+    read_settings,
+)
+from mergekit_omp.checkpoints.models import reference_of
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
 from mergekit_omp.checkpoints.weights import open_checkpoint, vocabulary_matrix
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import OmpError, explained, failures_as
 from mergekit_omp.output.staging import staged
 from mergekit_omp.output.tokenizer import write_json
 from mergekit_omp.report.record import base_of, read_record, unpack_rows
@@ -42,7 +51,7 @@ _FILES = (
     "generation_config.json",
     *PROCESSOR_FILES,
 )
-"""What is the base's own again."""
+"""What is the base's again."""
 
 
 @dataclass(frozen=True)
@@ -78,30 +87,32 @@ def restore(
         trust_remote_code: let the base's tokenizer run code of its own.
 
     Raises:
-        OmpError: the record does not say where rows come from, or the base is another model.
+        OmpError: the record does not say where rows come from, weights cannot be read, the base is another model, or
+            the output cannot be written.
     """
     record, folder = read_record(model), Path(model)
-    described = next(each for each in record["models"] if each["name"] == base_of(record))
+    described = next(model for model in record["models"] if model["name"] == base_of(record))
     if "origins" not in described:
         raise OmpError(f"The record of {model} does not say where its rows come from; make the model again.")
-    reference = ModelReference(model=ModelPath(path=base or described["name"]))
+    reference = reference_of(base or described["name"], _KEY)
     config = read_config(reference, trust_remote_code, _KEY)
     _check_base(reference, config, described, trust_remote_code)
     origins = unpack_rows(described["origins"])
     options = MergeOptions(trust_remote_code=trust_remote_code)
     names = {tensor["name"] for tensor in record["tensors"]}
+    check_weights(reference_of(folder, "MODEL"), options, "MODEL")
     loader = LazyTensorLoader.from_disk(str(folder))
     if not loader.index.is_safetensors:
         raise OmpError(f"{model}: its weights are pickles; save it as safetensors with transformers first.")
     restored = []
-    with staged(out) as staging:
+    with explained(out), staged(out) as staging:
         for shard in sorted(set(loader.index.tensor_paths.values())):
-            held = sorted(name for name, path in loader.index.tensor_paths.items() if path == shard)
-            tensors = {name: loader.get_tensor(name) for name in held}
-            for name in held:
+            stored = sorted(name for name, path in loader.index.tensor_paths.items() if path == shard)
+            tensors = {name: loader.get_tensor(name) for name in stored}
+            for name in stored:
                 if name in names:
-                    own = _tensor_of_base(reference, name, options)
-                    tensors[name], summary = _restore_rows(name, tensors[name], own, origins)
+                    base_tensor = _tensor_of_base(reference, name, options)
+                    tensors[name], summary = _restore_rows(name, tensors[name], base_tensor, origins)
                     restored.append(summary)
             save_file(
                 {name: tensor.contiguous() for name, tensor in tensors.items()}, staging / shard, {"format": "pt"}
@@ -125,65 +136,87 @@ def _check_base(
 
 def _tensor_of_base(base: ModelReference, name: str, options: MergeOptions) -> Tensor:
     """Return the base's tensor of this name, or the one that it is tied to."""
-    checkpoint = open_checkpoint(base, options)
-    if name not in checkpoint.index.tensor_paths:
-        task, _ = vocabulary_matrix(base, vocabulary_role(name), options, _KEY)
-        name = task.tensor
-    return checkpoint.get_tensor(name)
+    # Arbitrary errors of the hub client, of mergekit for an index, and of safetensors for a shard.
+    with failures_as(
+        lambda reason: f"{_KEY}: the weights of {base} cannot be read ({reason}); download the model again."
+    ):
+        checkpoint = open_checkpoint(base, options)
+        if name not in checkpoint.index.tensor_paths:
+            task, _ = vocabulary_matrix(base, vocabulary_role(name), options, _KEY)
+            name = task.tensor
+        return checkpoint.get_tensor(name)
 
 
-def _restore_rows(name: str, now: Tensor, own: Tensor, origins: Tensor) -> tuple[Tensor, Restored]:
+def _restore_rows(name: str, tensor: Tensor, base_tensor: Tensor, origins: Tensor) -> tuple[Tensor, Restored]:
     """Give one tensor (V, ...) of the model the base's rows (R, ...)."""
-    if now.shape[1:] != own.shape[1:]:
+    if tensor.shape[1:] != base_tensor.shape[1:]:
         raise OmpError(
-            f"{_KEY}: {name} is {tuple(own.shape)} in the base and {tuple(now.shape)} in the model; "
+            f"{_KEY}: {name} is {tuple(base_tensor.shape)} in the base and {tuple(tensor.shape)} in the model; "
             "name the model that this one was made from."
         )
-    own = own.to(now.dtype)
-    pairs = reversed(list(enumerate(origins[: len(now)].tolist())))
-    id_of = {row: id_ for id_, row in pairs if 0 <= row < len(own)}  # the smallest id of each row
+    base_tensor = base_tensor.to(tensor.dtype)
+    pairs = reversed(list(enumerate(origins[: len(tensor)].tolist())))
+    id_of = {row: id_ for id_, row in pairs if 0 <= row < len(base_tensor)}  # the smallest id of each row
     rows, ids = torch.tensor(list(id_of), dtype=torch.int64), torch.tensor(list(id_of.values()), dtype=torch.int64)
-    result = own.clone()
-    result[rows] = now[ids]
-    dropped = torch.ones(len(own), dtype=torch.bool)
+    result = base_tensor.clone()
+    result[rows] = tensor[ids]
+    dropped = torch.ones(len(base_tensor), dtype=torch.bool)
     dropped[rows] = False
-    moved = not torch.equal(now[ids], own[rows])
+    moved = not torch.equal(tensor[ids], base_tensor[rows])
     if moved and dropped.any():
-        change = (now[ids].float() - own[rows].float()).flatten(start_dim=1)
-        predicted = _regress(own[rows].float().flatten(start_dim=1), change, own[dropped].float().flatten(start_dim=1))
-        result[dropped] = (own[dropped].float() + predicted.reshape(own[dropped].shape)).to(own.dtype)
+        before, dropped_rows = base_tensor[rows].float(), base_tensor[dropped].float()
+        change = (tensor[ids].float() - before).flatten(start_dim=1)
+        predicted = _regress(before.flatten(start_dim=1), change, dropped_rows.flatten(start_dim=1))
+        result[dropped] = (dropped_rows + predicted.reshape(dropped_rows.shape)).to(result.dtype)
     return result, Restored(name, len(rows), int(dropped.sum()), moved)
 
 
-def _regress(known: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """Predict (M, D) for rows (M, F), by ridge regression of values (N, D) on rows (N, F)."""
+def _regress(known: Tensor, values: Tensor, rows: Tensor) -> Tensor:
+    """Predict (M, D) for rows (M, F), by ridge regression of values (N, D) on known rows (N, F)."""
     constant = known.norm(dim=1).mean()
-    known, wanted = (torch.cat([each, constant.expand(len(each), 1)], dim=1).double() for each in (known, wanted))
+    known, rows = (torch.cat([x, constant.expand(len(x), 1)], dim=1).double() for x in (known, rows))
     gram = known.T @ known
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-    return (wanted @ torch.linalg.solve(gram, known.T @ values.double())).float()
+    return (rows @ torch.linalg.solve(gram, known.T @ values.double())).float()
 
 
 def _write_files(folder: Path, staging: Path, base: ModelReference) -> None:
     """Write the model's configuration with the base's tokens, the base's tokenizer, and the index of the shards."""
-    config, own = read_json(folder / _CONFIG), find_file(base, _CONFIG)
-    _take_tokens(config, read_json(own) if own else {})
+    config = read_json(folder / _CONFIG)
+    _take_tokens(config, read_settings(base, _CONFIG))
     write_json(staging / _CONFIG, config)
+    _copy_code(config, reference_of(folder, "MODEL"), staging)
     for name in _FILES:
         if path := find_file(base, name):
             shutil.copyfile(path, staging / name)
+            _copy_code(read_settings(base, name) if name.endswith("_config.json") else {}, base, staging)
     for index in folder.glob("*.index.json"):
         described = read_json(index)
         described["metadata"] = {"total_size": sum(path.stat().st_size for path in staging.glob("*.safetensors"))}
         write_json(staging / index.name, described)
 
 
-def _take_tokens(settings: dict[str, Any], own: Mapping[str, Any]) -> None:
+def _copy_code(settings: Mapping[str, Any], model: ModelReference, staging: Path) -> None:
+    """Copy the modules of a model that ``auto_map`` in its settings names, with those that they import.
+
+    Code in another repository, ``<owner>/<name>--<module>.<class>``, stays there.
+    """
+    values = (settings.get("auto_map") or {}).values()
+    classes = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    modules = {name.rpartition(".")[0] for name in classes if name and "--" not in name}
+    while modules:
+        path = find_file(model, f"{modules.pop()}.py")
+        if path is not None and not (staging / path.name).exists():
+            shutil.copyfile(path, staging / path.name)
+            modules.update(get_relative_imports(path))
+
+
+def _take_tokens(settings: dict[str, Any], of_base: Mapping[str, Any]) -> None:
     """Set the sizes and ids of the vocabulary to those of the base, in place, nested ones included."""
-    for key in [*settings, *(key for key in own if key not in settings)]:
+    for key in [*settings, *(key for key in of_base if key not in settings)]:
         if isinstance(settings.get(key), dict):
-            _take_tokens(settings[key], own.get(key) or {})
+            _take_tokens(settings[key], of_base.get(key) or {})
         elif key == "vocab_size" or key.endswith(("_token_id", "_token_index")):
             settings.pop(key, None)
-            if key in own:
-                settings[key] = own[key]
+            if key in of_base:
+                settings[key] = of_base[key]

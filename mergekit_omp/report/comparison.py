@@ -6,7 +6,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,12 @@ import yaml
 from rich.text import Text
 from tqdm import tqdm
 
-from mergekit_omp.checkpoints.tokenizers import tokenizer_of
 from mergekit_omp.errors import OmpError
-from mergekit_omp.evaluation.bits_per_byte import ModelScore, evaluate
+from mergekit_omp.evaluation.bits_per_byte import ModelScore
 from mergekit_omp.parameters import Approximation
 from mergekit_omp.recipe.keys import did_you_mean
 from mergekit_omp.report.record import read_record
+from mergekit_omp.report.scores import evaluate
 from mergekit_omp.report.tables import Part, new_table
 
 if TYPE_CHECKING:
@@ -110,7 +109,6 @@ def compare_approximations(
             device=device,
             progress=False,
             trust_remote_code=trust_remote_code,
-            read_tokenizer=partial(tokenizer_of, trust_remote_code=trust_remote_code),
         )[0]
 
     def run(approximation: Approximation) -> Row:

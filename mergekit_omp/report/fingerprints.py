@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import OmpError, failures_as
 
 _WEIGHTS = (".safetensors", ".bin", ".safetensors.index.json", ".bin.index.json")
 _NOT_COMPARED = ("omp_record.json", "omp_report.html", "README.md")
@@ -20,17 +20,17 @@ def fingerprints(folder: Path, tensors: Iterable[str]) -> dict[str, dict[str, st
 
     Args:
         folder: the model's. Its weights, its record and its model card are left out of the files.
-        tensors: names; those that the checkpoint does not hold, because they are tied to others, are left out.
+        tensors: names; those that the checkpoint does not store, because they are tied to others, are left out.
 
     Returns:
         "files" and "tensors", each from names to hexadecimal digits.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file() and _is_compared(path.name))
     loader = LazyTensorLoader.from_disk(str(folder))
-    held = [name for name in dict.fromkeys(tensors) if name in loader.index.tensor_paths]
+    stored = [name for name in dict.fromkeys(tensors) if name in loader.index.tensor_paths]
     return {
         "files": {path.name: file_sha256(path) for path in files},
-        "tensors": {name: tensor_sha256(loader.get_tensor(name)) for name in held},
+        "tensors": {name: tensor_sha256(loader.get_tensor(name)) for name in stored},
     }
 
 
@@ -43,10 +43,9 @@ def changes(folder: Path, record: Mapping[str, Any]) -> dict[str, str]:
     if "sha256" not in record:
         raise OmpError(f"The record of {folder} has no SHA-256 sums; make the model again.")
     expected = record["sha256"]
-    try:
+    # Arbitrary errors of mergekit and of safetensors, for an index and for shards.
+    with failures_as(lambda reason: f"{folder}: its weights cannot be read ({reason}); copy the model again."):
         found = fingerprints(folder, expected["tensors"])
-    except (OSError, RuntimeError) as error:
-        raise OmpError(f"{folder}: its weights cannot be read ({error}); copy the model again.") from error
     return {
         name: "changed" if name in found[part] else "missing"
         for part, sums in expected.items()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.spans import SpanClass
 from mergekit_omp.report.scores import Spans
-from mergekit_omp.report.summary import JsonObject, inputs, label, matches
+from mergekit_omp.report.summary import WITHOUT_ROW, JsonObject, inputs, label, matches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,7 @@ def draw_matches(record: JsonObject) -> "Figure":
     figure, axes = _new_figure(len(models), 0.9 + 0.34 * most)
     for axis, model in zip(axes, models, strict=True):
         counts = matches(model)[::-1]
-        colours = [NEW if reason.startswith("missing") else KEPT for reason, _ in counts]
+        colours = [NEW if reason in WITHOUT_ROW else KEPT for reason, _ in counts]
         bars = axis.barh([label(reason) for reason, _ in counts], [count for _, count in counts], color=colours)
         axis.bar_label(bars, [f"{count:,}" for _, count in counts], padding=4, fontsize=9)
         axis.margins(x=0.12)

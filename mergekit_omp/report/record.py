@@ -247,8 +247,12 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / RECORD_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
+def read_record(folder: str | Path, *, of_merge: bool = True) -> dict[str, Any]:
     """Read the record of a model.
+
+    Args:
+        folder: the model's.
+        of_merge: whether the record must describe a merge; ``heal`` writes one that does not for a model without one.
 
     Raises:
         OmpError: if there is no record, or it is incomplete or of another version.
@@ -264,13 +268,25 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise OmpError(f"{path} is not valid JSON ({error}); make the model again.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise OmpError(f"{path} is of another version of mergekit-omp; make the model again or use that version.")
+    if "heal" in record and "models" not in record:
+        if not of_merge:
+            return record
+        raise OmpError(
+            f"{path} describes a healing and no merge, since the healed model had no record; name the output folder "
+            "of a merge with merge_method: omp."
+        )
     if "samples" not in record:
         raise OmpError(f"{path} is incomplete (the log of that run has the reason); make the model again.")
     return record
 
 
 def base_of(record: Mapping[str, Any]) -> str:
-    """Return the name of the first model that was merged, whose body and configuration the output has."""
+    """Return the name of the first model that was merged, whose body and configuration the output has.
+
+    If the record describes no merge, return the base that the model was healed against.
+    """
+    if "models" not in record:
+        return record["heal"]["base"]
     return next(model["name"] for model in record["models"] if "input" in model["roles"])
 
 

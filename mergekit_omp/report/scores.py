@@ -1,20 +1,116 @@
-"""Format the scores of models on texts as tables."""
+"""Score models on texts, and format their scores as tables."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.checkpoints.tokenizers import tokenizer_of
-from mergekit_omp.evaluation.bits_per_byte import ModelScore, TextScore, evaluate
-from mergekit_omp.evaluation.spans import SpanClass
+from mergekit_omp.checkpoints.models import load_model, tokenizer_of
+from mergekit_omp.errors import OmpError
+from mergekit_omp.evaluation.bits_per_byte import (
+    WINDOW_BYTES,
+    ModelScore,
+    Reading,
+    TextScore,
+    builtin_texts,
+    read_text,
+    score_readings,
+)
+from mergekit_omp.evaluation.spans import SpanClass, SpanRuler
 from mergekit_omp.report.record import base_of
 from mergekit_omp.report.tables import new_table, render
+from mergekit_omp.vocabulary.tokens import Vocabulary, read_vocabulary
 
 Spans = Mapping[str, Mapping[str, float]]
 """For each class of tokens "tokens", "bits_per_byte" and "ideal_bits_per_byte"."""
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    texts: Mapping[str, str] | None = None,
+    *,
+    base: str | Path | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    window_bytes: int = WINDOW_BYTES,
+    progress: bool = True,
+    trust_remote_code: bool = False,
+) -> list[ModelScore]:
+    """Score models on texts, with one model in memory at a time.
+
+    Args:
+        models: folders or hub ids of causal language models with their tokenizers.
+        texts: texts by name; the built-in held-out texts if None.
+        base: the model to compare with, for agreement and ideal bits; if None, agreement with the first of ``models``.
+        device: device of the models.
+        dtype: dtype of the models; log-probabilities are float32 in any case.
+        window_bytes: maximum length of a window of text, in bytes.
+        progress: whether to show a progress bar, in bytes, where the error stream is a terminal.
+        trust_remote_code: whether to run code that comes with a model.
+
+    Returns:
+        One score per model, in the order of ``models``.
+
+    Raises:
+        OmpError: if there is no model or no text, a model cannot be loaded, or a text is empty.
+
+    Example:
+        A model whose weights are all zero predicts a uniform distribution over its tokens:
+
+        >>> import tempfile
+        >>> from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        >>> from mergekit_omp.report.scores import evaluate
+        >>> backend = Tokenizer(models.BPE(vocab={"<s>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")]))
+        >>> backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8,
+        ...     num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1))
+        >>> _ = model.lm_head.weight.data.zero_()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = model.save_pretrained(folder), tokenizer.save_pretrained(folder)
+        ...     [score] = evaluate([folder], {"text": "abab"}, progress=False)
+        >>> f"{score.overall.bits_per_byte:.3f} {score.overall.tokens_per_byte:.3f}"
+        '1.000 0.500'
+    """
+    texts = builtin_texts() if texts is None else texts
+    _check_request(models, texts)
+    key = "MODEL" if base is None else "--base"
+    measured = [] if base is None else [str(model) for model in models if str(model) != str(base)]
+    base = base or models[0]
+    order = [str(base), *(str(model) for model in models if str(model) != str(base))]
+    readings: dict[str, dict[str, Reading]] = {}
+    total = len(order) * sum(len(text.encode()) for text in texts.values())
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None if progress else True) as bar:
+        for name in order:
+            bar.set_description(Path(name).name)
+            key = key if name == order[0] else "MODEL"
+            tokenizer = tokenizer_of(name, trust_remote_code, key)
+            others = {other: tokenizer_of(other, trust_remote_code) for other in measured} if name == order[0] else {}
+            model = load_model(name, device, dtype, trust_remote_code, key)
+            vocabulary = read_vocabulary(tokenizer)
+            rulers = _rulers(vocabulary, others)
+            readings[name] = {
+                title: read_text(
+                    model,
+                    tokenizer,
+                    text,
+                    window_bytes=window_bytes,
+                    progress=bar.update,
+                    rulers=rulers,
+                    vocabulary=vocabulary,
+                )
+                for title, text in texts.items()
+            }
+            del model
+    return [
+        score_readings(str(model), texts, readings[str(model)], readings[str(base)] if len(order) > 1 else None)
+        for model in models
+    ]
 
 
 def score_table(scores: Sequence[ModelScore]) -> Table:
@@ -58,7 +154,7 @@ def evaluate_output(
         record: of the model.
         folder: the model's.
         base: the model that it was made from; the record's first input if None.
-        options: of :func:`mergekit_omp.evaluation.bits_per_byte.evaluate`.
+        options: of :func:`evaluate`.
 
     Returns:
         The scores of both, under "base" and "output", as ``ModelScore.as_dict`` has them.
@@ -67,14 +163,33 @@ def evaluate_output(
         OmpError: a model cannot be loaded.
     """
     base = base or base_of(record)
-    reader = partial(tokenizer_of, trust_remote_code=options.get("trust_remote_code", False))
-    scores = evaluate([base, folder], base=base, read_tokenizer=reader, **options)
+    scores = evaluate([base, folder], base=base, **options)
     return {"base": scores[0].as_dict(), "output": scores[1].as_dict()}
 
 
 def format_scores(scores: Sequence[ModelScore]) -> str:
     """Format the table of :func:`score_table` as plain text."""
     return render(score_table(scores))
+
+
+def _rulers(own: Vocabulary, others: Mapping[str, PreTrainedTokenizerBase]) -> dict[str, SpanRuler]:
+    """Build rulers for the tokenizers that differ from the model's own."""
+    vocabularies = {name: read_vocabulary(other) for name, other in others.items()}
+    return {
+        name: SpanRuler(own, others[name], vocabulary)
+        for name, vocabulary in vocabularies.items()
+        if vocabulary != own
+    }
+
+
+def _check_request(models: Sequence[str | Path], texts: Mapping[str, str]) -> None:
+    if not models:
+        raise OmpError("No model to evaluate: name at least one folder or hub id.")
+    if not texts:
+        raise OmpError("No text to evaluate on: name at least one file.")
+    for title, text in texts.items():
+        if not text:
+            raise OmpError(f"The text {title} is empty: name a file that is not empty.")
 
 
 def _numbers(score: TextScore) -> str:

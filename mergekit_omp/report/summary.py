@@ -22,7 +22,10 @@ _LABELS = {
     "unused": "reserved for later use",
     "missing": "new token",
     "missing special": "new special token",
+    "duplicate": "never written, since another token has the same bytes",
 }
+WITHOUT_ROW = ("no token", "missing", "missing special", "duplicate")
+"""Reasons for which no output row is a row of the input; of tokens that are reserved for later use, some may be."""
 
 
 def summary(record: JsonObject) -> Iterator[Part]:

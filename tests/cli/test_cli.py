@@ -23,12 +23,15 @@ from helpers.checkpoints import (
     tensors_of,
 )
 from helpers.commands import merge_here, recipe
+from matplotlib.colors import to_hex
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from transformers import AutoTokenizer
 
 from mergekit_omp.cli.main import main
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.report import record as record_module
+from mergekit_omp.report.pictures import KEPT, draw_matches
+from mergekit_omp.report.record import read_record
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -310,6 +313,21 @@ def test_report_draws_what_healing_measured(transplanted: Path, tmp_path: Path) 
     page = Page((tmp_path / "omp_report.html").read_text())
     assert page.tags.count("svg") == 5
     assert "Bits per byte before and after healing" in page.text
+
+
+def test_report_of_duplicates(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """A SentencePiece donor has a digit twice; the second has no row of the base, which the picture shows."""
+    out = tmp_path / "out"
+    assert merge_here(recipe(pair[1], pair[0]), out, "--quiet").exit_code == 0
+    match = read_record(out)["models"][0]["match"]
+    assert match["duplicate"] > 0
+    label = "never written, since another token has the same bytes"
+    assert re.search(rf"^ +{match['duplicate']} +{label}$", answer("report", out), re.MULTILINE)
+    [axis] = draw_matches(read_record(out)).axes
+    labels = [text.get_text() for text in axis.get_yticklabels()]
+    kept = [label for label, bar in zip(labels, axis.patches, strict=True) if to_hex(bar.get_facecolor()) == KEPT]
+    assert {"same bytes, other string", "a single byte"} <= set(kept)
+    assert not {label, "new token", "new special token"} & set(kept)
 
 
 def test_report_without_new_tokens(pair: tuple[Path, Path], tmp_path: Path) -> None:

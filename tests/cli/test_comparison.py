@@ -12,9 +12,9 @@ from helpers.commands import recipe
 from transformers import AutoTokenizer
 
 from mergekit_omp.cli.main import main
-from mergekit_omp.evaluation.bits_per_byte import evaluate
 from mergekit_omp.parameters import Approximation
 from mergekit_omp.report.comparison import with_approximation
+from mergekit_omp.report.scores import evaluate
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,8 @@ from helpers.commands import merge_here, recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_omp.cli.main import main
-from mergekit_omp.evaluation.bits_per_byte import evaluate
 from mergekit_omp.healing import training
+from mergekit_omp.report.scores import evaluate
 
 TEXT = "\n".join([*ENGLISH, *PYTHON]) + "\n"
 
@@ -173,6 +174,8 @@ def test_mistakes_are_told_before_anything_is_written(models: dict[str, Path], t
     (tmp_path / "list.yml").write_text("- model\n")
     other = byte_level_tokenizer(ENGLISH, 420)
     save(tmp_path / "wide", make_model(other, intermediate=96), other)
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"]}')
     cases = [
         ((transplanted,), "OUT is missing"),
         ((tmp_path / "unknown.yml",), "minuts: no such key (did you mean minutes?)"),
@@ -180,6 +183,11 @@ def test_mistakes_are_told_before_anything_is_written(models: dict[str, Path], t
         ((transplanted, out, "--text", tmp_path / "none.txt"), "none.txt cannot be read (No such file or directory)"),
         ((transplanted, out, "--text", text, "--base", tmp_path / "wide"), "has the shape 96×32 in it, and 64×32"),
         ((transplanted, out, "--text", text, "--base", tmp_path / "none"), "none"),
+        (("./typo", out, "--text", text), "model: ./typo is neither a folder nor a model that the hub gives"),
+        (
+            (tmp_path / "t5", out, "--text", text, "--base", models["base"]),
+            f"model: {tmp_path / 't5'} cannot be loaded as a causal language model: Unrecognized configuration class",
+        ),
         ((models["base"], out, "--text", text), "has no omp_record.json that tells its base; name it with --base"),
         ((models["base"], out, "--text", text, "--base", models["base"]), "has the tokenizer of"),
         ((transplanted, out, "--text", text, "--generate"), "text and generate: true exclude each other"),
@@ -200,6 +208,24 @@ def test_a_merge_of_several_inputs_names_no_base(models: dict[str, Path], tmp_pa
     assert result.exit_code == 0, result.output
     sentence = refusal(tmp_path / "merged", tmp_path / "out", "--text", models["text.txt"])
     assert "was merged from 2 inputs" in sentence
+
+
+def test_a_model_without_a_record(models: dict[str, Path], tmp_path: Path) -> None:
+    """Its new record describes the healing alone: enough to audit it and to heal it again."""
+    bare, healed, text = tmp_path / "bare", tmp_path / "healed", models["text.txt"]
+    shutil.copytree(models["transplanted"], bare, ignore=shutil.ignore_patterns("omp_record.json"))
+    result = call(bare, healed, "--base", models["base"], "--text", text, "--tokens", 600)
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert call(healed, tmp_path / "again", "--text", text, "--tokens", 600).exit_code == 0
+    run = CliRunner().invoke
+    audit = json.loads(run(main, ["audit", str(healed), "--json"]).stdout)
+    assert audit["base"] == str(models["base"])
+    for command in (["report", str(healed)], ["audit", str(healed), "--verify"]):
+        result = run(main, command)
+        assert result.exit_code == 1
+        assert "describes a healing and no merge, since the healed model had no record" in " ".join(
+            result.stderr.split()
+        )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,8 +1,11 @@
-"""``mergekit-omp restore``: the way back, bit for bit where nothing was trained."""
+"""``mergekit-omp restore``: the base's tokenizer again, bit for bit where nothing was trained."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -17,10 +20,12 @@ from helpers.checkpoints import (
     tensors_of,
 )
 from helpers.commands import merge_here, recipe
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_omp.cli.main import main
+from mergekit_omp.output import restore as restore_module
 from mergekit_omp.report.record import Origin, pack_rows, read_record, unpack_rows
 
 EMBED = "model.embed_tokens.weight"
@@ -33,6 +38,7 @@ def call(*arguments: str | Path) -> Result:
 def refused(*arguments: str | Path) -> str:
     result = call(*arguments)
     assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
     return " ".join(result.stderr.split())
 
 
@@ -152,6 +158,68 @@ def test_what_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert "does not say where its rows come from" in refused("restore", old, tmp_path / "back")
     assert "is not empty" in refused("restore", model, base)
     assert not (tmp_path / "back").exists()
+
+
+def test_weights_that_cannot_be_read(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, model = pair
+    out, empty = shutil.copytree(model, tmp_path / "truncated"), shutil.copytree(model, tmp_path / "empty")
+    damaged = shutil.copytree(base, tmp_path / "base")
+    for folder in (out, damaged):
+        for path in folder.glob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:-100])
+    for path in [*empty.glob("*.safetensors*")]:
+        path.unlink()
+    back = tmp_path / "back"
+    assert f"MODEL: {out}/model" in refused("restore", out, back)
+    assert f"MODEL: {empty} has no weights" in refused("restore", empty, back)
+    assert f"--base: the weights of {damaged} cannot be read (" in refused("restore", model, back, "--base", damaged)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "empty", "truncated"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    ],
+)
+def test_a_full_disk(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_arguments: Any) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(restore_module, "save_file", fail)
+    sentence = refused("restore", pair[1], tmp_path / "back")
+    assert f"{tmp_path / 'back'} cannot be written: the disk is full" in sentence
+    assert not list(tmp_path.iterdir())
+
+
+def test_code_that_configurations_name_is_copied(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The model's for its body, and the base's for its tokenizer."""
+    base, model = (shutil.copytree(folder, tmp_path / folder.name) for folder in pair)
+    code = {
+        model / "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .part_own import NAME\n\n\n"
+        "class Model(LlamaForCausalLM):\n    own_name = NAME\n",
+        model / "part_own.py": "NAME = 'own'\n",
+        model / "unused.py": "",
+        base / "tokenization_own.py": "from transformers import PreTrainedTokenizerFast\n\n\n"
+        "class Tokenizer(PreTrainedTokenizerFast):\n    own_name = 'own'\n",
+    }
+    for path, text in code.items():
+        path.write_text(text)
+    maps = {
+        model / "config.json": {"AutoModelForCausalLM": "modeling_own.Model"},
+        base / "tokenizer_config.json": {"AutoTokenizer": [None, "tokenization_own.Tokenizer"]},
+    }
+    for path, auto_map in maps.items():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
+    back = tmp_path / "back"
+    result = call("restore", model, back, "--base", base)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in back.glob("*.py")} == {path.name for path in code} - {"unused.py"}
+    assert AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True).own_name == "own"
+    assert AutoTokenizer.from_pretrained(back, trust_remote_code=True).own_name == "own"
 
 
 def test_rows_are_packed_and_unpacked() -> None:

@@ -17,8 +17,8 @@ from mergekit_omp.audit.audit import check_rows_of
 from mergekit_omp.audit.pieces import PieceCheck
 from mergekit_omp.audit.states import last_states, logits_of
 from mergekit_omp.checkpoints.architecture import VocabularyRole
-from mergekit_omp.checkpoints.tokenizers import tokenizer_of
-from mergekit_omp.evaluation.bits_per_byte import builtin_texts, load_model
+from mergekit_omp.checkpoints.models import load_model, tokenizer_of
+from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.tokens import read_vocabulary

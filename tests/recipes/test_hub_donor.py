@@ -28,32 +28,6 @@ from mergekit_omp.checkpoints.weights import vocabulary_matrix
 from mergekit_omp.errors import OmpError
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, set[str]], str]:
-    """Move a checkpoint to a hub cache without the shards that are not needed; nothing else is reachable."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def move(folder: Path, needed: set[str]) -> str:
-        repository = tmp_path / "hub" / f"models--some--{folder.name}"
-        snapshot = repository / "snapshots" / ("0" * 40)
-        snapshot.parent.mkdir(parents=True)
-        folder.rename(snapshot)
-        (repository / "refs").mkdir()
-        (repository / "refs/main").write_text("0" * 40)
-        index = snapshot / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            keep = {weight_map[name] for name in needed}
-            others = [path for path in snapshot.glob("*.safetensors") if path.name not in keep]
-            assert len(others) > 2
-            for path in others:
-                path.unlink()
-        return f"some/{folder.name}"
-
-    return move
-
-
 def mistral(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """Return an architecture that mergekit has data on."""
     return make_model(tokenizer, architecture="mistral", hidden=24, seed=2)

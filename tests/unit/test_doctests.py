@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import mergekit_omp
-from mergekit_omp.evaluation.bits_per_byte import builtin_texts, evaluate
+from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.parameters import OmpParameters
+from mergekit_omp.report.scores import evaluate
 
 PACKAGE = Path(mergekit_omp.__file__).parent
 MODULES = sorted(

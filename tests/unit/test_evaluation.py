@@ -14,11 +14,10 @@ from mergekit_omp.evaluation.bits_per_byte import (
     Reading,
     TextScore,
     builtin_texts,
-    evaluate,
     read_text,
     windows,
 )
-from mergekit_omp.report.scores import format_scores
+from mergekit_omp.report.scores import evaluate, format_scores
 
 TEXT = "one two\nthree été two one\nтри two\n" * 3
 
@@ -163,7 +162,7 @@ def test_ids_without_a_row_are_named() -> None:
         ([], {"a": "b"}, "No model to evaluate"),
         (["m"], {}, "No text to evaluate on"),
         (["m"], {"a": ""}, "The text a is empty"),
-        (["no/such/folder"], {"a": "b"}, "no/such/folder cannot be loaded"),
+        (["no/such/folder"], {"a": "b"}, "MODEL: cannot read a tokenizer from no/such/folder"),
     ],
 )
 def test_invalid_requests(models: list[str], texts: dict[str, str], message: str) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.errors import OmpError
+from mergekit_omp.evaluation.chunks import row_chunks
 from mergekit_omp.evaluation.spans import SpanRuler
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.beginnings import sums
-from mergekit_omp.healing.chunks import row_chunks
 from mergekit_omp.healing.generation import Draw
 from mergekit_omp.healing.objective import cross_entropy, next_token
 from mergekit_omp.healing.options import make_options

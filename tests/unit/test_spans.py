@@ -8,8 +8,9 @@ import torch
 from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_omp.evaluation.bits_per_byte import evaluate, read_text
+from mergekit_omp.evaluation.bits_per_byte import read_text
 from mergekit_omp.evaluation.spans import SpanClass, SpanRuler, token_starts
+from mergekit_omp.report.scores import evaluate
 from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
