@@ -79,6 +79,7 @@ _EXPECTED = {
         "run_merge",
         "get_architecture_info",
         "_model_out_config",
+        "_get_donor_model",
         "_set_chat_template",
         "generate_card",
     ),

@@ -1,6 +1,7 @@
 """Test recipes that realign several inputs: tokenizer sources, parameters, overrides, structure, shared solves."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache, ReturnTensor
-from mergekit.merge import _model_out_config
+from mergekit.merge import _get_donor_model, _model_out_config
 from mergekit.merge_methods import TensorGroup, merge_method
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
@@ -200,6 +201,30 @@ def test_slices_and_frankenmerge(models: dict[str, Path], tmp_path: Path) -> Non
     layer = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(result[layer.format(2)], tensors_of(models["b"])[layer.format(1)])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("structure", ["models", "slices"])
+@pytest.mark.parametrize("first", ["a", "a1"])
+def test_the_first_model_is_the_base_without_base_model(
+    models: dict[str, Path], tmp_path: Path, structure: str, first: str
+) -> None:
+    """Check in both orders: mergekit chooses the model whose config.json and files it copies by a hash."""
+    inputs = []
+    for name, theta in ((first, 1e4), ({"a": "a1", "a1": "a"}[first], 2e4)):
+        inputs.append(Path(shutil.copytree(models[name], tmp_path / name)))
+        path = inputs[-1] / "config.json"
+        settings = json.loads(path.read_text())
+        rope = {"rope_type": "default", "rope_theta": theta}
+        path.write_text(json.dumps(settings | {"rope_parameters": rope, "max_position_embeddings": int(theta)}))
+    recipe = linear(inputs, models["b"], parameters={"approximation": "mean", "weight": 0.5})
+    if structure == "slices":
+        slices = [{"sources": [{**entry, "layer_range": [0, 1]}]} for entry in recipe.pop("models")]
+        recipe |= {"merge_method": "omp_passthrough", "slices": slices, "parameters": {"approximation": "mean"}}
+    run(recipe, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["rope_parameters"]["rope_theta"], config["max_position_embeddings"]) == (1e4, 10_000)
+    donor, _folder = _get_donor_model(MergeConfiguration.model_validate(recipe), MergeOptions())
+    assert donor.model.path == str(inputs[0])
 
 
 def test_modules(models: dict[str, Path], tmp_path: Path) -> None:
