@@ -183,6 +183,22 @@ def test_overrides_win(models: dict[str, Path], tmp_path: Path) -> None:
         assert torch.equal(result[name][others], plain[name][others])
 
 
+@pytest.mark.parametrize("source", ["a", "b"])
+def test_an_override_from_any_slice(models: dict[str, Path], tmp_path: Path, source: str) -> None:
+    """Check a source that another slice has: the first slice makes the embedding, and the last the head."""
+    slices = [
+        {"sources": [{"model": str(models["a"]), "layer_range": [0, 1]}]},
+        {"sources": [{"model": str(models["b"]), "layer_range": [1, 2]}]},
+    ]
+    override = {"source": {"kind": "model_token", "model": str(models[source]), "token_id": 7}}
+    tokenizer = {"source": str(models["untied_donor"]), "tokens": {"<added>": override}}
+    recipe = {"merge_method": "omp_passthrough", "slices": slices, "tokenizer": tokenizer}
+    result = run({**recipe, "parameters": {"k": K}, "dtype": "float32"}, tmp_path / "out")
+    row = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()["<added>"]
+    for name in (EMBED, HEAD):
+        assert torch.equal(result[name][row], tensors_of(models[source])[name][7])
+
+
 # Structure
 
 
