@@ -199,8 +199,8 @@ def _check_donor(model: RecipeModel, posed: DonorProblem, need: str | None) -> N
     if need is not None and posed.donor.config is None:
         raise OmpError(
             f"tokenizer.source: {posed.donor} is a tokenizer without a model, and {need} needs "
-            "embeddings of new tokens; name a model that has both, or write approximation: "
-            f"{' or '.join(without_donor())}, without magikarp."
+            "embeddings of new tokens; name a model that has both, or write, under parameters: of the recipe, "
+            f"approximation: {' or '.join(without_donor())}, without magikarp."
         )
     if not len(posed.problem.atom_ids):
         raise OmpError(

@@ -861,6 +861,18 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "approximation that needs no weights, such as subword."
         ),
     ),
+    "weights: of the donor, missing, for a base that is not listed": (
+        lambda w: (
+            w.bad_donor(remove("config.json", "model.safetensors"))
+            | {"merge_method": "omp_task_arithmetic", "base_model": str(w.base)}
+            | {"models": w.models(w.other, parameters={"approximation": "subword"}), "parameters": {}}
+        ),
+        (
+            "tokenizer.source: {bad} is a tokenizer without a model, and approximation: omp needs embeddings of new "
+            "tokens; name a model that has both, or write, under parameters: of the recipe, approximation: subword or "
+            "mean or zero or randn or john_hewitt or focus or wechsel or zett or tokalign, without magikarp."
+        ),
+    ),
     "weights: of the donor, without rows": (
         lambda w: w.bad_donor(flatten(HEAD)),
         "tokenizer.source: lm_head.weight of {bad} has the shape [8], no rows; download the model again.",
