@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 from helpers.checkpoints import PYTHON, byte_level_tokenizer, make_model, save
+from helpers.commands import merge_here, recipe
 from helpers.tokenizers_for_tests import llama3
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -56,6 +59,17 @@ def test_other_numerals_are_reported(tmp_path: Path, smollm2_dir: Path) -> None:
     assert "chunks of up to three digits from the left" in warnings
     assert "single digits" in warnings
     assert advice_for(smollm2_dir, smollm2_dir) == []
+
+
+def test_a_tokenizer_that_cannot_write_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check a finished run whose warnings cannot be told: Unigram without an unknown token fails at other text."""
+    letters = [(chr(letter), -1.0) for letter in range(ord("a"), ord("z") + 1)]
+    donor = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram([*letters, ("the", -1.0)])))
+    base = byte_level_tokenizer(size=300)
+    paths = [save(tmp_path / name, make_model(t), t) for name, t in (("base", base), ("donor", donor))]
+    result = merge_here(recipe(*paths, parameters={"approximation": "mean"}), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/out has the model: 27 tokens" in caplog.text
 
 
 def test_tokens_of_the_chat_template_without_a_row_are_reported(tmp_path: Path) -> None:
