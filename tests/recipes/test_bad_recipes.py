@@ -713,6 +713,27 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "there to the rows that the checkpoint has."
         ),
     ),
+    "config.json: a vocab_size above the rows, and a test of them": (
+        lambda w: w.bad_base(cut_rows) | {"parameters": {"k": 5, "magikarp": True}},
+        (
+            "model.embed_tokens.weight of {bad} has 100 rows, but its config.json promises at least 493: set "
+            "vocab_size there to the rows that the checkpoint has."
+        ),
+    ),
+    "config.json: a vocab_size above the rows of the donor, and a test of them": (
+        lambda w: w.bad_donor(cut_rows) | {"parameters": {"k": 5, "magikarp": True}},
+        (
+            "model.embed_tokens.weight of {bad} has 100 rows, but its config.json promises at least 376: set "
+            "vocab_size there to the rows that the checkpoint has."
+        ),
+    ),
+    "config.json: a vocab_size above the rows, and a check of new rows": (
+        lambda w: w.bad_base(cut_rows) | {"parameters": {"k": 5, "unsafe_tokens": "mean"}},
+        (
+            "model.embed_tokens.weight of {bad} has 100 rows, but its config.json promises at least 484: set "
+            "vocab_size there to the rows that the checkpoint has."
+        ),
+    ),
     "config.json: a vocab_size below the rows": (
         lambda w: w.bad_base(configure(vocab_size=300)),
         (
