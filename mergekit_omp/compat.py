@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 _EXPECTED = {
-    # Wrapped by `plugin.patches`.
+    # Wrapped by `plugin.patches`, except for `_set_chat_template`, which `chat_template_of` calls.
     "mergekit.config": ("MergeConfiguration.model_validate",),
     "mergekit.merge": (
         "run_merge",
@@ -84,12 +84,8 @@ _EXPECTED = {
         "generate_card",
     ),
     "mergekit.card": ("is_hf",),
-    "mergekit.plan": (
-        "MergePlanner._plan",
-        "MergePlanner.plan_to_disk",
-        "MergePlanner.plan_tensor",
-        "MergePlanner.normalize_config",
-    ),
+    "mergekit.plan": ("MergePlanner._plan", "MergePlanner.plan_to_disk"),
+    # Called by `plugin.patches`.
     "mergekit.merge_methods": ("register", "registered_methods"),
     # Read by `open_loaders`.
     "mergekit.io.tasks": ("LoaderCache.loaders",),
