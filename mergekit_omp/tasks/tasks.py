@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from mergekit_omp.audit.pieces import PieceCheck
 from mergekit_omp.audit.tokens import check_tokens
 from mergekit_omp.audit.unsafe import UnsafeRows, suspects
-from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
+from mergekit_omp.checkpoints.architecture import VocabularyRole, is_tied, vocabulary_role
 from mergekit_omp.compat import TokenizerInfo
 from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.digits import LogitShift, find_numbers, with_numbers
@@ -360,7 +360,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         """Record approximated rows that are suspicious, as far as the rows alone tell."""
         if not len(check.ids):
             return
-        role = vocabulary_role(self.name)
+        role, config = vocabulary_role(self.name), one.model.config
         flagged = suspects(
             weight,
             matrix,
@@ -368,7 +368,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             self.transplant.vocabulary,
             check,
             role=role,
-            is_head=role is VocabularyRole.HEAD or has_tied_head(one.model),
+            is_head=role is VocabularyRole.HEAD or (config is not None and is_tied(config)),
         )
         if flagged is not None:
             self.record.add_unsafe(one.model, one.parameters, len(check.ids), flagged)
@@ -445,11 +445,6 @@ class RecordTransplant(Task[None]):
         transplant = self.record.transplant
         self.record.token_checks = check_tokens(transplant.tokenizer, transplant.vocabulary).counts()
         self.record.is_complete = True
-
-
-def has_tied_head(model: RecipeModel) -> bool:
-    """Tell whether a model's input embedding is its head, by its configuration."""
-    return bool(model.config and getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def _all_like(device: torch.device) -> list[torch.device] | None:

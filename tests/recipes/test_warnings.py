@@ -13,9 +13,9 @@ from mergekit.options import MergeOptions
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
 from tokenizers.processors import TemplateProcessing
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from mergekit_omp.checkpoints.architecture import position_settings
+from mergekit_omp.checkpoints.architecture import is_tied, position_settings
 from mergekit_omp.recipe.resolve import resolve
 from mergekit_omp.report.forecast import forecast
 from mergekit_omp.report.forecast_text import describe_forecast
@@ -118,6 +118,21 @@ def test_inputs_with_other_positions_are_reported(tmp_path: Path) -> None:
     found = forecast(transplant, measure=False)
     assert warnings[0] in next(model for model in found["inputs"] if model["name"] == str(paths["other"]))["advice"]
     assert warnings[0] in " ".join(render(*describe_forecast(found)).split())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "tied"),
+    [
+        ("llama", {"tie_word_embeddings": True}, True),
+        ("llama", {}, False),
+        ("qwen2_5_vl", {"tie_word_embeddings": True}, True),
+        ("gemma3", {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, False),
+        ("mllama", {"text_config": {"tie_word_embeddings": True}}, True),
+    ],
+)
+def test_what_ties_the_head(model_type: str, settings: dict[str, Any], tied: bool) -> None:
+    """Check models with image input, which say it at the top of config.json, or for their text model, or both."""
+    assert is_tied(AutoConfig.for_model(model_type, **settings)) is tied
 
 
 @pytest.mark.parametrize(
