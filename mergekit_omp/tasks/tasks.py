@@ -216,10 +216,13 @@ class PrepareRows(Task[NewRows]):
             if solution is None:  # otherwise the solve has checked them
                 rows = torch.cat([problem.target_rows, problem.atom_rows])
                 check_rows(donor, rows, f"{self.donor_weight.tensor} of {posed.donor}")
-        embedding_and_head = [
-            weights[f"weight_{i}"].movedim(axis, 0) for i, (_, axis) in enumerate(self.model_weights)
-        ]
-        new = NewTokens.of(
+        matrices = [weights[f"weight_{i}"].movedim(axis, 0) for i, (_, axis) in enumerate(self.model_weights)]
+        configs = None
+        if self.model is not None:
+            assert posed.donor.config is not None, "it has weights"
+            assert self.model.config is not None, "it is an input"
+            configs = posed.donor.config, self.model.config
+        new = NewTokens(
             posed.base,
             problem,
             self.transplant.vocabulary,
@@ -227,8 +230,8 @@ class PrepareRows(Task[NewRows]):
             self.parameters,
             donor=donor,
             codes=solution.codes if solution else None,
-            embedding_and_head=tuple(embedding_and_head) if embedding_and_head else None,
-            configs=(posed.donor.config, self.model.config) if self.model else None,
+            embedding_and_head=(matrices[0], matrices[1]) if matrices else None,
+            configs=configs,
             trust_remote_code=self.transplant.trust_remote_code,
         )
         make = initializer_of(self.parameters).rows(new)

@@ -74,7 +74,7 @@ class ReplaceUnsafe(Task[SafeRows]):
             return SafeRows(found, None)
         ids = torch.tensor([check.id for check in found.flagged])
         problem = replace(problems[0], target_ids=ids, target_rows=torch.full_like(ids, -1))
-        new = NewTokens.of(
+        new = NewTokens(
             self.model.alignment,
             problem,
             self.transplant.vocabulary,
