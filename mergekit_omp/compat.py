@@ -74,12 +74,11 @@ __all__ = [
 
 _EXPECTED = {
     # Wrapped by `plugin.patches`, except for `_set_chat_template`, which `chat_template_of` calls.
-    "mergekit.config": ("MergeConfiguration.model_validate",),
+    "mergekit.config": ("MergeConfiguration.model_validate", "MergeConfiguration.referenced_models"),
     "mergekit.merge": (
         "run_merge",
         "get_architecture_info",
         "_model_out_config",
-        "_get_donor_model",
         "_set_chat_template",
         "generate_card",
     ),

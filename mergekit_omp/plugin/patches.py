@@ -32,8 +32,9 @@ _current_record: ContextVar["Record | None"] = ContextVar("_current_record", def
 
 
 def connect_config(config: ModuleType) -> None:
-    """Report recipe errors as OmpError."""
-    _wrap_once(config, {"MergeConfiguration.model_validate": _validate_recipe})
+    """Report recipe errors as OmpError, and list the models of a recipe in order."""
+    wrappers = {"model_validate": _validate_recipe, "referenced_models": _referenced_models}
+    _wrap_once(config, {f"MergeConfiguration.{name}": wrapper for name, wrapper in wrappers.items()})
 
 
 def connect_methods(merge_methods: ModuleType) -> None:
@@ -61,7 +62,6 @@ def connect_run(merge: ModuleType) -> None:
         "run_merge": _run_merge,
         "get_architecture_info": _get_architecture,
         "_model_out_config": _model_out_config,
-        "_get_donor_model": _get_donor_model,
         "generate_card": _generate_card,
     }
     _wrap_once(merge, wrappers)
@@ -103,6 +103,19 @@ def _validate_recipe(wrapped: Wrapped, _class: Any, args: tuple, kwargs: dict) -
         return wrapped(*args, **kwargs)
     except (ValueError, RuntimeError) as error:
         raise explain(recipe, error) from error
+
+
+def _referenced_models(wrapped: Wrapped, config: Any, args: tuple, kwargs: dict) -> Any:
+    """List the models with the base model first, else in order of appearance.
+
+    mergekit lists a set, in another order in each process, and takes config.json, further files and a chat template
+    from the first model.
+    """
+    if not _is_for_us(config):
+        return wrapped(*args, **kwargs)
+    from mergekit_omp.recipe.blocks import models_in_order
+
+    return list(models_in_order(config))
 
 
 def _init_planner(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:
@@ -169,53 +182,33 @@ def connect_later_methods() -> None:
     connect_methods(merge_methods)
 
 
-def _with_base_model(config: Any) -> Any:
-    """Return a recipe in which the first model is the base model if none is set.
-
-    Without one, mergekit takes the first of a set, which differs from process to process.
-    """
-    from mergekit_omp.recipe.blocks import models_in_order
-
-    return config.model_copy(update={"base_model": models_in_order(config)[0]})
-
-
 def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
+    known = wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     if not _is_for_us(call.arguments.get("config")):
-        return wrapped(*args, **kwargs)
-    config = call.arguments["config"] = _with_base_model(call.arguments["config"])
-    options = call.arguments["options"]
-    known = wrapped(*call.args, **call.kwargs)
+        return known
+    config, options = call.arguments["config"], call.arguments["options"]
     from mergekit.io.tasks import LoaderCache
 
     from mergekit_omp.checkpoints.architecture import fitting_architecture
-    from mergekit_omp.recipe.blocks import models_in_order
 
     LoaderCache().setup(options)
-    return fitting_architecture(known, models_in_order(config), config.base_model, options)
+    return fitting_architecture(known, config.referenced_models(), config.base_model, options)
 
 
 def _model_out_config(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
+    settings = wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    if not _is_for_us(call.arguments.get("config")):
-        return wrapped(*args, **kwargs)
-    config = call.arguments["config"] = _with_base_model(call.arguments["config"])
-    settings = wrapped(*call.args, **call.kwargs)
+    config = call.arguments.get("config")
+    if not _is_for_us(config):
+        return settings
     from mergekit_omp.output.config import without_ids_of_base
     from mergekit_omp.output.layers import with_layers_of_slices
+    from mergekit_omp.recipe.blocks import models_in_order
 
-    original = config.base_model.config(call.arguments.get("trust_remote_code", False))
+    original = models_in_order(config)[0].config(call.arguments.get("trust_remote_code", False))
     with_layers_of_slices(settings, original, config)
     return without_ids_of_base(settings)
-
-
-def _get_donor_model(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
-    """Return the model whose further files, such as those of a processor, mergekit copies: the base."""
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
-    if not _is_for_us(call.arguments.get("merge_config")):
-        return wrapped(*args, **kwargs)
-    call.arguments["merge_config"] = _with_base_model(call.arguments["merge_config"])
-    return wrapped(*call.args, **call.kwargs)
 
 
 def _generate_card(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:

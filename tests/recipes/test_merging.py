@@ -224,21 +224,24 @@ def test_slices_and_frankenmerge(models: dict[str, Path], tmp_path: Path) -> Non
 def test_the_first_model_is_the_base_without_base_model(
     models: dict[str, Path], tmp_path: Path, structure: str, first: str
 ) -> None:
-    """Check in both orders: mergekit chooses the model whose config.json and files it copies by a hash."""
+    """Check in both orders: mergekit chooses the model of config.json, further files and a template by a hash."""
     inputs = []
     for name, theta in ((first, 1e4), ({"a": "a1", "a1": "a"}[first], 2e4)):
         inputs.append(Path(shutil.copytree(models[name], tmp_path / name)))
         path = inputs[-1] / "config.json"
         settings = json.loads(path.read_text())
+        (inputs[-1] / "chat_template.jinja").write_text(f"{{{{ messages }}}} {theta}")
         rope = {"rope_type": "default", "rope_theta": theta}
         path.write_text(json.dumps(settings | {"rope_parameters": rope, "max_position_embeddings": int(theta)}))
-    recipe = linear(inputs, models["b"], parameters={"approximation": "mean", "weight": 0.5})
+    parameters = {"approximation": "mean", "weight": 0.5}
+    recipe = linear(inputs, models["b"], parameters=parameters, chat_template="auto")
     if structure == "slices":
         slices = [{"sources": [{**entry, "layer_range": [0, 1]}]} for entry in recipe.pop("models")]
         recipe |= {"merge_method": "omp_passthrough", "slices": slices, "parameters": {"approximation": "mean"}}
     run(recipe, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["rope_parameters"]["rope_theta"], config["max_position_embeddings"]) == (1e4, 10_000)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }} 10000.0"
     donor, _folder = _get_donor_model(MergeConfiguration.model_validate(recipe), MergeOptions())
     assert donor.model.path == str(inputs[0])
 
