@@ -73,8 +73,8 @@ __all__ = [
 ]
 
 _EXPECTED = {
-    # Wrapped by `plugin.patches`.
-    "mergekit.config": ("MergeConfiguration.model_validate",),
+    # Wrapped by `plugin.patches`, except for `_set_chat_template`, which `chat_template_of` calls.
+    "mergekit.config": ("MergeConfiguration.model_validate", "MergeConfiguration.referenced_models"),
     "mergekit.merge": (
         "run_merge",
         "get_architecture_info",
@@ -83,12 +83,8 @@ _EXPECTED = {
         "generate_card",
     ),
     "mergekit.card": ("is_hf",),
-    "mergekit.plan": (
-        "MergePlanner._plan",
-        "MergePlanner.plan_to_disk",
-        "MergePlanner.plan_tensor",
-        "MergePlanner.normalize_config",
-    ),
+    "mergekit.plan": ("MergePlanner._plan", "MergePlanner.plan_to_disk"),
+    # Called by `plugin.patches`.
     "mergekit.merge_methods": ("register", "registered_methods"),
     # Read by `open_loaders`.
     "mergekit.io.tasks": ("LoaderCache.loaders",),

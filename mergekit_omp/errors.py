@@ -80,7 +80,7 @@ _CANNOT_WRITE = {
     errno.EDQUOT: f"the disk quota is used up; {_FULL}",
     errno.EFBIG: "a file would be larger than is allowed; set a smaller --out-shard-size",
     errno.EROFS: "the file system is read-only; name another folder",
-    errno.EACCES: "permission is denied; name another folder",
+    errno.EACCES: "permission is denied; grant it or name another folder",
 }
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # the form in which safetensors and tokenizers report it
 
@@ -97,7 +97,8 @@ def explained(out_path: str | os.PathLike[str]) -> Iterator[None]:
         if sentence is None:
             raise
         LOG.debug("%s", sentence, exc_info=error)
-        raise OmpError(f"{sentence} Nothing was left there." if cannot_write(error) else sentence) from error
+        is_of_output = cannot_write(error) and _other_file(error, out_path) is None
+        raise OmpError(f"{sentence} Nothing was left there." if is_of_output else sentence) from error
 
 
 def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
@@ -105,6 +106,8 @@ def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | Non
     if isinstance(error, OmpError):
         return error.message
     if problem := cannot_write(error):
+        if name := _other_file(error, out_path):
+            return f"{name} cannot be read or written: {problem}."
         return f"{out_path} cannot be written: {problem}."
     if (
         isinstance(error, MemoryError)
@@ -120,6 +123,13 @@ def explanation(error: Exception, out_path: str | os.PathLike[str]) -> str | Non
 def cannot_write(error: Exception) -> str | None:
     """Return why the operating system does not let a file be written; None for other errors."""
     return _CANNOT_WRITE.get(_errno(error) or 0)
+
+
+def _other_file(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
+    """Return the file that an error names, such as one of an input or a cache; None for one of the output."""
+    name = getattr(error, "filename", None)
+    out = os.path.realpath(out_path)  # until it is complete, files are in <out_path>.unfinished
+    return name if isinstance(name, str) and not os.path.realpath(name).startswith(out) else None
 
 
 def _errno(error: Exception) -> int | None:

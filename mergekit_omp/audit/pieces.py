@@ -111,9 +111,7 @@ def matrices_of(model: PreTrainedModel) -> dict[VocabularyRole, Tensor]:
 
 def _means(split: Sequence[Sequence[int]], base: Tensor) -> Tensor:
     """Return the mean row of each token's pieces, float32 (T, d); 0 for tokens without pieces."""
-    flat, ends = (
-        torch.tensor([row for rows in split for row in rows]),
-        torch.tensor([len(rows) for rows in split]).cumsum(0),
-    )
+    flat = torch.tensor([row for rows in split for row in rows], dtype=torch.int64)
+    ends = torch.tensor([len(rows) for rows in split]).cumsum(0)
     starts = (ends - ends.diff(prepend=torch.zeros(1, dtype=torch.int64))).to(base.device)
     return torch.nn.functional.embedding_bag(flat.to(base.device), base, starts, mode="mean").float()

@@ -108,7 +108,7 @@ def _is_complete(model: ModelReference, options: MergeOptions) -> bool:
     heads = [name for name in axes if name not in inputs + biases]
     required = [(name,) for name in names if name not in axes and name not in (not_saved or ())]
     required += [tied for tied in (inputs, biases) if tied]
-    if not config.tie_word_embeddings:
+    if not is_tied(config):
         required += [(name,) for name in heads]
     return _are_stored(required, model, options)
 
@@ -145,6 +145,15 @@ def hidden_size(config: PretrainedConfig) -> int | None:
         if size := _config_value_or_none(config, key):
             return size
     return None
+
+
+def is_tied(config: PretrainedConfig) -> bool:
+    """Tell whether a configuration ties the LM head to the input embedding.
+
+    That of a model with image or audio input says it at its top, which transformers 5 reads, or for its text model.
+    """
+    tied = getattr(config, "tie_word_embeddings", None)
+    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False) if tied is None else tied)
 
 
 def position_settings(config: PretrainedConfig) -> dict[str, float | str]:

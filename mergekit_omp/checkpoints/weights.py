@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from safetensors import safe_open
 from transformers import PretrainedConfig
 
-from mergekit_omp.checkpoints.architecture import VocabularyRole, architecture_of, vocabulary_role
+from mergekit_omp.checkpoints.architecture import VocabularyRole, architecture_of, is_tied, vocabulary_role
 from mergekit_omp.checkpoints.files import WEIGHT_FILES, config_of_donor
 from mergekit_omp.compat import open_loaders
 from mergekit_omp.errors import OmpError, failures_as, first_line
@@ -78,7 +78,7 @@ def vocabulary_matrix(
         for side, (name, axis) in found.items()
     }
     config = config_of_donor(model, options.trust_remote_code)
-    if VocabularyRole.INPUT in tasks and (getattr(config, "tie_word_embeddings", False) or role not in tasks):
+    if VocabularyRole.INPUT in tasks and (is_tied(config) or role not in tasks):
         return tasks[VocabularyRole.INPUT]
     return tasks.get(role) or next(iter(tasks.values()))
 
@@ -131,7 +131,7 @@ def _known_names(stored: Container[str], config: PretrainedConfig) -> dict[Vocab
         candidates = (f"{prefix}{name}.weight" for name in names for prefix in _PREFIXES)
         if name := next((name for name in candidates if name in stored), None):
             found[role] = name
-    may_lack_head = getattr(config, "tie_word_embeddings", False) or type(config) is PretrainedConfig
+    may_lack_head = is_tied(config) or type(config) is PretrainedConfig
     is_complete = VocabularyRole.INPUT in found and (VocabularyRole.HEAD in found or may_lack_head)
     return found if is_complete else {}
 

@@ -84,4 +84,4 @@ def learn_token_map(config: MergeConfiguration, options: MergeOptions) -> dict[s
     tokalign.check_tokalign(parameters, "parameters")
     base = transplant.base.alignment
     problem = transplant.problems[base][0].problem
-    return tokalign.token_map(NewTokens.of(base, problem, transplant.vocabulary, transplant.tokenizer, parameters))
+    return tokalign.token_map(NewTokens(base, problem, transplant.vocabulary, transplant.tokenizer, parameters))

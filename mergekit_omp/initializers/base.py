@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -11,7 +10,6 @@ from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import Problem
 from mergekit_omp.solver import SparseCodes
 from mergekit_omp.vocabulary.alignment import Alignment
-from mergekit_omp.vocabulary.segmentation import pieces
 from mergekit_omp.vocabulary.tokens import Vocabulary
 
 RowFunction = Callable[[Tensor, bool], Tensor]
@@ -25,12 +23,10 @@ class NewTokens:
     Letters in shapes: B targets, N anchors, R rows of the model, R' rows of the donor.
 
     Attributes:
+        alignment: the model's vocabulary and its match with the output's.
         problem: targets and anchors, by output id and by row of the donor.
-        anchor_rows: int64 (N,), the model's row of each anchor.
         output: the output vocabulary.
         output_tokenizer: the output tokenizer; shared, so it must not be modified.
-        model: the model's vocabulary, restricted to tokens with rows.
-        tokenizer: the model's tokenizer; shared, so it must not be modified.
         parameters: parameters of the recipe.
         donor: the donor's matrix (R', d), vocabulary axis first, not to be modified; None unless the initializer needs
             it.
@@ -39,51 +35,37 @@ class NewTokens:
             initializer needs both.
         configs: configurations of the donor and of the model; None unless the initializer needs them.
         trust_remote_code: whether to run code that comes with a checkpoint.
-        alignment: what has the segmentations that were made before; None if there are none.
     """
 
+    alignment: Alignment
     problem: Problem
-    anchor_rows: Tensor
     output: Vocabulary
     output_tokenizer: PreTrainedTokenizerBase
-    model: Vocabulary
-    tokenizer: PreTrainedTokenizerBase
     parameters: OmpParameters
     donor: Tensor | None = None
     codes: SparseCodes | None = None
     embedding_and_head: tuple[Tensor, Tensor] | None = None
     configs: tuple[PretrainedConfig, PretrainedConfig] | None = None
     trust_remote_code: bool = False
-    alignment: Alignment | None = None
 
-    @classmethod
-    def of(
-        cls,
-        base: Alignment,
-        problem: Problem,
-        output: Vocabulary,
-        output_tokenizer: PreTrainedTokenizerBase,
-        parameters: OmpParameters,
-        **more: Any,
-    ) -> "NewTokens":
-        """Build the inputs for a problem of a model with the vocabulary ``base``; ``more`` has optional fields."""
-        return cls(
-            problem=problem,
-            anchor_rows=base.match.rows[problem.atom_ids],
-            output=output,
-            output_tokenizer=output_tokenizer,
-            model=base.vocabulary,
-            tokenizer=base.tokenizer,
-            parameters=parameters,
-            alignment=base,
-            **more,
-        )
+    @property
+    def model(self) -> Vocabulary:
+        """The model's vocabulary, restricted to tokens with rows."""
+        return self.alignment.vocabulary
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; shared, so it must not be modified."""
+        return self.alignment.tokenizer
+
+    @property
+    def anchor_rows(self) -> Tensor:
+        """The model's row of each anchor, int64 (N,)."""
+        return self.alignment.match.rows[self.problem.atom_ids]
 
     def pieces(self, ids: Sequence[int]) -> list[list[int]]:
         """Segment output tokens with the model's tokenizer: see :func:`segmentation.pieces`."""
-        if self.alignment is not None:
-            return self.alignment.pieces(self.output, ids)
-        return pieces(self.output, self.tokenizer, ids, self.model)
+        return self.alignment.pieces(self.output, ids)
 
     def mean_row(self, weight: Tensor) -> Tensor:
         """Return the mean float32 (…) of the anchors' rows of a tensor (R, …), for tokens without another row."""

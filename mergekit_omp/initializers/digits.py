@@ -42,15 +42,17 @@ class Numbers:
 
     Attributes:
         places: int64 (M,), indices among the B targets.
-        digits: the model's rows of the pieces of each number, in order.
+        pieces: the model's rows of the pieces of each number, in order: its digits, and a space before them.
+        lengths: int64 (M,), digits of each number.
     """
 
     places: Tensor
-    digits: Sequence[Sequence[int]]
+    pieces: Sequence[Sequence[int]]
+    lengths: Tensor
 
 
 def find_numbers(new: NewTokens) -> Numbers:
-    """Find the numbers among new tokens; a space before the digits is a piece too."""
+    """Find the numbers among new tokens."""
     ids = new.problem.target_ids.tolist()
     numbers = [place for place, id_ in enumerate(ids) if _is_number(new.output.tokens[id_].data)]
     split = new.pieces([ids[place] for place in numbers])
@@ -59,18 +61,20 @@ def find_numbers(new: NewTokens) -> Numbers:
         for place, rows in zip(numbers, split, strict=True)
         if len(rows) > 1 and all(len(new.model.tokens[row].data.strip()) <= 1 for row in rows)
     }
-    return Numbers(torch.tensor(list(by_digit), dtype=torch.int64), list(by_digit.values()))
+    lengths = [len(new.output.tokens[ids[place]].data.strip()) for place in by_digit]
+    places, counts = torch.tensor(list(by_digit), dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
+    return Numbers(places, list(by_digit.values()), counts)
 
 
 def with_numbers(make: RowFunction, numbers: Numbers, shift: LogitShift) -> RowFunction:
     """Return a function that makes rows of numbers from their digits and all other rows by ``make``."""
-    reduction = SHIFT * torch.tensor([len(rows) - 1 for rows in numbers.digits])
+    reduction = SHIFT * (numbers.lengths - 1)
 
     def rows(weight: Tensor, is_head: bool) -> Tensor:
         new_rows = make(weight, is_head)
         if weight.ndim != 2 or not len(numbers.places):
             return new_rows
-        of_digits = torch.stack([weight[list(digits)].float().mean(dim=0) for digits in numbers.digits])
+        of_digits = torch.stack([weight[list(rows)].float().mean(dim=0) for rows in numbers.pieces])
         if is_head or shift.tied:
             of_digits -= reduction.to(weight.device)[:, None] * shift.direction.to(weight.device)
         new_rows = new_rows.float().clone()

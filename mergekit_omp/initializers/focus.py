@@ -1,11 +1,9 @@
 """FOCUS: new rows are sparse means of the anchors that are most similar in a space of static token vectors.
 
 Source: Dobler & de Melo (2023), "FOCUS: Effective Embedding Initialization for Monolingual Specialization of
-    Multilingual
-Models" (arXiv:2305.14481), with the match of the vocabularies of this package. The authors' package deepfocus is not
-used: it matches the vocabularies itself, keeps the similarities of all tokens in memory, and needs fasttext, which has
-    no
-wheels.
+Multilingual Models" (arXiv:2305.14481), with the match of the vocabularies of this package. The authors' package
+deepfocus is not used: it matches the vocabularies itself, keeps the similarities of all tokens in memory, and needs
+fasttext, which has no wheels.
 """
 
 from __future__ import annotations

@@ -27,7 +27,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.features import TOKENS_PER_BATCH, Block, donor_block, piece_blocks
 from mergekit_omp.solver import SparseCodes
 from mergekit_omp.vocabulary.segmentation import spell
@@ -66,7 +65,6 @@ class RowRegression:
         base: Tensor,
         base_ids: Tensor,
         pieces: Sequence[Sequence[int]],
-        ridge: float = RIDGE,
     ) -> "RowRegression":
         """Fit the anchors' base rows, with normal equations in float64 and residuals in float32.
 
@@ -75,22 +73,16 @@ class RowRegression:
             base: (R, D) of any floating dtype, the base's matrix; not modified.
             base_ids: int64 (N,), row of each anchor in ``base``.
             pieces: rows of the pieces of each anchor in ``base``, from :func:`pieces_of_anchors`.
-            ridge: positive regularisation, relative to the mean diagonal of φᵀφ.
 
         Returns:
             The fitted regression.
-
-        Raises:
-            OmpError: if ``ridge`` is not positive.
         """
-        if ridge <= 0:
-            raise OmpError(f"The ridge is {ridge}, but the regression needs a positive number: write 0.01.")
         rows = base[base_ids].to(torch.float32, copy=True)  # (N, D)
         norm = anchors.float().norm(dim=1).mean().item()
         scale = norm / rows.norm(dim=1).mean().item()
         unfitted = cls(base, rows[:0], rows[:0], rows.mean(dim=0), scale, norm)
         blocks = unfitted._blocks(anchors, pieces)
-        fitted = replace(unfitted, weights=_solve(*_normal_equations(blocks, rows), blocks, ridge), residuals=rows)
+        fitted = replace(unfitted, weights=_solve(*_normal_equations(blocks, rows), blocks), residuals=rows)
         for tokens, predicted in fitted._predictions(blocks):
             rows.index_add_(0, tokens, predicted, alpha=-1)
         return fitted
@@ -140,7 +132,7 @@ def _normal_equations(blocks: Sequence[Block], rows: Tensor) -> tuple[Tensor, Te
     return gram, right
 
 
-def _solve(gram: Tensor, right: Tensor, blocks: Sequence[Block], ridge: float) -> Tensor:
+def _solve(gram: Tensor, right: Tensor, blocks: Sequence[Block]) -> Tensor:
     """Return the coefficients V float32 (F, D); ``gram`` and ``right`` are overwritten.
 
     With M = z + (first + last) / 2, the features' mean, the diagonal of φᵀφ has that of MᵀM, and ‖W‖² is
@@ -150,7 +142,7 @@ def _solve(gram: Tensor, right: Tensor, blocks: Sequence[Block], ridge: float) -
     diagonal = gram.diagonal()
     of_means = gram[between, first].diagonal() + gram[between, last].diagonal()
     of_means = of_means + (diagonal[first] + diagonal[last]) / 4 + gram[last, first].diagonal() / 2
-    penalty = ridge * (diagonal.sum() + of_means.sum()) / len(gram)
+    penalty = RIDGE * (diagonal.sum() + of_means.sum()) / len(gram)
     diagonal.add_(penalty)
     gram[between, between].diagonal().add_(penalty / 2)
     for ends in (first, last):

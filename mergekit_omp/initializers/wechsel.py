@@ -1,12 +1,11 @@
 """WECHSEL: new rows are means of the rows of tokens with similar meaning, found through words of both languages.
 
-Source: Minixhofer, Paischer & Rekabsaz (2022), arXiv:2112.06598, section 3. Static vectors of words of two languages
-    are
-aligned by the rotation that best maps the words of a bilingual dictionary to each other (orthogonal Procrustes). In
-that space every token of both vocabularies gets an embedding: the sum of the vectors of its n-grams if the vectors are
-fastText's with n-grams, else the mean of the vectors of the words that contain it, weighted by their frequency. The
-row of a new token is the mean of the rows of the tokens with the nearest embeddings, weighted by a softmax of the
-cosines.
+Source: Minixhofer, Paischer & Rekabsaz (2022), arXiv:2112.06598, section 3. Static vectors of words of two
+languages are aligned by the rotation that best maps the words of a bilingual dictionary to each other (orthogonal
+Procrustes). In that space every token of both vocabularies gets an embedding: the sum of the vectors of its n-grams if
+the vectors are fastText's with n-grams, else the mean of the vectors of the words that contain it, weighted by their
+frequency. The row of a new token is the mean of the rows of the tokens with the nearest embeddings, weighted by a
+softmax of the cosines.
 
 The authors' package, ``wechsel`` 0.0.4, is not used: it needs the ``fasttext`` bindings, which have to be compiled and
 read no text format. Details that the paper does not specify follow the package: the forms in which words of a

@@ -27,6 +27,15 @@ GENERATION_CONFIG = "generation_config.json"
 
 _GENERATION = GenerationConfig()
 
+_LISTS = ("suppress_tokens", "begin_suppress_tokens")
+"""Settings that list token ids."""
+
+_SEQUENCES = "bad_words_ids"
+"""A setting that lists sequences of token ids."""
+
+_OTHER_SEQUENCES = ("force_words_ids", "sequence_bias", "forced_decoder_ids")
+"""Settings with sequences of token ids that are left out: the output tokenizer splits these texts differently."""
+
 _SET_ROLES = ("bos", "eos", "pad")
 """Roles whose ids a configuration always contains, even if they are None."""
 
@@ -105,10 +114,13 @@ class TokenIds:
         """Replace every token id in a configuration, including nested ones, by the output id of the same token.
 
         The setting of a token that the output vocabulary lacks becomes None, with a warning. Placeholders of images
-        and audio become -1, since these settings must be integers.
+        and audio become -1, since these settings must be integers. Lists lose tokens that the output vocabulary lacks.
         """
         for key, value in settings.items():
-            if isinstance(value, dict):
+            if key in _OTHER_SEQUENCES and value is not None:
+                LOG.warning("%s: %s contains tokens of the base model and is left out; set it anew", key, value)
+                settings[key] = None
+            elif isinstance(value, dict):
                 self.translate(value)
             elif _names_a_token(key) and isinstance(value, int) and not isinstance(value, bool):
                 role = key.removesuffix("_token_id")
@@ -116,8 +128,11 @@ class TokenIds:
                 if settings[key] is None and role not in ROLES:
                     LOG.warning("%s: the output vocabulary has no token for the base model's id %d", key, value)
                     settings[key] = None if hasattr(_GENERATION, key) else -1
-            elif _names_a_token(key) and isinstance(value, list):
+            elif (key in _LISTS or _names_a_token(key)) and isinstance(value, list):
                 settings[key] = self.translated(value) or None
+            elif key == _SEQUENCES and isinstance(value, list):
+                found = [(ids, self.translated(ids)) for ids in value if isinstance(ids, list)]
+                settings[key] = [new for ids, new in found if len(new) == len(ids)] or None
 
 
 def _with_roles_of_config(

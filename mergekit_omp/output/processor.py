@@ -26,5 +26,9 @@ def copy_processor(folder: Path, transplant: Transplant) -> None:
     names = {name: text for name, text in named_tokens(transplant.base.tokenizer).items() if text in texts}
     config = folder / "tokenizer_config.json"
     settings = read_json(config)
-    settings["extra_special_tokens"] = names | (settings.get("extra_special_tokens") or {})
+    extra = settings.get("extra_special_tokens") or {}
+    if isinstance(extra, list):  # of a tokenizer without a tokenizer.json; transformers 5 reads names as keys, too
+        settings |= names
+    else:
+        settings["extra_special_tokens"] = names | extra
     write_json(config, settings)

@@ -10,7 +10,7 @@ from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
+from mergekit_omp.checkpoints.architecture import VocabularyRole, is_tied, vocabulary_role
 
 _TIED = "tie_word_embeddings"
 
@@ -55,8 +55,7 @@ def is_redundant_head(
     if not weight.optional or not _is_vocabulary_matrix(weight, VocabularyRole.HEAD):
         return False
     for model in models:
-        config = model.config(trust_remote_code=trust_remote_code)
-        if not getattr(config.get_text_config(), _TIED, False):
+        if not is_tied(model.config(trust_remote_code=trust_remote_code)):
             return False
         loader = LoaderCache().get(model)
         inputs, heads = _stored_pair(weights, loader)

@@ -45,9 +45,8 @@ def _on_first_use(module: ModuleType, hook: Hook) -> None:
     """Call ``hook`` at the first attribute access of ``module`` after its import.
 
     ``from mergekit.merge import run_merge`` may import torch, and so this package. The module is then partially
-    initialised: too late for an import hook, and too early to wrap its functions. As in ``importlib.util.LazyLoader``,
-        the
-    module's class is replaced until then.
+    initialised: too late for an import hook, and too early to wrap its functions. As in
+    ``importlib.util.LazyLoader``, the module's class is replaced until then.
     """
 
     class AwaitingHook(type(module)):  # type: ignore[misc]  # the base is known at run time only

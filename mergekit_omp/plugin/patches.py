@@ -1,7 +1,7 @@
 """Wrap functions of mergekit.
 
-Four parts of mergekit 0.1.5 are wrapped: the data model of recipes, the registry of merge methods, the planner and
-``run_merge``. For recipes with a ``merge_method`` of mergekit the wrapped functions behave as before.
+Four parts of mergekit 0.1.5 are wrapped: the data model of recipes, the planner, the model card, and ``run_merge``
+with functions that it calls. For recipes with a ``merge_method`` of mergekit the wrapped functions behave as before.
 """
 
 import inspect
@@ -32,8 +32,9 @@ _current_record: ContextVar["Record | None"] = ContextVar("_current_record", def
 
 
 def connect_config(config: ModuleType) -> None:
-    """Report recipe errors as OmpError."""
-    _wrap_once(config, {"MergeConfiguration.model_validate": _validate_recipe})
+    """Report recipe errors as OmpError, and list the models of a recipe in order."""
+    wrappers = {"model_validate": _validate_recipe, "referenced_models": _referenced_models}
+    _wrap_once(config, {f"MergeConfiguration.{name}": wrapper for name, wrapper in wrappers.items()})
 
 
 def connect_methods(merge_methods: ModuleType) -> None:
@@ -102,6 +103,19 @@ def _validate_recipe(wrapped: Wrapped, _class: Any, args: tuple, kwargs: dict) -
         return wrapped(*args, **kwargs)
     except (ValueError, RuntimeError) as error:
         raise explain(recipe, error) from error
+
+
+def _referenced_models(wrapped: Wrapped, config: Any, args: tuple, kwargs: dict) -> Any:
+    """List the models with the base model first, else in order of appearance.
+
+    mergekit lists a set, in another order in each process, and takes config.json, further files and a chat template
+    from the first model.
+    """
+    if not _is_for_us(config):
+        return wrapped(*args, **kwargs)
+    from mergekit_omp.recipe.blocks import models_in_order
+
+    return list(models_in_order(config))
 
 
 def _init_planner(wrapped: Wrapped, planner: Any, args: tuple, kwargs: dict) -> Any:

@@ -1,6 +1,5 @@
 """Iterate over the parts of a recipe that list models and set parameters, with their keys."""
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -82,12 +81,30 @@ def leaves(key: str, setting: ParameterSetting) -> Iterator[Any]:
 
 
 def settings_of(config: MergeConfiguration, name: str) -> list[Any]:
-    """Return every value of one of this package's parameters, including the default if a model is without a value."""
-    scopes = list(parameter_scopes(config))
+    """Return every value of one of this package's parameters, including the default if an input is without a value."""
+    scopes = parameter_scopes(config)
     values = [value for key, scope in scopes if name in scope for value in leaves(f"{key}.{name}", scope[name])]
-    if name in (config.parameters or {}):
-        return values
-    listed = [scope for key, scope in scopes if re.fullmatch(r"(modules\..*)?models\[\d+\]\.parameters", key)]
-    if listed and not config.slices and all(name in scope for scope in listed):
+    if all(any(_sets(scope, name) for scope in scopes) for scopes in _scopes_of_inputs(config)):
         return values
     return [*values, OmpParameters.model_fields[name].default]
+
+
+def _scopes_of_inputs(config: MergeConfiguration) -> Iterator[list[Settings | None]]:
+    """Yield the ``parameters:`` that apply to each input, also to a base that mergekit adds since none lists it."""
+    for _, block in blocks_of(config):
+        of_block = [block.parameters, config.parameters]
+        for listed in block.models or ():
+            yield [listed.parameters, *of_block]
+        for part in block.slices or ():
+            for source in part.sources:
+                yield [source.parameters, part.parameters, *of_block]
+        if block.models and config.base_model not in [None, *(listed.model for listed in block.models)]:
+            yield of_block
+
+
+def _sets(scope: Settings | None, name: str) -> bool:
+    """Tell whether a scope has a value of a parameter for every tensor, so without a filter."""
+    if scope is None or name not in scope:
+        return False
+    conditions = scope[name] if isinstance(scope[name], list) else [scope[name]]
+    return any(not isinstance(one, ConditionalParameter) or one.filter in (None, "*") for one in conditions)

@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jinja2
 from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from mergekit_omp.compat import chat_template_names
 from mergekit_omp.errors import OmpError
@@ -88,21 +88,21 @@ def _check_parameters(config: MergeConfiguration) -> None:
             if name in OmpParameters.model_fields:
                 field = OmpParameters.model_fields[name]
                 for value in leaves(f"{place}.{name}", setting):
-                    if problem := _problem_of(value, OmpParameters.__annotations__[name]):
+                    if problem := _problem_of(value, specs[name].validate):
                         raise OmpError(
                             f"{place}.{name}: {value!r} is invalid: it {problem}; the default is {field.default}. "
                             f"({field.description})"
                         )
             else:
                 for value in _scalars(setting):
-                    if problem := _problem_of(value, specs[name].value_type):
+                    if problem := _problem_of(value, specs[name].validate):
                         raise OmpError(f"{place}.{name}: {value!r} is invalid: it {problem}; write another value.")
 
 
-def _problem_of(value: Any, value_type: Any) -> str | None:
+def _problem_of(value: Any, validate: Callable[[Any], Any]) -> str | None:
     """Say what is wrong with the value of a parameter; return None for a valid one."""
     try:
-        TypeAdapter(value_type).validate_python(value)
+        validate(value)
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Input ")
     return None if not isinstance(value, float) or math.isfinite(value) else "should be a finite number"

@@ -107,7 +107,7 @@ def find_copies(
     merged: Sequence[ModelReference],
     transplant: Transplant,
 ) -> Copies:
-    """Find the models in the embedding space of an input that have rows for its new tokens, and log them.
+    """Find the models in the embedding space of an input that have rows for its new tokens, and log them once.
 
     Args:
         model: an input.
@@ -119,6 +119,9 @@ def find_copies(
     Returns:
         The models to copy from.
     """
+    key = model, role, parameters, tuple(merged)
+    if key in transplant.found_copies:
+        return transplant.found_copies[key]
     ranks = find_offers(model, role, parameters, merged, transplant)
     for offer in (offer for rank in ranks for offer in rank if offer.similarity is not None):
         LOG.info(
@@ -133,7 +136,8 @@ def find_copies(
             offer.source,
             "copied" if offer.copied else "not copied",
         )
-    return copies_of(ranks, transplant)
+    transplant.found_copies[key] = copies_of(ranks, transplant)
+    return transplant.found_copies[key]
 
 
 def copies_of(ranks: Sequence[Sequence[Offer]], transplant: Transplant) -> Copies:

@@ -6,7 +6,6 @@ from pathlib import Path
 from mergekit.architecture import arch_info_for_config
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration, OutputSliceDefinition
-from mergekit.tokenizer.config import ModelTokenEmbedding
 from transformers import PretrainedConfig
 
 from mergekit_omp.checkpoints.architecture import has_second_embedding, hidden_size
@@ -16,7 +15,7 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.registry import needs_donor, without_donor
 from mergekit_omp.parameters import TRANSPLANT, Approximation, OmpParameters
 from mergekit_omp.recipe.blocks import blocks_of, settings_of
-from mergekit_omp.recipe.overrides import asks_to_approximate, source_rows
+from mergekit_omp.recipe.overrides import asks_to_approximate, source_model, source_rows
 from mergekit_omp.recipe.transplant import DonorProblem, RecipeModel, Transplant
 
 Configs = Mapping[ModelReference, PretrainedConfig]
@@ -151,10 +150,10 @@ def _check_rows(model: RecipeModel, transplant: Transplant) -> None:
 def _check_overrides(transplant: Transplant) -> None:
     for token, override in transplant.overrides.items():
         source = override.source
-        reference = source.model if isinstance(source, ModelTokenEmbedding) else source
         if asks_to_approximate(override):
             _check_approximated(token, transplant)
-        if not isinstance(reference, ModelReference):
+        reference = source_model(override)
+        if reference is None:
             continue
         key = f"tokenizer.tokens[{token!r}].source"
         if reference not in [model.reference for model in transplant.inputs]:
@@ -200,8 +199,8 @@ def _check_donor(model: RecipeModel, posed: DonorProblem, need: str | None) -> N
     if need is not None and posed.donor.config is None:
         raise OmpError(
             f"tokenizer.source: {posed.donor} is a tokenizer without a model, and {need} needs "
-            "embeddings of new tokens; name a model that has both, or write approximation: "
-            f"{' or '.join(without_donor())}, without magikarp."
+            "embeddings of new tokens; name a model that has both, or write, under parameters: of the recipe, "
+            f"approximation: {' or '.join(without_donor())}, without magikarp."
         )
     if not len(posed.problem.atom_ids):
         raise OmpError(

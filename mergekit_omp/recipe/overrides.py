@@ -23,6 +23,13 @@ def asks_to_approximate(override: TokenEmbeddingConfig) -> bool:
     return override.force and override.source is None
 
 
+def source_model(override: TokenEmbeddingConfig) -> ModelReference | None:
+    """Return the model that an override takes a row from; None for other sources."""
+    source = override.source
+    reference = source.model if isinstance(source, ModelTokenEmbedding) else source
+    return reference if isinstance(reference, ModelReference) else None
+
+
 def source_rows(id_: int, override: TokenEmbeddingConfig, transplant: Transplant) -> tuple[RecipeModel, list[int]]:
     """Return the model that an override takes a row from, and the rows there: several for a text of several tokens.
 
@@ -68,7 +75,7 @@ def override_row(
         id_: the output id of the token.
         override: the override.
         transplant: the resolved recipe.
-        views: tensor (R, …) of each input, vocabulary axis first; not modified.
+        views: tensor (R, …) of the source and of other inputs, vocabulary axis first; not modified.
         role: role of the tensor.
     """
     if isinstance(override.source, ZeroEmbedding):

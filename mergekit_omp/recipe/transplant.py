@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -85,6 +86,7 @@ class Transplant:
         chat_template: chat template of the recipe; None if the tokenizer keeps its own.
         rows: rows of the output's embedding.
         problems: one problem per donor for each vocabulary of an input, including problems without targets.
+        found_copies: what :func:`mergekit_omp.recipe.copies.find_copies` has found, by its other arguments.
     """
 
     config: MergeConfiguration
@@ -98,6 +100,7 @@ class Transplant:
     chat_template: str | None
     rows: int
     problems: Mapping[Alignment, tuple[DonorProblem, ...]]
+    found_copies: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def base(self) -> RecipeModel:

@@ -14,7 +14,7 @@ from mergekit.io.tasks import LoaderCache
 from pydantic import ByteSize, TypeAdapter
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mergekit_omp.checkpoints.architecture import VocabularyRole, hidden_size
+from mergekit_omp.checkpoints.architecture import VocabularyRole, hidden_size, is_tied
 from mergekit_omp.initializers.regression import memory_of_regression
 from mergekit_omp.parameters import Approximation, Numerals, OmpParameters, Reconstruction, UnsafeTokens
 from mergekit_omp.recipe.blocks import settings_of
@@ -203,7 +203,7 @@ def _solves(transplant: Transplant, offers: dict[RecipeModel, list[list[Offer]]]
         yield Solve(
             donor=str(donor),
             base=posed.base.name,
-            matrices=1 if _tied(donor.config) or _tied(_config(transplant.base)) else 2,
+            matrices=1 if is_tied(donor.config) or is_tied(_config(transplant.base)) else 2,
             targets=len(problem.target_ids),
             atoms=len(problem.atom_ids),
             dim=hidden_size(donor.config) or 0,
@@ -215,10 +215,6 @@ def _solves(transplant: Transplant, offers: dict[RecipeModel, list[list[Offer]]]
 
 def _bytes(memory_budget: int | str) -> int:
     return TypeAdapter(ByteSize).validate_python(memory_budget)
-
-
-def _tied(config: PretrainedConfig) -> bool:
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
 def timed(solve: Solve, device: str | None) -> Solve:
@@ -322,7 +318,7 @@ def _output_bytes(transplant: Transplant) -> int | None:
     if model is None:
         return None
     old, width = model.get_input_embeddings().get_parameter("weight").shape
-    matrices = 1 if _tied(base) else 2
+    matrices = 1 if is_tied(base) else 2
     numbers = model.num_parameters() + matrices * width * (transplant.rows - old)
     return numbers * (dtype.itemsize if dtype else _itemsize(base))
 

@@ -10,6 +10,7 @@ import yaml
 from mergekit.config import MergeConfiguration
 from transformers import PretrainedConfig
 
+from mergekit_omp.checkpoints.architecture import is_tied
 from mergekit_omp.parameters import Approximation, Numerals, OmpParameters
 from mergekit_omp.recipe.transplant import Transplant
 from mergekit_omp.report.forecast_text import describe_copies, size
@@ -107,8 +108,7 @@ def _heads(transplant: Transplant) -> Iterator[str]:
 
 
 def _tied(config: PretrainedConfig | None) -> str:
-    tied = config is not None and getattr(config.get_text_config(), "tie_word_embeddings", False)
-    return "tied" if tied else "separate"
+    return "tied" if config is not None and is_tied(config) else "separate"
 
 
 def _numbers(transplant: Transplant, found: Mapping[str, Any]) -> str:

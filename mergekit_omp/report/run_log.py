@@ -143,10 +143,15 @@ def log_summary(record: Record, out_path: str | os.PathLike[str], seconds: float
         seconds: of the run.
     """
     for model in record.transplant.inputs:
-        _warn_of_uncovered(model, record)
-        for sentence in record.warnings(model):
-            LOG.warning("%s", sentence)
+        _log_warnings(model, record)
     _log_result(record, Path(out_path), seconds)
+
+
+@best_effort
+def _log_warnings(model: RecipeModel, record: Record) -> None:
+    _warn_of_uncovered(model, record)
+    for sentence in record.warnings(model):
+        LOG.warning("%s", sentence)
 
 
 @best_effort

@@ -1,9 +1,11 @@
 """Plan the tasks of a resolved recipe: the solves that each vocabulary tensor of the output needs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from mergekit.common import ModelReference
-from mergekit.io.tasks import LoadTensor
+from mergekit.architecture import WeightInfo
+from mergekit.common import ImmutableMap, ModelReference
+from mergekit.io.tasks import GatherTensors, LoadTensor
+from mergekit.tokenizer.config import TokenEmbeddingConfig
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
 from mergekit_omp.checkpoints.weights import vocabulary_matrix
@@ -11,6 +13,7 @@ from mergekit_omp.compat import ExecuteMergeMethodTask, PermutedVocabulary
 from mergekit_omp.initializers.registry import initializer_of, needs_donor
 from mergekit_omp.parameters import Numerals, OmpParameters, UnsafeTokens
 from mergekit_omp.recipe.copies import Copies, find_copies
+from mergekit_omp.recipe.overrides import source_model
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.report.record import Record
 from mergekit_omp.tasks.hidden_states import find_logit_shift
@@ -61,15 +64,25 @@ def plan_realignment(task: ExecuteMergeMethodTask, record: Record) -> RealignVoc
                 parameters=parameters,
             )
         )
+    overrides = permuted.tokens or {}
     return RealignVocabulary(
         transplant=transplant,
-        gather_tensors=permuted.gather_tensors,
+        gather_tensors=_with_sources(permuted.gather_tensors, overrides.values(), task.output_weight),
         inputs=tuple(inputs),
-        overrides=tuple((permuted.tokens or {}).items()),
+        overrides=tuple(overrides.items()),
         vocabulary_axis=permuted.vocabulary_axis,
         name=task.output_weight.name,
         record=record,
     )
+
+
+def _with_sources(
+    gather: GatherTensors, overrides: Iterable[TokenEmbeddingConfig], weight: WeightInfo
+) -> GatherTensors:
+    """Load the tensor of overrides' sources, too: one slice's models are merged, and a source may be in another."""
+    sources = [source for override in overrides if (source := source_model(override)) is not None]
+    weights = dict.fromkeys(sources, weight) | dict(gather.weight_info.items())
+    return gather.model_copy(update={"weight_info": ImmutableMap(data=weights)})
 
 
 def _plan_rows(

@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from mergekit_omp.audit.pieces import PieceCheck
 from mergekit_omp.audit.tokens import check_tokens
 from mergekit_omp.audit.unsafe import UnsafeRows, suspects
-from mergekit_omp.checkpoints.architecture import VocabularyRole, vocabulary_role
+from mergekit_omp.checkpoints.architecture import VocabularyRole, is_tied, vocabulary_role
 from mergekit_omp.compat import TokenizerInfo
 from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.digits import LogitShift, find_numbers, with_numbers
@@ -216,10 +216,13 @@ class PrepareRows(Task[NewRows]):
             if solution is None:  # otherwise the solve has checked them
                 rows = torch.cat([problem.target_rows, problem.atom_rows])
                 check_rows(donor, rows, f"{self.donor_weight.tensor} of {posed.donor}")
-        embedding_and_head = [
-            weights[f"weight_{i}"].movedim(axis, 0) for i, (_, axis) in enumerate(self.model_weights)
-        ]
-        new = NewTokens.of(
+        matrices = [weights[f"weight_{i}"].movedim(axis, 0) for i, (_, axis) in enumerate(self.model_weights)]
+        configs = None
+        if self.model is not None:
+            assert posed.donor.config is not None, "it has weights"
+            assert self.model.config is not None, "it is an input"
+            configs = posed.donor.config, self.model.config
+        new = NewTokens(
             posed.base,
             problem,
             self.transplant.vocabulary,
@@ -227,8 +230,8 @@ class PrepareRows(Task[NewRows]):
             self.parameters,
             donor=donor,
             codes=solution.codes if solution else None,
-            embedding_and_head=tuple(embedding_and_head) if embedding_and_head else None,
-            configs=(posed.donor.config, self.model.config) if self.model else None,
+            embedding_and_head=(matrices[0], matrices[1]) if matrices else None,
+            configs=configs,
             trust_remote_code=self.transplant.trust_remote_code,
         )
         make = initializer_of(self.parameters).rows(new)
@@ -360,7 +363,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
         """Record approximated rows that are suspicious, as far as the rows alone tell."""
         if not len(check.ids):
             return
-        role = vocabulary_role(self.name)
+        role, config = vocabulary_role(self.name), one.model.config
         flagged = suspects(
             weight,
             matrix,
@@ -368,7 +371,7 @@ class RealignVocabulary(Task[dict[ModelReference, torch.Tensor]]):
             self.transplant.vocabulary,
             check,
             role=role,
-            is_head=role is VocabularyRole.HEAD or has_tied_head(one.model),
+            is_head=role is VocabularyRole.HEAD or (config is not None and is_tied(config)),
         )
         if flagged is not None:
             self.record.add_unsafe(one.model, one.parameters, len(check.ids), flagged)
@@ -445,11 +448,6 @@ class RecordTransplant(Task[None]):
         transplant = self.record.transplant
         self.record.token_checks = check_tokens(transplant.tokenizer, transplant.vocabulary).counts()
         self.record.is_complete = True
-
-
-def has_tied_head(model: RecipeModel) -> bool:
-    """Tell whether a model's input embedding is its head, by its configuration."""
-    return bool(model.config and getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
 def _all_like(device: torch.device) -> list[torch.device] | None:

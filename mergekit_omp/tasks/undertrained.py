@@ -8,6 +8,7 @@ from mergekit.options import MergeOptions
 from mergekit_omp.checkpoints.architecture import VocabularyRole
 from mergekit_omp.checkpoints.weights import vocabulary_matrix
 from mergekit_omp.compat import well_trained_tokens
+from mergekit_omp.realign.rows import check_rows
 from mergekit_omp.recipe.transplant import RecipeModel
 from mergekit_omp.tasks.placement import on_the_cpu
 from mergekit_omp.tasks.resolved import Resolved
@@ -35,14 +36,18 @@ class FindTrainedRows(Task[torch.Tensor]):
     def execute(self, embedding: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         """Run mergekit's test."""
         tokens = self.model.vocabulary.tokens.values()
+        ids = torch.tensor([token.id for token in tokens])
+        embedding, head = embedding.movedim(self.embedding_axis, 0), head.movedim(self.head_axis, 0)
+        for weight, load in ((embedding, self.embedding), (head, self.head)):
+            check_rows(weight, ids, f"{load.tensor} of {self.model}")
         trained = well_trained_tokens(
             {token.text: token.id for token in tokens},
-            embedding.movedim(self.embedding_axis, 0),
-            head.movedim(self.head_axis, 0),
+            embedding,
+            head,
             known_unused=[token.text for token in tokens if token.kind is TokenKind.UNUSED],
         )
         texts = set(trained)
-        result = torch.zeros(embedding.shape[self.embedding_axis], dtype=torch.bool)
+        result = torch.zeros(len(embedding), dtype=torch.bool)
         result[[token.id for token in tokens if token.text in texts]] = True
         return result
 

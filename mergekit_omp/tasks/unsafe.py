@@ -15,6 +15,7 @@ from mergekit_omp.evaluation.bits_per_byte import builtin_texts
 from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.registry import INITIALIZERS
 from mergekit_omp.parameters import Approximation, OmpParameters, UnsafeTokens
+from mergekit_omp.realign.rows import check_rows
 from mergekit_omp.recipe.transplant import RecipeModel, Transplant
 from mergekit_omp.tasks.hidden_states import check_runs, load_complete
 from mergekit_omp.tasks.placement import on_the_cpu
@@ -51,8 +52,9 @@ class ReplaceUnsafe(Task[SafeRows]):
         """Run the model, and check the rows of all donors."""
         started = time.perf_counter()
         made, problems = {}, []
-        for role, _, axis, prepared in self.matrices:
+        for role, load, axis, prepared in self.matrices:
             weight = needed[role.name].movedim(axis, 0)
+            check_rows(weight, self.model.match.rows, f"{load.tensor} of {self.model}")
             new_rows: list[NewRows] = [needed[f"{role.name}_{index}"] for index in range(len(prepared))]
             problems += [new.problem for new in new_rows]
             made[role] = (
@@ -72,7 +74,7 @@ class ReplaceUnsafe(Task[SafeRows]):
             return SafeRows(found, None)
         ids = torch.tensor([check.id for check in found.flagged])
         problem = replace(problems[0], target_ids=ids, target_rows=torch.full_like(ids, -1))
-        new = NewTokens.of(
+        new = NewTokens(
             self.model.alignment,
             problem,
             self.transplant.vocabulary,

@@ -27,14 +27,13 @@ class NumeralScheme(str, Enum):
     MIXED = "chunks of varying length"  # determined by the merges, as in GPT-2
 
 
-def numeral_scheme(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary | None = None) -> NumeralScheme:
+def numeral_scheme(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> NumeralScheme:
     """Determine how a tokenizer splits numbers from its tokens for numbers of two to eight digits.
 
     Args:
         tokenizer: tokenizer to examine.
-        vocabulary: its vocabulary; read from the tokenizer if None.
+        vocabulary: its vocabulary.
     """
-    vocabulary = vocabulary or read_vocabulary(tokenizer)
     numbers = _probes()
     encoded = list(_encode(tokenizer, vocabulary, numbers))
     if any(id_ not in vocabulary.tokens for ids in encoded for id_ in ids):

@@ -29,6 +29,7 @@ from transformers import AutoTokenizer
 
 from mergekit_omp.cli.main import main
 from mergekit_omp.evaluation.bits_per_byte import builtin_texts
+from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.report import record as record_module
 from mergekit_omp.report.pictures import KEPT, draw_matches
 from mergekit_omp.report.record import read_record
@@ -125,6 +126,36 @@ def test_inspect_recipe_with_k_in_several_places(pair: tuple[Path, Path], tmp_pa
     (tmp_path / "recipe.yml").write_text(yaml.safe_dump(given))
     [solve] = json.loads(answer("inspect", tmp_path / "recipe.yml", "--json", "--no-time"))["solves"]
     assert (solve["k"], solve["matrices"]) == (7, 1)
+
+
+def merge_of(block: str, pair: tuple[Path, Path], tuned: Path) -> dict[str, Any]:
+    """Return a recipe in which k is 3 for one input, and the default for the others."""
+    given = recipe(pair[0], pair[1], merge_method="omp_linear", base_model=str(pair[0]), parameters={"weight": 0.5})
+    [listed] = given.pop("models")
+    small = {"model": str(tuned), "parameters": {"k": 3}}
+    whole = {"layer_range": [0, 2]}
+    if block == "slices":
+        return given | {"slices": [{"sources": [small | whole, listed | whole]}]}
+    return given | ({"models": [small]} if block == "models" else {"modules": {"default": {"models": [small]}}})
+
+
+@pytest.mark.parametrize("block", ["models", "modules", "slices"])
+def test_inspect_a_base_with_the_default(pair: tuple[Path, Path], tmp_path: Path, block: str) -> None:
+    """Check a base without a k of its own, also one that only ``base_model`` names."""
+    tuned = shutil.copytree(pair[0], tmp_path / "tuned")
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(merge_of(block, pair, tuned)))
+    solves = json.loads(answer("inspect", tmp_path / "recipe.yml", "--json", "--no-time"))["solves"]
+    assert {solve["k"] for solve in solves} == {OmpParameters().k}
+
+
+@pytest.mark.parametrize("filters", [["lm_head"], ["lm_head", "*"]])
+def test_inspect_a_filter_without_a_value_for_the_rest(
+    pair: tuple[Path, Path], tmp_path: Path, filters: list[str]
+) -> None:
+    given = recipe(*pair, parameters={"k": [{"filter": name, "value": 3} for name in filters]})
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(given))
+    [solve] = json.loads(answer("inspect", tmp_path / "recipe.yml", "--json", "--no-time"))["solves"]
+    assert solve["k"] == (3 if "*" in filters else OmpParameters().k)
 
 
 def test_inspect_same_vocabulary(pair: tuple[Path, Path]) -> None:

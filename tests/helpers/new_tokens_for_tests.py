@@ -11,6 +11,7 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import pose_problem
+from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
@@ -28,16 +29,8 @@ def new_tokens(
     ids = output_tokenizer.get_vocab()
     match = match.without(torch.tensor([ids[text] for text in approximate], dtype=torch.int64))
     problem = pose_problem(match, match_vocabularies(output, output))
-    return NewTokens(
-        problem=problem,
-        anchor_rows=match.rows[problem.atom_ids],
-        output=output,
-        output_tokenizer=output_tokenizer,
-        model=model,
-        tokenizer=tokenizer,
-        parameters=OmpParameters(**parameters),
-        **more,
-    )
+    alignment = Alignment("model", tokenizer, model, match, match)
+    return NewTokens(alignment, problem, output, output_tokenizer, OmpParameters(**parameters), **more)
 
 
 def refusal_by(check: Callable[[OmpParameters, str], None], **given: object) -> str:

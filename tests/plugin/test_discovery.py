@@ -119,7 +119,7 @@ def test_another_mergekit_is_reported(environment: Environment) -> None:
     """Check that a missing internal name rejects recipes of this package only."""
     code = (
         "import mergekit.plan, mergekit.merge, mergekit.config as c, mergekit.options as o; "
-        "del mergekit.plan.MergePlanner.plan_tensor; "
+        "del mergekit.plan.MergePlanner.plan_to_disk; "
         "config = lambda method: c.MergeConfiguration(merge_method=method, models=[{'model': '/none'}])\n"
         "try: mergekit.merge.run_merge(config('omp'), '/tmp/none', o.MergeOptions())\n"
         "except ValueError as error: print(error)"

@@ -713,6 +713,27 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "there to the rows that the checkpoint has."
         ),
     ),
+    "config.json: a vocab_size above the rows, and a test of them": (
+        lambda w: w.bad_base(cut_rows) | {"parameters": {"k": 5, "magikarp": True}},
+        (
+            "model.embed_tokens.weight of {bad} has 100 rows, but its config.json promises at least 493: set "
+            "vocab_size there to the rows that the checkpoint has."
+        ),
+    ),
+    "config.json: a vocab_size above the rows of the donor, and a test of them": (
+        lambda w: w.bad_donor(cut_rows) | {"parameters": {"k": 5, "magikarp": True}},
+        (
+            "model.embed_tokens.weight of {bad} has 100 rows, but its config.json promises at least 376: set "
+            "vocab_size there to the rows that the checkpoint has."
+        ),
+    ),
+    "config.json: a vocab_size above the rows, and a check of new rows": (
+        lambda w: w.bad_base(cut_rows) | {"parameters": {"k": 5, "unsafe_tokens": "mean"}},
+        (
+            "model.embed_tokens.weight of {bad} has 100 rows, but its config.json promises at least 484: set "
+            "vocab_size there to the rows that the checkpoint has."
+        ),
+    ),
     "config.json: a vocab_size below the rows": (
         lambda w: w.bad_base(configure(vocab_size=300)),
         (
@@ -859,6 +880,18 @@ CASES: dict[str, tuple[Callable[[World], dict[str, Any]], str]] = {
             "tokenizer.source: {bad} has a tokenizer but no weights that mergekit can read (Unable to find model "
             "files at {bad}); OMP needs embeddings of new tokens, so name a model that has both, or write an "
             "approximation that needs no weights, such as subword."
+        ),
+    ),
+    "weights: of the donor, missing, for a base that is not listed": (
+        lambda w: (
+            w.bad_donor(remove("config.json", "model.safetensors"))
+            | {"merge_method": "omp_task_arithmetic", "base_model": str(w.base)}
+            | {"models": w.models(w.other, parameters={"approximation": "subword"}), "parameters": {}}
+        ),
+        (
+            "tokenizer.source: {bad} is a tokenizer without a model, and approximation: omp needs embeddings of new "
+            "tokens; name a model that has both, or write, under parameters: of the recipe, approximation: subword or "
+            "mean or zero or randn or john_hewitt or focus or wechsel or zett or tokalign, without magikarp."
         ),
     ),
     "weights: of the donor, without rows": (

@@ -23,13 +23,12 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NUMBERS = ["sums 123 45 " * 20, "123 and 45 and 2024 " * 20]
 
 
-def tokenizer(single_digits: bool) -> PreTrainedTokenizerFast:
-    """Build a byte-level BPE tokenizer with tokens ``123`` and ``45``, or with single digits."""
+def tokenizer(single_digits: bool, *, with_space: bool = False) -> PreTrainedTokenizerFast:
+    """Build a byte-level BPE tokenizer with tokens ``123`` and ``45`` or, as GPT-2's, `` 123``; or single digits."""
     backend = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=single_digits), byte_level]
-    )
+    digits = [] if with_space else [pre_tokenizers.Digits(individual_digits=single_digits)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -45,9 +44,9 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return save(tmp_path_factory.mktemp("base"), make_model(ours, tied=request.param, seed=1), ours)
 
 
-@pytest.fixture(scope="module")
-def donor(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    its = tokenizer(single_digits=False)
+@pytest.fixture(scope="module", params=[False, True], ids=["123", " 123"])
+def donor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    its = tokenizer(single_digits=False, with_space=request.param)
     return save(tmp_path_factory.mktemp("donor"), make_model(its, hidden=24, seed=2), its)
 
 
@@ -67,7 +66,8 @@ def test_numbers_are_their_digits_and_other_rows_are_unchanged(base: Path, donor
     made = run(recipe(base, donor, parameters={"k": 5, "numerals": "digits"}), tmp_path / "digits")
     ours, its = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(donor)
     numbers = [id_ for text, id_ in its.get_vocab().items() if text.removeprefix("Ġ").isdigit() and len(text) > 1]
-    assert its.convert_tokens_to_ids("123") in numbers
+    number = "Ġ123" if "Ġ123" in its.get_vocab() else "123"
+    assert its.convert_tokens_to_ids(number) in numbers
     others = [id_ for id_ in range(len(its)) if id_ not in numbers]
     rows = AutoModelForCausalLM.from_pretrained(base)
     tied = rows.config.tie_word_embeddings
@@ -75,8 +75,8 @@ def test_numbers_are_their_digits_and_other_rows_are_unchanged(base: Path, donor
         if name == HEAD and tied:
             continue
         assert torch.equal(plain[name][others], made[name][others])
-        digits = matrix.weight[[ours.convert_tokens_to_ids(digit) for digit in "123"]].mean(dim=0)
-        moved = made[name][its.convert_tokens_to_ids("123")] - digits
+        digits = matrix.weight[[ours.convert_tokens_to_ids(digit) for digit in number]].mean(dim=0)
+        moved = made[name][its.convert_tokens_to_ids(number)] - digits
         if name == EMBED and not tied:
             torch.testing.assert_close(moved, torch.zeros_like(moved))
         else:

@@ -201,6 +201,35 @@ def test_disk_full_while_a_shard_is_written(
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space or name a folder on another disk."),
+        (errno.EROFS, "the file system is read-only; name another folder."),
+        (errno.EACCES, "permission is denied; grant it or name another folder."),
+    ],
+)
+def test_another_folder_than_that_of_the_output(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
+) -> None:
+    """Check a file of an input or a cache, such as that of --lora-merge-cache."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number), "/cache/merged")
+
+    monkeypatch.setattr("mergekit.merge._model_out_config", fail)
+    assert refusal(recipe(*pair), tmp_path / "out", *OPTIONS) == f"/cache/merged cannot be read or written: {sentence}"
+
+
+def test_a_named_file_of_the_output(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: TensorWriter, tensors: Any, path: str, *_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr(TensorWriter, "_save_st", fail)
+    told = refusal(recipe(*pair), tmp_path / "out", *OPTIONS)
+    assert told.startswith(f"{tmp_path}/out cannot be written: the disk is full; ")
+
+
 def test_disk_full_while_the_tokenizer_is_written(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Test recipes that realign several inputs: tokenizer sources, parameters, overrides, structure, shared solves."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache, ReturnTensor
-from mergekit.merge import _model_out_config
+from mergekit.merge import _get_donor_model, _model_out_config
 from mergekit.merge_methods import TensorGroup, merge_method
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
@@ -182,6 +183,22 @@ def test_overrides_win(models: dict[str, Path], tmp_path: Path) -> None:
         assert torch.equal(result[name][others], plain[name][others])
 
 
+@pytest.mark.parametrize("source", ["a", "b"])
+def test_an_override_from_any_slice(models: dict[str, Path], tmp_path: Path, source: str) -> None:
+    """Check a source that another slice has: the first slice makes the embedding, and the last the head."""
+    slices = [
+        {"sources": [{"model": str(models["a"]), "layer_range": [0, 1]}]},
+        {"sources": [{"model": str(models["b"]), "layer_range": [1, 2]}]},
+    ]
+    override = {"source": {"kind": "model_token", "model": str(models[source]), "token_id": 7}}
+    tokenizer = {"source": str(models["untied_donor"]), "tokens": {"<added>": override}}
+    recipe = {"merge_method": "omp_passthrough", "slices": slices, "tokenizer": tokenizer}
+    result = run({**recipe, "parameters": {"k": K}, "dtype": "float32"}, tmp_path / "out")
+    row = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()["<added>"]
+    for name in (EMBED, HEAD):
+        assert torch.equal(result[name][row], tensors_of(models[source])[name][7])
+
+
 # Structure
 
 
@@ -200,6 +217,33 @@ def test_slices_and_frankenmerge(models: dict[str, Path], tmp_path: Path) -> Non
     layer = "model.layers.{}.mlp.up_proj.weight"
     assert torch.equal(result[layer.format(2)], tensors_of(models["b"])[layer.format(1)])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("structure", ["models", "slices"])
+@pytest.mark.parametrize("first", ["a", "a1"])
+def test_the_first_model_is_the_base_without_base_model(
+    models: dict[str, Path], tmp_path: Path, structure: str, first: str
+) -> None:
+    """Check in both orders: mergekit chooses the model of config.json, further files and a template by a hash."""
+    inputs = []
+    for name, theta in ((first, 1e4), ({"a": "a1", "a1": "a"}[first], 2e4)):
+        inputs.append(Path(shutil.copytree(models[name], tmp_path / name)))
+        path = inputs[-1] / "config.json"
+        settings = json.loads(path.read_text())
+        (inputs[-1] / "chat_template.jinja").write_text(f"{{{{ messages }}}} {theta}")
+        rope = {"rope_type": "default", "rope_theta": theta}
+        path.write_text(json.dumps(settings | {"rope_parameters": rope, "max_position_embeddings": int(theta)}))
+    parameters = {"approximation": "mean", "weight": 0.5}
+    recipe = linear(inputs, models["b"], parameters=parameters, chat_template="auto")
+    if structure == "slices":
+        slices = [{"sources": [{**entry, "layer_range": [0, 1]}]} for entry in recipe.pop("models")]
+        recipe |= {"merge_method": "omp_passthrough", "slices": slices, "parameters": {"approximation": "mean"}}
+    run(recipe, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config["rope_parameters"]["rope_theta"], config["max_position_embeddings"]) == (1e4, 10_000)
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "{{ messages }} 10000.0"
+    donor, _folder = _get_donor_model(MergeConfiguration.model_validate(recipe), MergeOptions())
+    assert donor.model.path == str(inputs[0])
 
 
 def test_modules(models: dict[str, Path], tmp_path: Path) -> None:

@@ -326,13 +326,16 @@ def test_inputs_of_two_precisions(models: dict[str, Path], tmp_path: Path) -> No
 def test_the_log_and_inspect_describe_copies(
     models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Check also that rows are compared once, although ``unsafe_tokens`` plans the rows of both matrices for each."""
     made = recipe("omp_linear", [models["plain"], models["chat"], models["other"]], "union")
+    made["parameters"]["unsafe_tokens"] = "mean"
     with caplog.at_level(logging.INFO):
         run(made, tmp_path / "out", quiet=False)
     plain, chat, other = (str(models[name]) for name in ("plain", "chat", "other"))
     lines = [line for line in caplog.messages if line.startswith("input embedding: the rows of shared tokens of")]
     assert any(plain in line and line.endswith(f"the rows of 2 tokens of {chat} are copied") for line in lines)
     assert any(line.endswith(f"tokens of {other} are not copied") for line in lines)
+    assert len(lines) == len(set(lines))
 
     path = tmp_path / "recipe.yml"
     path.write_text(yaml.safe_dump(made))

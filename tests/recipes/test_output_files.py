@@ -409,6 +409,30 @@ def test_stop_ids_survive(tmp_path: Path, base: Path, donor: Path, source: str) 
     assert read(tmp_path / "out/generation_config.json")["eos_token_id"] == [ids[token] for token in expected]
 
 
+def test_suppressed_tokens_are_the_same_tokens(
+    tmp_path: Path, base: Path, donor: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Check lists of ids that are neither a role nor named by ``_token_id``."""
+    own, new = load(base).get_vocab(), load(donor).get_vocab()
+    absent = next(token for token in own if len(token) > 6 and token.isalpha() and token not in new)
+    r, m, lacking = own["r"], own["m"], own[absent]
+    edit(
+        base / "generation_config.json",
+        suppress_tokens=[r, lacking, m],
+        begin_suppress_tokens=[m],
+        bad_words_ids=[[r], [m, r], [r, lacking]],
+        sequence_bias=[[[r], -1.0]],
+    )
+    run(recipe(base, donor), tmp_path / "out", quiet=False)
+    generation = read(tmp_path / "out/generation_config.json")
+    assert generation["suppress_tokens"] == [new["r"], new["m"]]
+    assert generation["begin_suppress_tokens"] == [new["m"]]
+    assert generation["bad_words_ids"] == [[new["r"]], [new["m"], new["r"]]]
+    assert generation.get("sequence_bias") is None
+    message = f"sequence_bias: [[[{r}], -1.0]] contains tokens of the base model and is left out; set it anew"
+    assert message in caplog.messages
+
+
 def save_like(base: Path, folder: Path) -> Path:
     """Write a model with the base's width and another vocabulary."""
     tokenizer = byte_level_tokenizer(PYTHON, size=380)

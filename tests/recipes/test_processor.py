@@ -11,6 +11,7 @@ import torch
 import transformers
 from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
 from helpers.commands import merge_here, recipe
+from helpers.tokenizers_for_tests import package_file
 from mergekit.architecture.json_definitions import NAME_TO_ARCH
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -23,6 +24,7 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
+    GPTSw3Tokenizer,
 )
 
 from mergekit_omp.recipe.resolve import resolve
@@ -92,6 +94,20 @@ def test_processor_loads_and_finds_its_tokens(tmp_path: Path, pair: tuple[Path, 
     model = AutoModelForImageTextToText.from_pretrained(out)
     with torch.no_grad():
         assert torch.isfinite(model(**after).logits).all()
+
+
+def test_a_donor_without_tokenizer_json(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """Check a tokenizer whose special tokens transformers 5 writes as a list."""
+    pieces = str(package_file("mistral_common", "data/tokenizer.model.v1"))
+    GPTSw3Tokenizer(pieces, extra_special_tokens=["<|extra|>"]).save_pretrained(tmp_path / "donor")
+    assert not (tmp_path / "donor/tokenizer.json").exists()
+    given = recipe(pair[0], tmp_path / "donor", parameters={"approximation": "mean"})
+    given["tokenizer"]["tokens"] = {text: {"source": str(pair[0])} for text in NAMED.values()}
+    result = merge_here(given, tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert {name: getattr(tokenizer, name) for name in NAMED} == NAMED
+    assert "<|extra|>" in tokenizer.all_special_tokens
 
 
 def test_missing_image_tokens_are_reported(pair: tuple[Path, Path]) -> None:

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 from helpers.checkpoints import PYTHON, byte_level_tokenizer, make_model, save
+from helpers.commands import merge_here, recipe
 from helpers.tokenizers_for_tests import llama3
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from tokenizers.processors import TemplateProcessing
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from mergekit_omp.checkpoints.architecture import position_settings
+from mergekit_omp.checkpoints.architecture import is_tied, position_settings
 from mergekit_omp.recipe.resolve import resolve
 from mergekit_omp.report.forecast import forecast
 from mergekit_omp.report.forecast_text import describe_forecast
@@ -56,6 +59,17 @@ def test_other_numerals_are_reported(tmp_path: Path, smollm2_dir: Path) -> None:
     assert "chunks of up to three digits from the left" in warnings
     assert "single digits" in warnings
     assert advice_for(smollm2_dir, smollm2_dir) == []
+
+
+def test_a_tokenizer_that_cannot_write_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Check a finished run whose warnings cannot be told: Unigram without an unknown token fails at other text."""
+    letters = [(chr(letter), -1.0) for letter in range(ord("a"), ord("z") + 1)]
+    donor = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram([*letters, ("the", -1.0)])))
+    base = byte_level_tokenizer(size=300)
+    paths = [save(tmp_path / name, make_model(t), t) for name, t in (("base", base), ("donor", donor))]
+    result = merge_here(recipe(*paths, parameters={"approximation": "mean"}), tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert f"{tmp_path}/out has the model: 27 tokens" in caplog.text
 
 
 def test_tokens_of_the_chat_template_without_a_row_are_reported(tmp_path: Path) -> None:
@@ -104,6 +118,21 @@ def test_inputs_with_other_positions_are_reported(tmp_path: Path) -> None:
     found = forecast(transplant, measure=False)
     assert warnings[0] in next(model for model in found["inputs"] if model["name"] == str(paths["other"]))["advice"]
     assert warnings[0] in " ".join(render(*describe_forecast(found)).split())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "tied"),
+    [
+        ("llama", {"tie_word_embeddings": True}, True),
+        ("llama", {}, False),
+        ("qwen2_5_vl", {"tie_word_embeddings": True}, True),
+        ("gemma3", {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, False),
+        ("mllama", {"text_config": {"tie_word_embeddings": True}}, True),
+    ],
+)
+def test_what_ties_the_head(model_type: str, settings: dict[str, Any], tied: bool) -> None:
+    """Check models with image input, which say it at the top of config.json, or for their text model, or both."""
+    assert is_tied(AutoConfig.for_model(model_type, **settings)) is tied
 
 
 @pytest.mark.parametrize(

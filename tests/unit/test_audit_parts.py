@@ -9,8 +9,10 @@ from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_mode
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from mergekit_omp.audit import pieces as pieces_module
 from mergekit_omp.audit.audit import check_rows_of
 from mergekit_omp.audit.bounds import ByteBounds, excess_over_bounds
 from mergekit_omp.audit.head import FEWEST, likely_everywhere
@@ -133,6 +135,27 @@ def test_distances_from_pieces() -> None:
     torch.testing.assert_close(found[ids].double(), sizes / (median + SPREADS * (upper - median)), rtol=1e-4, atol=0)
     assert (found > 1).nonzero().flatten().tolist() == [ids[3]]
     assert PieceCheck(alignment, output, ids[: FEWEST_NEW - 1]).distances(base, kept, new) is None
+
+
+def test_a_part_of_the_rows_without_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base without byte fallback has no pieces for many tokens of other scripts, one after the other."""
+    monkeypatch.setattr(pieces_module, "_ROWS_AT_A_TIME", 8)
+    words = [f"{letter}{n}" for n in range(30) for letter in "ab"]
+    known = [*"ab0123456789", *words[:40]]
+    base, donor = (
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({token: id_ for id_, token in enumerate(tokens)}, [])))
+        for tokens in (known, [*known, *words[40:], *(chr(ord("\u4e00") + n) for n in range(20))])
+    )
+    own, output = read_vocabulary(base), read_vocabulary(donor)
+    match = match_vocabularies(output, own)
+    ids = match.is_new().nonzero().flatten()
+    random = torch.Generator().manual_seed(0)
+    rows, new = torch.randn(own.size, 16, generator=random), torch.randn(len(ids), 16, generator=random)
+    check = PieceCheck(Alignment("base", base, own, match, match), output, ids)
+    found = check.distances(rows, rows[match.rows[check.anchors]], new)
+    assert found is not None
+    assert (found[ids[:20]] > 0).all()
+    assert not found[ids[20:]].any()
 
 
 def test_what_all_rows_moved_by_is_nobodys_doing(states: States) -> None:

@@ -18,6 +18,7 @@ from mergekit_omp.initializers.focus import check_focus, focus
 from mergekit_omp.initializers.vectors import check_vectors, read_vectors
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.realign.problem import pose_problem
+from mergekit_omp.vocabulary.alignment import Alignment
 from mergekit_omp.vocabulary.matching import match_vocabularies
 from mergekit_omp.vocabulary.tokens import read_vocabulary
 
@@ -35,7 +36,7 @@ def pose(
     match = match_vocabularies(of_output, of_model)
     problem = pose_problem(match, match_vocabularies(of_output, of_output))
     given = OmpParameters(**{name: str(value) for name, value in parameters.items()})
-    return NewTokens(problem, match.rows[problem.atom_ids], of_output, output, of_model, model, given)
+    return NewTokens(Alignment("model", model, of_model, match, match), problem, of_output, output, given)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def test_tokens_with_similar_use_are_aligned(monkeypatch: pytest.MonkeyPatch, tm
         atom_ids=problem.atom_ids[~held_out],
         atom_rows=problem.atom_rows[~held_out],
     )
-    found = token_map(replace(posed, problem=hidden, anchor_rows=posed.anchor_rows[~held_out]))
+    found = token_map(replace(posed, problem=hidden))
     own_rows = posed.anchor_rows[held_out].tolist()
     own = {
         tokens[id_].text: posed.model.tokens[row].text

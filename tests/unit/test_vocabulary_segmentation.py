@@ -124,7 +124,7 @@ def test_a_tokenizer_without_backend_is_split_by_the_longest_tokens() -> None:
     )
     output = word_level([" the🙋12"])
     assert strings(output, slow, " the🙋12") == ["▁the", "<0xF0>", "<0x9F>", "<0x99>", "<0x8B>", "1", "2"]
-    assert numeral_scheme(slow) is NumeralScheme.SINGLE_DIGITS
+    assert numeral_scheme(slow, read(slow)) is NumeralScheme.SINGLE_DIGITS
 
 
 def with_number_chunks(pattern: str) -> PreTrainedTokenizerFast:
@@ -142,19 +142,22 @@ def test_numeral_schemes_of_real_tokenizers(smollm2_dir: Path, gemma3_dir: Path)
         assert numeral_scheme(tt.load(folder), read(tt.load(folder))) is single
     schemes = {tt.qwen: single, tt.tekken: single, tt.llama3: left, tt.llama4: left}
     assert {build: numeral_scheme(build(), read(build())) for build in schemes} == schemes
-    assert numeral_scheme(tt.mistral(1)) is single
+    assert numeral_scheme(tt.mistral(1), read(tt.mistral(1))) is single
 
 
 def test_numeral_schemes_that_no_package_has() -> None:
-    assert numeral_scheme(with_number_chunks(r"\d{1,3}(?=(\d{3})*$)")) is NumeralScheme.CHUNKS_FROM_RIGHT
-    assert numeral_scheme(with_number_chunks(r"\d{1,3}")) is NumeralScheme.CHUNKS_FROM_LEFT
-    assert numeral_scheme(with_number_chunks(r"\d{1,2}")) is NumeralScheme.MIXED
-    assert numeral_scheme(tt.word_piece()) is NumeralScheme.MIXED
     whole_numbers = Tokenizer(
         models.WordLevel({str(n): n for n in range(10_000)} | {"<unk>": 10_000}, unk_token="<unk>")
     )
     whole_numbers.pre_tokenizer, whole_numbers.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
-    assert numeral_scheme(PreTrainedTokenizerFast(tokenizer_object=whole_numbers)) is NumeralScheme.WHOLE
+    expected = {
+        with_number_chunks(r"\d{1,3}(?=(\d{3})*$)"): NumeralScheme.CHUNKS_FROM_RIGHT,
+        with_number_chunks(r"\d{1,3}"): NumeralScheme.CHUNKS_FROM_LEFT,
+        with_number_chunks(r"\d{1,2}"): NumeralScheme.MIXED,
+        tt.word_piece(): NumeralScheme.MIXED,
+        PreTrainedTokenizerFast(tokenizer_object=whole_numbers): NumeralScheme.WHOLE,
+    }
+    assert {tokenizer: numeral_scheme(tokenizer, read(tokenizer)) for tokenizer in expected} == expected
 
 
 def test_numeral_warning_names_both_schemes() -> None:
