@@ -10,6 +10,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
@@ -128,8 +129,11 @@ def cannot_write(error: Exception) -> str | None:
 def _other_file(error: Exception, out_path: str | os.PathLike[str]) -> str | None:
     """Return the file that an error names, such as one of an input or a cache; None for one of the output."""
     name = getattr(error, "filename", None)
-    out = os.path.realpath(out_path)  # until it is complete, files are in <out_path>.unfinished
-    return name if isinstance(name, str) and not os.path.realpath(name).startswith(out) else None
+    if not isinstance(name, str):
+        return None
+    out, path = Path(os.path.realpath(out_path)), Path(os.path.realpath(name))
+    folders = (out, out.with_name(f"{out.name}.unfinished"))  # the files are in the second until all are there
+    return None if any(folder in (path, *path.parents) for folder in folders) else name
 
 
 def _errno(error: Exception) -> int | None:

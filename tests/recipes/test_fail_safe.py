@@ -212,13 +212,14 @@ def test_disk_full_while_a_shard_is_written(
 def test_another_folder_than_that_of_the_output(
     tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
 ) -> None:
-    """Check a file of an input or a cache, such as that of --lora-merge-cache."""
+    """Check a file of an input or a cache, such as that of --lora-merge-cache, beside the output."""
+    file = f"{tmp_path}/out-cache/merged"
 
     def fail(*_: Any, **__: Any) -> None:
-        raise OSError(number, os.strerror(number), "/cache/merged")
+        raise OSError(number, os.strerror(number), file)
 
     monkeypatch.setattr("mergekit.merge._model_out_config", fail)
-    assert refusal(recipe(*pair), tmp_path / "out", *OPTIONS) == f"/cache/merged cannot be read or written: {sentence}"
+    assert refusal(recipe(*pair), tmp_path / "out", *OPTIONS) == f"{file} cannot be read or written: {sentence}"
 
 
 def test_a_named_file_of_the_output(tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
