@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from mergekit_omp.checkpoints.architecture import architecture_of
 from mergekit_omp.checkpoints.files import read_json, read_settings
 from mergekit_omp.errors import first_line
+from mergekit_omp.output.code import copy_code
 from mergekit_omp.output.legacy_keys import add_legacy_keys
 from mergekit_omp.output.processor import copy_processor
 from mergekit_omp.output.tied_head import tied_parts, untie_where_head_differs
@@ -70,6 +71,10 @@ def finish_output(folder: Path, transplant: Transplant) -> None:
     if any(tied_parts(settings)):
         untie_where_head_differs(folder, architecture_of(base.reference, transplant.options).all_weights(), settings)
     add_legacy_keys(settings, read_settings(base.reference, CONFIG))
+    if transplant.trust_remote_code:
+        copy_code(settings, base.reference, folder)
+    else:
+        settings.pop("auto_map", None)  # as for a tokenizer: that code was not run
     write_json(folder / CONFIG, settings)
 
     generation = _generation_settings(base.reference)

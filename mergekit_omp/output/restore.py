@@ -13,7 +13,6 @@ from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.dynamic_module_utils import get_relative_imports
 
 from mergekit_omp.checkpoints.architecture import vocabulary_role, vocabulary_size
 from mergekit_omp.checkpoints.files import (
@@ -28,6 +27,7 @@ from mergekit_omp.checkpoints.models import reference_of
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
 from mergekit_omp.checkpoints.weights import open_checkpoint, vocabulary_matrix
 from mergekit_omp.errors import OmpError, explained, failures_as
+from mergekit_omp.output.code import copy_code
 from mergekit_omp.output.staging import staged
 from mergekit_omp.output.tokenizer import write_json
 from mergekit_omp.report.record import base_of, read_record, unpack_rows
@@ -185,30 +185,15 @@ def _write_files(folder: Path, staging: Path, base: ModelReference) -> None:
     config = read_json(folder / _CONFIG)
     _take_tokens(config, read_settings(base, _CONFIG))
     write_json(staging / _CONFIG, config)
-    _copy_code(config, reference_of(folder, "MODEL"), staging)
+    copy_code(config, reference_of(folder, "MODEL"), staging)
     for name in _FILES:
         if path := find_file(base, name):
             shutil.copyfile(path, staging / name)
-            _copy_code(read_settings(base, name) if name.endswith("_config.json") else {}, base, staging)
+            copy_code(read_settings(base, name) if name.endswith("_config.json") else {}, base, staging)
     for index in folder.glob("*.index.json"):
         described = read_json(index)
         described["metadata"] = {"total_size": sum(path.stat().st_size for path in staging.glob("*.safetensors"))}
         write_json(staging / index.name, described)
-
-
-def _copy_code(settings: Mapping[str, Any], model: ModelReference, staging: Path) -> None:
-    """Copy the modules of a model that ``auto_map`` in its settings names, with those that they import.
-
-    Code in another repository, ``<owner>/<name>--<module>.<class>``, stays there.
-    """
-    values = (settings.get("auto_map") or {}).values()
-    classes = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    modules = {name.rpartition(".")[0] for name in classes if name and "--" not in name}
-    while modules:
-        path = find_file(model, f"{modules.pop()}.py")
-        if path is not None and not (staging / path.name).exists():
-            shutil.copyfile(path, staging / path.name)
-            modules.update(get_relative_imports(path))
 
 
 def _take_tokens(settings: dict[str, Any], of_base: Mapping[str, Any]) -> None:

@@ -426,6 +426,28 @@ def test_pickle_with_code_in_it(tmp_path: Path, pair: tuple[Path, Path], which: 
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_that_comes_with_a_base(tmp_path: Path, pair: tuple[Path, Path], trusted: bool) -> None:
+    """Check that an output needs nothing of its base: it has the code, or transformers' class for the model type."""
+    base, donor = tmp_path / "base", pair[1]
+    shutil.copytree(pair[0], base)
+    (base / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .part_own import NAME\n\n\n"
+        "class Model(LlamaForCausalLM):\n    own_name = NAME\n"
+    )
+    (base / "part_own.py").write_text("NAME = 'own'\n")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Model"}
+    (base / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    result = merge_here(recipe(base, donor), out, *OPTIONS, *(["--trust-remote-code"] if trusted else []))
+    assert result.exit_code == 0, result.output
+    shutil.rmtree(base)
+    assert len(list(out.glob("*_own.py"))) == (2 if trusted else 0)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    assert getattr(model, "own_name", None) == ("own" if trusted else None)
+
+
 def test_code_that_comes_with_a_donor_is_not_run_nor_copied(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """Check that without ``trust_remote_code`` a repository's code is data, like its chat template."""
     base, donor = pair
