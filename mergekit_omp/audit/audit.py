@@ -205,7 +205,7 @@ def check_rows_of(
     shift = (of_base - logits[:-1, kept]).median(dim=1, keepdim=True).values if len(kept) else torch.zeros(1)
     changed = int(((of_base - logits[:-1, kept]).abs().amax(dim=0) > _tolerance(of_base)).sum()) if len(kept) else 0
     tokens = [vocabulary.tokens.get(id_) for id_ in others.tolist()]
-    is_text = [token is not None and token.kind in (TokenKind.ORDINARY, TokenKind.BYTE) for token in tokens]
+    is_text = [token is not None and token.is_text for token in tokens]
     data = [token.data if token and known else None for token, known in zip(tokens, is_text, strict=True)]
     excess = excess_over_bounds(ByteBounds(base, data), states.logits, logits[:-1, others] + shift)
     mean = logits[-1]

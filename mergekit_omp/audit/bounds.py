@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
+from mergekit_omp.vocabulary.tokens import Vocabulary
 
 EXCESS = 10.0
 """A probability this many times the bound is counted."""
@@ -48,7 +48,7 @@ class ByteBounds:
             base: the base's vocabulary.
             data: what each of N tokens stands for; None for one that no text stands for, whose bound is 0.
         """
-        text = [token for token in base.tokens.values() if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE)]
+        text = [token for token in base.tokens.values() if token.is_text]
         by_bytes = sorted((token.data, token.id) for token in text if token.data)
         token_bytes = [known for known, _ in by_bytes]
         self._ids = torch.tensor([id_ for _, id_ in by_bytes], dtype=torch.int64)

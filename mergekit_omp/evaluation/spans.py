@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mergekit_omp.evaluation.chunks import row_chunks
 from mergekit_omp.vocabulary.segmentation import pieces
-from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
+from mergekit_omp.vocabulary.tokens import Vocabulary
 
 _TERMS_AT_A_TIME = 2**22
 """Logits that are summed at a time, for the reason that ``row_chunks`` has."""
@@ -155,7 +155,7 @@ class SpanRuler:
             output: its vocabulary.
         """
         self._tokenizer, self._output = tokenizer, output
-        ids = [id_ for id_, token in base.tokens.items() if token.kind in (TokenKind.ORDINARY, TokenKind.BYTE)]
+        ids = [id_ for id_, token in base.tokens.items() if token.is_text]
         splits = zip(map(tuple, pieces(base, tokenizer, ids, output)), ids, strict=True)
         by_split = sorted((split, id_) for split, id_ in splits if split)
         self.splits = [split for split, _ in by_split]

@@ -27,7 +27,7 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.initializers.vectors import SEED, TokenizedCorpus, check_corpus, check_packages
 from mergekit_omp.parameters import OmpParameters
-from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary
+from mergekit_omp.vocabulary.tokens import Vocabulary
 
 LOG = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ def learn_skipgram_vectors(corpus: str, vocabulary: Vocabulary, tokenizer: PreTr
     vectors = torch.zeros(vocabulary.size, DIMENSION)
     for key, place in learnt.key_to_index.items():
         token = vocabulary.tokens.get(int(key))
-        if token is not None and token.kind in (TokenKind.ORDINARY, TokenKind.BYTE):
+        if token is not None and token.is_text:
             vectors[token.id] = torch.from_numpy(learnt.vectors[place])
     return vectors
 

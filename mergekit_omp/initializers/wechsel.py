@@ -184,7 +184,7 @@ def _from_ngrams(vectors: KeyedVectors, vocabulary: Vocabulary, ids: Tensor) -> 
     for place, id_ in enumerate(ids.tolist()):
         token = vocabulary.tokens[id_]
         text = (text_of(token.data) or "").strip()
-        if text and token.kind in (TokenKind.ORDINARY, TokenKind.BYTE):
+        if text and token.is_text:
             found[place] = vectors.get_vector(text)
     return torch.from_numpy(found)
 

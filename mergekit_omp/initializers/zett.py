@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from mergekit_omp.errors import OmpError
+from mergekit_omp.errors import OmpError, first_line
 from mergekit_omp.initializers.base import NewTokens, RowFunction
 from mergekit_omp.parameters import OmpParameters
 from mergekit_omp.vocabulary.byte_encoding import as_text
@@ -241,9 +241,7 @@ def _not_zett(named: str) -> OmpError:
 
 
 def _unreadable(named: str, error: Exception) -> OmpError:
-    lines = str(error).strip().splitlines()
-    reason = lines[0].rstrip(".") if lines else type(error).__name__
     return OmpError(
-        f"{_KEY}: the hypernetwork {named} cannot be loaded ({reason}); name the folder of a complete checkpoint, or "
-        "a hub id."
+        f"{_KEY}: the hypernetwork {named} cannot be loaded ({first_line(error)}); name the folder of a complete "
+        "checkpoint, or a hub id."
     )

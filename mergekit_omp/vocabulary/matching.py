@@ -32,7 +32,6 @@ class MatchReason(IntEnum):
 TEXT_REASONS = (MatchReason.SAME_STRING, MatchReason.SAME_BYTES, MatchReason.BYTE_TOKEN)
 NEW_REASONS = (MatchReason.MISSING, MatchReason.MISSING_SPECIAL)
 
-_TEXT = (TokenKind.ORDINARY, TokenKind.BYTE)
 
 SAME_VOCABULARY = 0.99
 """Share of equal text tokens, among ids that are text in both, above which two vocabularies count as the same."""
@@ -159,7 +158,7 @@ class _RowFinder:
         self._model_roles = model.roles
         self._renamed = _renamed_tokens(output, model)
         tokens = sorted(model.tokens.values())  # by id
-        self._text = _TextIndex([token for token in tokens if token.kind in _TEXT])
+        self._text = _TextIndex([token for token in tokens if token.is_text])
         named = sorted(model.named)
         self._special = _rows_by_text(token for token in named if token.kind is TokenKind.SPECIAL)
         self._unused = _rows_by_text(token for token in named if token.kind is TokenKind.UNUSED)
@@ -167,7 +166,7 @@ class _RowFinder:
 
     def find_strings(self, tokens: Iterable[Token]) -> dict[int, int]:
         """Return the row of each id whose string and bytes the model has as text: of most tokens, found at once."""
-        return self._text.find_strings(token for token in tokens if token.kind in _TEXT)
+        return self._text.find_strings(token for token in tokens if token.is_text)
 
     def find(self, token: Token) -> tuple[int, MatchReason]:
         """Return the row, or -1, and the reason."""
@@ -271,7 +270,7 @@ def _same_text(output: Vocabulary, model: Vocabulary) -> bool:
     most_unequal = len(output.tokens) * (1 - SAME_VOCABULARY) + 1
     for id_, one in output.tokens.items():
         other = model.tokens.get(id_)
-        if other is not None and one.kind in _TEXT and other.kind in _TEXT:
+        if other is not None and one.is_text and other.is_text:
             common += 1
             equal += one.text == other.text
             if common - equal > most_unequal:

@@ -12,7 +12,6 @@ from mergekit_omp.vocabulary.byte_encoding import name_of, parts_of
 from mergekit_omp.vocabulary.tokens import TokenKind, Vocabulary, read_vocabulary
 
 Encoder = Callable[[Sequence[str]], list[list[int]]]
-_TEXT = (TokenKind.ORDINARY, TokenKind.BYTE)
 
 
 def pieces(
@@ -43,7 +42,7 @@ def pieces(
     longest = max(map(len, known_ids), default=0)
     split = []
     for data, encoded in zip(token_bytes, _encode_all(token_bytes, text_encoder(model_tokenizer, model)), strict=True):
-        known = [id_ for id_ in encoded if id_ in model.tokens and model.tokens[id_].kind in _TEXT]
+        known = [id_ for id_ in encoded if id_ in model.tokens and model.tokens[id_].is_text]
         spelled = b"".join(model.tokens[id_].data for id_ in known) == data
         split.append(known if spelled else spell(data, known_ids, longest) or known)
     return split

@@ -52,6 +52,11 @@ class Token(NamedTuple):
     kind: TokenKind
     added: bool = False
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it stands for bytes of texts, as ordinary and byte-fallback tokens do."""
+        return self.kind in (TokenKind.ORDINARY, TokenKind.BYTE)
+
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
