@@ -61,13 +61,15 @@ def summary(record: JsonObject) -> Iterator[Part]:
         yield ""
         yield heading(title)
         yield indented(table_of_spans(measured))
-    if lines := audit_lines(record):
+    lines = audit_lines(record)
+    if lines:
         yield ""
         yield heading("Audit, the part that runs no model")
         yield from (f"  {line}" for line in lines)
-    if advice(record):
+    notes = [sentence for sentence in advice(record) if sentence not in lines]
+    if notes:
         yield ""
-    yield from map(note, advice(record))
+    yield from map(note, notes)
 
 
 def _describe_solves(solves: Sequence[JsonObject]) -> Iterator[Part]:

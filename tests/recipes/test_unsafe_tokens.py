@@ -142,6 +142,8 @@ def test_keep_warns_by_the_rows_alone(tied: bool, tmp_path: Path, monkeypatch: p
         assert why == ["likely everywhere"] * (id_ in likely.tolist()) + [far] * (id_ in planted)
     [advice] = [line for line in summary.advice(read_record(tmp_path / "out")) if "the rows alone" in line]
     assert f"{len(expected)} of {len(new)} approximated rows are suspicious" in advice
+    shown = CliRunner().invoke(main, ["report", str(tmp_path / "out"), "--html", str(tmp_path / "page.html")]).stdout
+    assert " ".join(shown.split()).count("approximated rows are suspicious") == 1
 
 
 def test_keep_warns_of_the_input_embedding(tmp_path: Path) -> None:
