@@ -1,11 +1,12 @@
 """Load a model, or its tokenizer alone, by the name that a command or a record gives."""
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from mergekit.common import ModelPath, ModelReference
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mergekit_omp.checkpoints.tokenizers import load_tokenizer
 from mergekit_omp.errors import OmpError, failures_as
@@ -47,8 +48,19 @@ def load_model(
         OmpError: if it cannot be loaded; the message begins with ``key``.
     """
     reference = reference_of(name, key).model
-    with failures_as(lambda reason: f"{key}: {name} cannot be loaded as a causal language model: {reason}."):
+    with failures_to_load(name, key):
         model = AutoModelForCausalLM.from_pretrained(
             reference.path, revision=reference.revision, dtype=dtype, trust_remote_code=trust_remote_code
         )
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers' annotation of `to` lacks self
+
+
+def empty_model(config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """Build a causal language model without its weights; raises what its constructor does."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def failures_to_load(name: str | Path, key: str) -> AbstractContextManager[None]:
+    """Raise an OmpError that begins with ``key`` for whatever stops a causal language model from being loaded."""
+    return failures_as(lambda reason: f"{key}: {name} cannot be loaded as a causal language model: {reason}.")

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mergekit_omp.checkpoints.files import read_settings
 from mergekit_omp.checkpoints.input_folders import InputFolders
-from mergekit_omp.checkpoints.models import load_model, reference_of
-from mergekit_omp.errors import OmpError, explained, failures_as
+from mergekit_omp.checkpoints.models import load_model
+from mergekit_omp.errors import OmpError, explained
 from mergekit_omp.evaluation.spans import SpanRuler, spans_as_dict
 from mergekit_omp.healing.alignment import AlignedWindow, Reader, align
 from mergekit_omp.healing.beginnings import sums
@@ -23,13 +22,13 @@ from mergekit_omp.healing.checks import Check, Checker
 from mergekit_omp.healing.generation import generate
 from mergekit_omp.healing.models import check_bodies, check_rows, load_reader, teacher_of
 from mergekit_omp.healing.options import HealOptions
-from mergekit_omp.healing.output import folder_of, write_model
+from mergekit_omp.healing.output import folder_of, record_of, write_model
 from mergekit_omp.healing.student import Student
 from mergekit_omp.healing.teacher import Teacher
 from mergekit_omp.healing.texts import Texts, make_texts, read_texts
 from mergekit_omp.healing.training import Budget, Progress, Trainer
 from mergekit_omp.output.staging import staged
-from mergekit_omp.report.record import RECORD_FILE, versions
+from mergekit_omp.report.record import versions
 
 LOG = logging.getLogger(__name__)
 
@@ -52,14 +51,9 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
             interruption, unless the best state is to be written then.
     """
     texts = read_texts(options.text, options.seed) if options.text else None
-    with failures_as(
-        lambda reason: (
-            f"model: {options.model} is neither a folder nor a model that the hub gives ({reason}); write "
-            "<owner>/<name> or a path."
-        )
-    ):
-        source = folder_of(options.model)
-    base_name = teacher_of(options, read_settings(reference_of(source, "model"), RECORD_FILE))
+    source = folder_of(options.model)
+    record = record_of(source)
+    base_name = teacher_of(options, record)
     inputs = InputFolders([options.model, base_name])
     with inputs.unchanged():
         check_bodies(options.model, base_name, options.trust_remote_code)
@@ -105,7 +99,7 @@ def heal(options: HealOptions, *, progress: bool = True) -> dict[str, Any]:
             )
         healed = student.finished(done.best_state, written_dtype)
         summary = _describe(options, base_name, texts, done, checker, supply.skipped)
-        write_model(folder, healed, source, summary)
+        write_model(folder, healed, source, record, summary)
     return summary
 
 

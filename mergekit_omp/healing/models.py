@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mergekit_omp.checkpoints.files import read_config
-from mergekit_omp.checkpoints.models import reference_of, tokenizer_of
-from mergekit_omp.errors import OmpError, failures_as
+from mergekit_omp.checkpoints.models import empty_model, failures_to_load, reference_of, tokenizer_of
+from mergekit_omp.errors import OmpError
 from mergekit_omp.healing.alignment import Reader
 from mergekit_omp.healing.options import HealOptions
 from mergekit_omp.report.record import RECORD_FILE
@@ -83,11 +82,8 @@ def check_rows(reader: Reader, model: PreTrainedModel, name: str, key: str) -> N
 def _shapes(name: str, trust_remote_code: bool, key: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors but the vocabulary matrices."""
     config = read_config(reference_of(name, key), trust_remote_code, key)
-    with (
-        failures_as(lambda reason: f"{key}: {name} cannot be loaded as a causal language model: {reason}."),
-        torch.device("meta"),
-    ):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    with failures_to_load(name, key):
+        model = empty_model(config, trust_remote_code)
     rows = {id(module) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     matrices = {
         f"{path}.{name}"

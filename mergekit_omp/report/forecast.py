@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
 from pydantic import ByteSize, TypeAdapter
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_omp.checkpoints.architecture import VocabularyRole, hidden_size, is_tied
+from mergekit_omp.checkpoints.models import empty_model
 from mergekit_omp.initializers.regression import memory_of_regression
 from mergekit_omp.parameters import Approximation, Numerals, OmpParameters, Reconstruction, UnsafeTokens
 from mergekit_omp.recipe.blocks import settings_of
@@ -326,10 +326,7 @@ def _output_bytes(transplant: Transplant) -> int | None:
 def _built(model: RecipeModel, transplant: Transplant) -> PreTrainedModel | None:
     """Return a model without its weights; None if transformers cannot build it."""
     try:
-        with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(
-                _config(model), trust_remote_code=transplant.trust_remote_code
-            )
+        return empty_model(_config(model), transplant.trust_remote_code)
     except Exception:  # arbitrary errors of a model's constructor
         return None
 
