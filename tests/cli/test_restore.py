@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from helpers.checkpoints import (
     ENGLISH,
     PYTHON,
+    add_code,
     byte_level_tokenizer,
     make_model,
     save,
@@ -198,26 +199,18 @@ def test_a_full_disk(
 def test_code_that_configurations_name_is_copied(pair: tuple[Path, Path], tmp_path: Path) -> None:
     """The model's for its body, and the base's for its tokenizer."""
     base, model = (shutil.copytree(folder, tmp_path / folder.name) for folder in pair)
-    code = {
-        model / "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .part_own import NAME\n\n\n"
-        "class Model(LlamaForCausalLM):\n    own_name = NAME\n",
-        model / "part_own.py": "NAME = 'own'\n",
-        model / "unused.py": "",
-        base / "tokenization_own.py": "from transformers import PreTrainedTokenizerFast\n\n\n"
-        "class Tokenizer(PreTrainedTokenizerFast):\n    own_name = 'own'\n",
-    }
-    for path, text in code.items():
-        path.write_text(text)
-    maps = {
-        model / "config.json": {"AutoModelForCausalLM": "modeling_own.Model"},
-        base / "tokenizer_config.json": {"AutoTokenizer": [None, "tokenization_own.Tokenizer"]},
-    }
-    for path, auto_map in maps.items():
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
+    code = add_code(model)
+    (model / "unused.py").write_text("")
+    (base / "tokenization_own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\n"
+        "class Tokenizer(PreTrainedTokenizerFast):\n    own_name = 'own'\n"
+    )
+    path, auto_map = base / "tokenizer_config.json", {"AutoTokenizer": [None, "tokenization_own.Tokenizer"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": auto_map}))
     back = tmp_path / "back"
     result = call("restore", model, back, "--base", base)
     assert result.exit_code == 0, result.output
-    assert {path.name for path in back.glob("*.py")} == {path.name for path in code} - {"unused.py"}
+    assert {path.name for path in back.glob("*.py")} == code | {"tokenization_own.py"}
     assert AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True).own_name == "own"
     assert AutoTokenizer.from_pretrained(back, trust_remote_code=True).own_name == "own"
 

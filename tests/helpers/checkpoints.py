@@ -153,6 +153,21 @@ def _pickle_name(name: str) -> str:
     return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
 
 
+def add_code(folder: Path) -> set[str]:
+    """Give a checkpoint of a Llama code of its own, whose class has an ``own_name``; return the names of the files."""
+    code = {
+        "modeling_own.py": "from transformers import LlamaForCausalLM\n\nfrom .part_own import NAME\n\n\n"
+        "class Model(LlamaForCausalLM):\n    own_name = NAME\n",
+        "part_own.py": "NAME = 'own'\n",
+    }
+    for name, text in code.items():
+        (folder / name).write_text(text)
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return set(code)
+
+
 def run_recipe(
     recipe: dict[str, Any] | str,
     out: Path,

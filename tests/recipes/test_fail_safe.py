@@ -19,7 +19,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, save, sentencepiece_tokenizer
+from helpers.checkpoints import (
+    ENGLISH,
+    PYTHON,
+    add_code,
+    byte_level_tokenizer,
+    make_model,
+    save,
+    sentencepiece_tokenizer,
+)
 from helpers.commands import merge_here, recipe, refusal
 from mergekit.io.tensor_writer import TensorWriter
 from safetensors.torch import load_file
@@ -431,14 +439,7 @@ def test_code_that_comes_with_a_base(tmp_path: Path, pair: tuple[Path, Path], tr
     """Check that an output needs nothing of its base: it has the code, or transformers' class for the model type."""
     base, donor = tmp_path / "base", pair[1]
     shutil.copytree(pair[0], base)
-    (base / "modeling_own.py").write_text(
-        "from transformers import LlamaForCausalLM\n\nfrom .part_own import NAME\n\n\n"
-        "class Model(LlamaForCausalLM):\n    own_name = NAME\n"
-    )
-    (base / "part_own.py").write_text("NAME = 'own'\n")
-    config = json.loads((base / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Model"}
-    (base / "config.json").write_text(json.dumps(config))
+    add_code(base)
     out = tmp_path / "out"
     result = merge_here(recipe(base, donor), out, *OPTIONS, *(["--trust-remote-code"] if trusted else []))
     assert result.exit_code == 0, result.output
