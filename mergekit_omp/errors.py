@@ -16,6 +16,9 @@ import click
 
 LOG = logging.getLogger(__name__)
 
+UNFINISHED = ".unfinished"
+"""Ending of the folder that holds the files of an output until all are there."""
+
 
 class OmpError(click.ClickException, ValueError):
     """Raised for an invalid recipe or model; the message is shown to the user.
@@ -132,7 +135,7 @@ def _other_file(error: Exception, out_path: str | os.PathLike[str]) -> str | Non
     if not isinstance(name, str):
         return None
     out, path = Path(os.path.realpath(out_path)), Path(os.path.realpath(name))
-    folders = (out, out.with_name(f"{out.name}.unfinished"))  # the files are in the second until all are there
+    folders = (out, out.with_name(out.name + UNFINISHED))
     return None if any(folder in (path, *path.parents) for folder in folders) else name
 
 

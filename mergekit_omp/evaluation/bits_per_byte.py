@@ -32,7 +32,6 @@ LOG = logging.getLogger(__name__)
 WINDOW_BYTES = 1536
 """Default length of a window in bytes: about 400 tokens of English, which fit every model's context."""
 
-
 _SUITES = ("tuning", "held_out")
 
 

@@ -74,7 +74,7 @@ def with_numbers(make: RowFunction, numbers: Numbers, shift: LogitShift) -> RowF
         new_rows = make(weight, is_head)
         if weight.ndim != 2 or not len(numbers.places):
             return new_rows
-        of_digits = torch.stack([weight[list(rows)].float().mean(dim=0) for rows in numbers.pieces])
+        of_digits = torch.stack([weight[list(split)].float().mean(dim=0) for split in numbers.pieces])
         if is_head or shift.tied:
             of_digits -= reduction.to(weight.device)[:, None] * shift.direction.to(weight.device)
         new_rows = new_rows.float().clone()

@@ -189,7 +189,8 @@ def _write_files(folder: Path, staging: Path, base: ModelReference) -> None:
     for name in _FILES:
         if path := find_file(base, name):
             shutil.copyfile(path, staging / name)
-            copy_code(read_settings(base, name) if name.endswith("_config.json") else {}, base, staging)
+            if name.endswith("_config.json"):
+                copy_code(read_settings(base, name), base, staging)
     for index in folder.glob("*.index.json"):
         described = read_json(index)
         described["metadata"] = {"total_size": sum(path.stat().st_size for path in staging.glob("*.safetensors"))}

@@ -10,11 +10,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mergekit_omp.checkpoints.files import has_complete_weights
-from mergekit_omp.errors import OmpError, explanation, first_line
+from mergekit_omp.errors import UNFINISHED, OmpError, explanation, first_line
 
 LOG = logging.getLogger(__name__)
-
-UNFINISHED = ".unfinished"
 
 
 @contextmanager

@@ -199,14 +199,13 @@ def _get_architecture(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dic
 def _model_out_config(wrapped: Wrapped, _instance: Any, args: tuple, kwargs: dict) -> Any:
     settings = wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
-    config = call.arguments.get("config")
-    if not _is_for_us(config):
+    if not _is_for_us(call.arguments.get("config")):
         return settings
     from mergekit_omp.output.config import without_ids_of_base
     from mergekit_omp.output.layers import with_layers_of_slices
-    from mergekit_omp.recipe.blocks import models_in_order
 
-    original = models_in_order(config)[0].config(call.arguments.get("trust_remote_code", False))
+    config = call.arguments["config"]
+    original = config.referenced_models()[0].config(call.arguments.get("trust_remote_code", False))
     with_layers_of_slices(settings, original, config)
     return without_ids_of_base(settings)
 

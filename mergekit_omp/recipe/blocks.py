@@ -82,8 +82,8 @@ def leaves(key: str, setting: ParameterSetting) -> Iterator[Any]:
 
 def settings_of(config: MergeConfiguration, name: str) -> list[Any]:
     """Return every value of one of this package's parameters, including the default if an input is without a value."""
-    scopes = parameter_scopes(config)
-    values = [value for key, scope in scopes if name in scope for value in leaves(f"{key}.{name}", scope[name])]
+    named = [(key, scope[name]) for key, scope in parameter_scopes(config) if name in scope]
+    values = [value for key, setting in named for value in leaves(f"{key}.{name}", setting)]
     if all(any(_sets(scope, name) for scope in scopes) for scopes in _scopes_of_inputs(config)):
         return values
     return [*values, OmpParameters.model_fields[name].default]

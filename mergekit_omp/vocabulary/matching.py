@@ -32,7 +32,6 @@ class MatchReason(IntEnum):
 TEXT_REASONS = (MatchReason.SAME_STRING, MatchReason.SAME_BYTES, MatchReason.BYTE_TOKEN)
 NEW_REASONS = (MatchReason.MISSING, MatchReason.MISSING_SPECIAL)
 
-
 SAME_VOCABULARY = 0.99
 """Share of equal text tokens, among ids that are text in both, above which two vocabularies count as the same."""
 
