@@ -26,7 +26,7 @@ from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
 from mergekit_omp.solver.memory import ProblemShape
-from mergekit_omp.solver.precision import full_precision, seconds_of_product
+from mergekit_omp.solver.precision import full_precision, seconds_of
 from mergekit_omp.vocabulary.matching import MatchReason
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 from mergekit_omp.vocabulary.tokens import TokenKind
@@ -250,7 +250,7 @@ def _products_a_second(dim: int) -> float:
     rows = torch.randn(max(1, _PROBE_NUMBERS_ON_CPU // dim), dim, generator=torch.Generator().manual_seed(0))
     few = rows[:_PROBE_TARGETS]
     with full_precision():
-        return few.numel() * len(rows) / seconds_of_product(few, rows.T)
+        return few.numel() * len(rows) / seconds_of(lambda: few @ rows.T)
 
 
 @contextmanager

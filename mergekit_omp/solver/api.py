@@ -34,8 +34,7 @@ def solve_omp(
 ) -> SparseCodes:
     """Approximate each target by a linear combination of at most k atoms.
 
-    While it runs, torch's precision of matrix products is the one that this function needs, in all threads. On CPUs
-    that multiply bfloat16, float32 products of other threads may then be made from bfloat16.
+    While it runs, torch's precision of matrix products is the one that this function needs, in all threads.
 
     Args:
         targets: (B, d) of any floating dtype.

@@ -5,7 +5,6 @@ Letters in shapes: B targets, N atoms, d dimensions, k sparsity.
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from mergekit_omp.solver.codes import SparseCodes, concatenate
 from mergekit_omp.solver.dispatch import plan_solve
 from mergekit_omp.solver.least_squares import rows_at_a_time
 from mergekit_omp.solver.memory import ProblemShape, budget_on
-from mergekit_omp.solver.precision import bfloat16_products, bfloat16_time, held_by_bfloat16
+from mergekit_omp.solver.precision import held_by_bfloat16
 from mergekit_omp.solver.scan.screening import Screen
 from mergekit_omp.solver.scan.search import solve_by_scan
 from mergekit_omp.solver.threads import map_chunks
@@ -49,13 +48,7 @@ def solve_on(
         atoms = atoms / scale[:, None]
         norms = atoms.norm(dim=1)
     shape = ProblemShape(len(targets), len(atoms), atoms.shape[1], k)
-    bfloat16 = (
-        device.type == "cpu"
-        and sharing == 1  # the precision of products is that of all threads
-        and bfloat16_time() < 1
-        and held_by_bfloat16(atoms)
-        and held_by_bfloat16(targets)
-    )
+    bfloat16 = device.type == "cpu" and held_by_bfloat16(atoms) and held_by_bfloat16(targets)
     plan = plan_solve(device, shape, bfloat16=bfloat16, memory_budget=budget, sharing=sharing)
     LOG.info("OMP of %d targets over %d atoms, d = %d, k = %d, on %s: %s", *shape, device, plan)
 
@@ -69,9 +62,8 @@ def solve_on(
         from mergekit_omp.solver.gram.matrix import build_gram
         from mergekit_omp.solver.gram.search import solve_by_gram
 
-        with bfloat16_products() if bfloat16 else nullcontext():
-            gram = build_gram(atoms, norms, plan.threads, half=plan.half)
-            return codes_of(*solve_by_gram(targets, gram, k, plan.chunk, plan.threads, progress=progress))
+        gram = build_gram(atoms, norms, plan.threads, half=plan.half, bfloat16=plan.bfloat16)
+        return codes_of(*solve_by_gram(targets, gram, k, plan.chunk, plan.threads, progress=progress))
     screen = Screen(atoms, norms, plan.dtype)
 
     def solve_chunk(chunk: Tensor) -> SparseCodes:

@@ -15,7 +15,6 @@ import torch
 from mergekit_omp.solver import memory
 from mergekit_omp.solver.gram.state import slot_bytes
 from mergekit_omp.solver.memory import ProblemShape
-from mergekit_omp.solver.precision import bfloat16_time
 
 LOG = logging.getLogger(__name__)
 
@@ -52,6 +51,7 @@ class SolvePlan:
         threads: number of chunks that are solved concurrently.
         chunk: targets per chunk, or with a Gram matrix targets that are solved together by all threads.
         half: whether a Gram matrix holds each pair of atoms once.
+        bfloat16: whether the products of a Gram matrix are made in bfloat16.
         pairs: limit of a ``scan`` thread on pairs of a target and a candidate atom in memory.
         matrix_bytes: memory of the matrix and the atoms, and of the targets that are solved together.
         products: float32 products of a matrix product that takes as long as the solve; for a scan 0.
@@ -65,12 +65,15 @@ class SolvePlan:
     matrix_bytes: int
     products: float
     half: bool = False
+    bfloat16: bool = False
 
     def __str__(self) -> str:
         """Format the plan for the log."""
         name = str(self.dtype).removeprefix("torch.")
         if self.method == "gram":
-            how = f"{'half' if self.half else 'whole'} gram in {name}, {self.chunk} targets together"
+            products = "bfloat16" if self.bfloat16 else "float32"
+            size = "half" if self.half else "whole"
+            how = f"{size} gram in {name}, {products} products, {self.chunk} targets together"
         else:
             how = f"{self.method} in {name}, {self.threads} threads x {self.chunk} targets"
         return f"{how}, {self.matrix_bytes / 2**20:,.0f} MiB for matrices"
@@ -96,7 +99,8 @@ def plan_solve(
     budget = memory.budget_on(device, memory_budget) // sharing
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
-    product = bfloat16_time() if bfloat16 else 1.0
+    pays = device.type == "cpu" and math.prod(shape) > GRAM_MIN_GAIN  # or no matrix does
+    product = _bfloat16_time() if bfloat16 and pays else 1.0
     plans = [_plan_gram(budget, shape, threads, pairs, product, half=half) for half in (False, True)]
     fastest = min((plan for plan in plans if plan is not None), key=lambda plan: plan.products, default=None)
     if fastest is not None and gram_pays(device, shape, fastest.products):
@@ -115,7 +119,7 @@ def _plan_gram(
         return None
     held = memory.gram_matrix_bytes(shape, threads, half=half) + slots * slot_bytes(*shape[1:])
     products = gram_products(shape, slots, product, half=half) + CLEAR_COST * held
-    return SolvePlan("gram", torch.int16, threads, slots, pairs, held, products, half)
+    return SolvePlan("gram", torch.int16, threads, slots, pairs, held, products, half, product < 1)
 
 
 def gram_pays(device: torch.device, shape: ProblemShape, products: float) -> bool:
@@ -138,6 +142,15 @@ def gram_products(shape: ProblemShape, slots: int, product: float, *, half: bool
     completion = MIRROR_COST * atoms**2 / slots if half else 0
     products = BUILD_COST * atoms**2 * dim + targets * atoms * dim
     return product * products + targets * k * (step + completion)
+
+
+def _bfloat16_time() -> float:
+    """Return the time of a product of rows that bfloat16 holds, in units of one in float32."""
+    if load_gram_search() is None:
+        return 1.0
+    from mergekit_omp.solver.gram.bfloat16 import relative_time
+
+    return relative_time()
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:

@@ -1,13 +1,9 @@
-"""Set how torch computes products of float32 matrices while a solve runs.
-
-Rows of most checkpoints are in bfloat16. A product of two such numbers is exact in float32, so a CPU that multiplies
-bfloat16 and adds in float32 makes errors no larger than those of float32, in about half the time.
-"""
+"""Set how torch computes products of matrices while a solve runs, and time them."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -18,12 +14,6 @@ from mergekit_omp.solver.least_squares import rows_at_a_time
 
 REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
 """Settings that let a GPU accumulate float16 products in float16; the second exists since torch 2.7."""
-
-WORTHWHILE = 0.8
-"""Share of the time of a float32 product above which products of bfloat16 are not used."""
-
-PROBE = 1024
-"""Rows and columns of the products that are timed."""
 
 _lock, _running, _before = Lock(), 0, ExitStack()
 
@@ -70,54 +60,16 @@ def has_backends() -> bool:
     return hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
-@contextmanager
-def bfloat16_products() -> Iterator[None]:
-    """Compute float32 products on the CPU from bfloat16, inside :func:`full_precision`, for matrices that it holds.
-
-    Has no effect if several solves run, or as soon as another one begins: their matrices may be others.
-    """
-    with _lock:
-        if _running == 1:
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        with _lock:
-            torch.backends.mkldnn.matmul.fp32_precision = "ieee"  # type: ignore[attr-defined]
-
-
 def held_by_bfloat16(rows: Tensor) -> bool:
     """Tell whether bfloat16 holds all numbers of rows (B, d) exactly."""
     return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in rows.split(rows_at_a_time(rows)))
 
 
-def bfloat16_time() -> float:
-    """Return how long a product of float32 matrices from bfloat16 takes on this CPU, in units of one in float32.
-
-    It is 1 where :func:`bfloat16_products` has no effect, or is not worth using: on a CPU without instructions for
-    it, with a torch that has no setting, or while several solves run.
-    """
-    with _lock:
-        return _measured_time() if has_backends() and _running < 2 else 1.0
-
-
-@cache
-def _measured_time() -> float:
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set at run time
-    rows, before = torch.ones(PROBE, PROBE), matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    usual = seconds_of_product(rows, rows)
-    matmul.fp32_precision = "bf16"
-    share = seconds_of_product(rows, rows) / usual
-    matmul.fp32_precision = before
-    return share if share < WORTHWHILE else 1.0
-
-
-def seconds_of_product(left: Tensor, right: Tensor) -> float:
+def seconds_of(product: Callable[[], object]) -> float:
     """Measure a product of matrices on the CPU: the least time of eight, of which the first sets libraries up."""
     times = []
     for _ in range(8):
         started = time.perf_counter()
-        left @ right
+        product()
         times.append(time.perf_counter() - started)
     return min(times)

@@ -6,9 +6,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +21,13 @@ from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mergekit_omp.errors import OmpError
-from mergekit_omp.solver import device as solver_device
 from mergekit_omp.solver import dispatch, memory, solve_omp
 from mergekit_omp.solver.dispatch import plan_solve
+from mergekit_omp.solver.gram import bfloat16 as gram_bfloat16
+from mergekit_omp.solver.gram import matrix as gram_matrix
 from mergekit_omp.solver.gram import search as gram_search
 from mergekit_omp.solver.gram import state as gram_state
+from mergekit_omp.solver.gram.bfloat16 import is_supported, multiply, pack
 from mergekit_omp.solver.gram.layout import STRIP, UNIT, padded
 from mergekit_omp.solver.gram.matrix import Gram, build_gram
 from mergekit_omp.solver.least_squares import least_squares
@@ -37,13 +39,7 @@ from mergekit_omp.solver.memory import (
     scan_chunk,
     scan_matrix_bytes,
 )
-from mergekit_omp.solver.precision import (
-    bfloat16_products,
-    bfloat16_time,
-    full_precision,
-    has_backends,
-    held_by_bfloat16,
-)
+from mergekit_omp.solver.precision import full_precision, has_backends, held_by_bfloat16
 from mergekit_omp.solver.reference import reference_omp
 from mergekit_omp.solver.scan import fixed_shape, gpu_operations
 from mergekit_omp.solver.scan import search as scan_search
@@ -259,41 +255,66 @@ def test_low_precision_settings_do_not_affect_the_solver(setting: str) -> None:
 
 @pytest.mark.skipif(not has_backends(), reason="torch before 2.9")
 def test_no_solve_multiplies_in_the_precision_of_another() -> None:
-    """Begin and end solves in any order: a new one ends products from bfloat16, and the last one restores."""
+    """Begin and end solves in any order: only the last one restores the setting of the program."""
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
-    one, products, other = full_precision(), bfloat16_products(), full_precision()
+    matmul.fp32_precision = "bf16"
+    one, other = full_precision(), full_precision()
     one.__enter__()
-    with bfloat16_products():
-        assert matmul.fp32_precision == "bf16"
-    assert matmul.fp32_precision == "ieee"
-    products.__enter__()
     other.__enter__()
-    assert matmul.fp32_precision == "ieee"
-    with bfloat16_products():
-        assert matmul.fp32_precision == "ieee"
-    products.__exit__(None, None, None)
     one.__exit__(None, None, None)
     assert matmul.fp32_precision == "ieee"
     other.__exit__(None, None, None)
-    assert matmul.fp32_precision == before
+    assert matmul.fp32_precision == "bf16"
+    matmul.fp32_precision = before
 
 
 def test_bfloat16_is_used_only_for_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Count how the products of a solve are made, on any CPU."""
     used: list[bool] = []
-    monkeypatch.setattr(solver_device, "bfloat16_time", lambda: 0.5)
-    monkeypatch.setattr(solver_device, "bfloat16_products", lambda: nullcontext(used.append(True)))
+
+    def build(*arguments: Any, half: bool, bfloat16: bool) -> Gram:
+        used.append(bfloat16)
+        return build_gram(*arguments, half=half, bfloat16=bfloat16 and is_supported())
+
+    monkeypatch.setattr(gram_matrix, "build_gram", build)
+    monkeypatch.setattr(dispatch, "_bfloat16_time", lambda: 0.5)
+    monkeypatch.setattr(dispatch, "GRAM_MIN_GAIN", 0)
     force(monkeypatch, WHOLE)
     held, other = random_rows(300, 32, 90).bfloat16().float(), random_rows(20, 32, 91)
-    for targets, atoms, expected in ((other.bfloat16(), held, 1), (other, held, 0), (held[:9], other, 0)):
-        used.clear()
+    for targets, atoms, expected in ((other.bfloat16(), held, True), (other, held, False), (held[:9], other, False)):
         codes = solve_omp(targets, atoms, 4)
-        assert len(used) == expected
+        assert used.pop() is expected
         assert torch.equal(codes.indices, reference_omp(targets, atoms, 4).indices)
-    used.clear()
     solve_omp(other.bfloat16(), held, 4, normalize_atoms=True)
-    assert not used
+    assert used == [False]
+
+
+@pytest.mark.skipif(not is_supported(), reason="a CPU without AVX512-BF16")
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 70),
+    dim=st.integers(1, 300),
+    exponent=st.integers(-20, 20),
+    seed=st.integers(0, 10_000),
+)
+def test_products_in_bfloat16(rows: int, columns: int, dim: int, exponent: int, seed: int) -> None:
+    """Compare with float64: sums are rounded once for each product, whatever the panels' padding."""
+    left, right = (random_rows(*shape, 1.0).bfloat16() for shape in ((rows, dim, seed), (columns, dim, seed + 1)))
+    power, one = torch.full((rows,), 2.0**exponent), torch.ones(columns, dtype=torch.float64)
+    product = multiply(pack(left.float(), power), pack(right.double(), one), rows, columns)
+    expected = left.double() @ right.double().T * 2.0**exponent
+    bound = left.double().norm(dim=1)[:, None] * right.double().norm(dim=1) * 2.0**exponent * dim * 2**-24
+    assert product.shape == (rows, columns)
+    assert ((torch.from_numpy(product) - expected).abs() <= bound).all()
+
+
+def test_products_in_bfloat16_are_timed() -> None:
+    """Check that a CPU without the instruction, and code for another CPU than this one, does without them."""
+    assert 0 < gram_bfloat16.relative_time() <= 1
+    script = "from mergekit_omp.solver.gram.bfloat16 import relative_time; assert relative_time() == 1"
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"NUMBA_CPU_NAME": "generic"})
 
 
 @given(
@@ -584,8 +605,8 @@ def test_properties_of_every_solution(count: int, dim: int, k: int, seed: int, c
     assert (inner.abs().amax(1) <= 1e-7 * targets.norm(dim=1)).all()
 
 
-def gram_of(atoms: torch.Tensor, threads: int = 1, *, half: bool = False) -> Gram:
-    return build_gram(atoms, atoms.norm(dim=1), threads, half=half)
+def gram_of(atoms: torch.Tensor, threads: int = 1, *, half: bool = False, bfloat16: bool = False) -> Gram:
+    return build_gram(atoms, atoms.norm(dim=1), threads, half=half, bfloat16=bfloat16)
 
 
 def cosines_of(gram: Gram) -> torch.Tensor:
@@ -619,13 +640,9 @@ def test_gram_is_the_matrix_of_cosines(
     atoms[seed % count] = 0
     unit = torch.nn.functional.normalize(atoms.double() / size)
     atoms[seed % count, 0] = 1e-40  # as good as none
-    with ExitStack() as stack:
-        if bfloat16 and has_backends():
-            stack.enter_context(full_precision())
-            stack.enter_context(bfloat16_products())
-        gram = gram_of(atoms, threads=2, half=half)
-        kept = np.zeros((5, padded(count)), np.int16)
-        gram.store_cosines(rows, rows.norm(dim=1), kept, np.array([3, 0, 4]))
+    gram = gram_of(atoms, threads=2, half=half, bfloat16=bfloat16 and is_supported())
+    kept = np.zeros((5, padded(count)), np.int16)
+    gram.store_cosines(rows, rows.norm(dim=1), kept, np.array([3, 0, 4]))
     difference = cosines_of(gram)[:, :count] - unit @ unit.T
     assert (difference.triu() if half else difference).abs().max() <= 0.5 / UNIT + (dim + 16) * 2**-24
     targets = torch.nn.functional.normalize(rows)
@@ -705,9 +722,10 @@ def test_the_plan_is_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> N
     assert (plan.chunk, plan.half) == (SLOTS * plan.threads, False)
     assert 2 * 30_000**2 < plan.matrix_bytes < budget
     assert plan.products > 0
-    assert 0 < bfloat16_time() <= 1
-    monkeypatch.setattr(dispatch, "bfloat16_time", lambda: 0.5)
+    assert not plan.bfloat16
+    monkeypatch.setattr(dispatch, "_bfloat16_time", lambda: 0.5)
     faster = plan_solve(CPU, shape, bfloat16=True, memory_budget=budget)
+    assert faster.bfloat16
     assert 0.5 * plan.products < faster.products < plan.products
     half = plan_solve(CPU, shape, memory_budget=3 * 2**29)
     assert (half.method, half.half) == ("gram", True)

@@ -14,6 +14,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
+from mergekit_omp.solver.gram.bfloat16 import NOT_PACKED, multiply, pack, panels
 from mergekit_omp.solver.gram.kernels import compiled, store_rows, store_square
 from mergekit_omp.solver.gram.layout import LINE, STRIP, UNIT, matrix_places, padded
 from mergekit_omp.solver.threads import map_in_threads
@@ -30,6 +31,9 @@ class Gram(NamedTuple):
 
     Attributes:
         atoms: float32 (N, d).
+        packed: int32 (n, q, PANEL), the atoms times powers of two, in n panels for products of bfloat16; empty where
+            products are in float32.
+        scale: float32 (N,), the inverse norms of the rows of which products are made; 0 for negligible atoms.
         largest_norm: largest norm of the atoms, the unit of norms and correlations.
         norms: float32 (P,), 0 for padding and negligible atoms.
         inverse_norms: float32 (P,), in units of 1 / :data:`UNIT`; :data:`NO_ATOM` where the norm is 0.
@@ -40,6 +44,8 @@ class Gram(NamedTuple):
     """
 
     atoms: ndarray
+    packed: ndarray
+    scale: ndarray
     largest_norm: float
     norms: ndarray
     inverse_norms: ndarray
@@ -53,14 +59,17 @@ class Gram(NamedTuple):
 
         What is there for padding is left.
         """
-        count = len(self.atoms)
-        atoms, relative = torch.from_numpy(self.atoms), torch.from_numpy(self.norms[:count])
-        scale = (1 / (relative * self.largest_norm)).where(relative > 0, torch.zeros_like(relative)).numpy()
         power, rest = _powers_of_two(norms)
-        targets, factors = (targets * power[:, None]).float(), rest.float().numpy()
-        for start in range(0, count, STRIP):
-            part = slice(start, min(start + STRIP, count))
-            store_rows((targets @ atoms[part].T).numpy(), factors, scale[part], out, rows, start)
+        factors = rest.float().numpy()
+        packed = pack(targets, power) if len(self.packed) else None
+        targets = (targets * power[:, None]).float()
+        for start in range(0, len(self.atoms), STRIP):
+            scale = self.scale[start : start + STRIP]
+            if packed is None:
+                product = (targets @ torch.from_numpy(self.atoms[start : start + STRIP]).T).numpy()
+            else:
+                product = multiply(packed, panels(self.packed, start), len(targets), len(scale))
+            store_rows(product, factors, scale, out, rows, start)
 
 
 def _powers_of_two(norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,11 +103,12 @@ def empty_places(count: int) -> ndarray:
     return room[first : first + count]
 
 
-def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gram:
+def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool, bfloat16: bool = False) -> Gram:
     """Build the matrix of distinct atoms float32 (N, d) with norms (N,), on the CPU.
 
-    Products of rows with unusual norms may be too small or too large for float32. Such rows are multiplied by powers
-    of two before, which keeps what bfloat16 holds, and their products by the rest.
+    Products are made in bfloat16 if told that it holds the atoms and all targets. Products of rows with unusual norms
+    may be too small or too large for float32. Such rows are multiplied by powers of two before, which changes no
+    digits, and their products by the rest.
     """
     count, width = len(atoms), padded(len(atoms))
     tiny = torch.finfo(torch.float32).tiny  # smaller norms have an infinite inverse
@@ -106,20 +116,36 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool) -> Gra
     known = norms > max(tiny, largest / NO_ATOM)
     relative = torch.zeros(width)
     relative[:count] = (norms / largest) * known
-    rows, rest = atoms, 1 / norms
-    if norms[known].log2().abs().gt(USUAL_EXPONENT).any():
-        power, rest = _powers_of_two(norms)
-        rows = atoms * power[:, None]
-    factors = torch.where(known, rest, 0.0).numpy()
+    power, rest = _powers_of_two(norms)
+    packed = pack(atoms, power) if bfloat16 else NOT_PACKED
+    scale = torch.where(known, rest if bfloat16 else 1 / norms, 0.0).numpy()
+    rows, factors = atoms, scale
+    if not bfloat16 and norms[known].log2().abs().gt(USUAL_EXPONENT).any():
+        rows, factors = atoms * power[:, None], torch.where(known, rest, 0.0).numpy()
     places, stride = matrix_places(count, half)
     starts, cosines = np.array(places), empty_places(places[-1])
 
     def fill_square(corner: tuple[int, int]) -> None:
         row, column = corner
-        product = rows[row : row + STRIP] @ rows[column : column + STRIP].T
-        store_square(product.numpy(), factors, row, column // STRIP, cosines, starts, stride, half)
+        if bfloat16:
+            left, right = panels(packed, row), panels(packed, column)
+            product = multiply(left, right, min(STRIP, count - row), min(STRIP, count - column))
+        else:
+            product = (rows[row : row + STRIP] @ rows[column : column + STRIP].T).numpy()
+        store_square(product, factors, row, column // STRIP, cosines, starts, stride, half)
 
     firsts = range(0, count, STRIP)
     map_in_threads(fill_square, [(row, column) for row in firsts for column in firsts if row <= column], threads)
     inverse = (UNIT / relative).clamp(max=NO_ATOM)
-    return Gram(atoms.contiguous().numpy(), largest, relative.numpy(), inverse.numpy(), half, starts, stride, cosines)
+    return Gram(
+        atoms=atoms.contiguous().numpy(),
+        packed=packed,
+        scale=scale,
+        largest_norm=largest,
+        norms=relative.numpy(),
+        inverse_norms=inverse.numpy(),
+        half=half,
+        starts=starts,
+        stride=stride,
+        cosines=cosines,
+    )

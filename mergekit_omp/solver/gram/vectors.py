@@ -47,7 +47,7 @@ CONTRACT = ("contract",)
 INTEGER, PLACE = ir.IntType(16), ir.IntType(64)
 
 
-def _element(context: Any, builder: Any, array_type: Any, array: Any, *indices: Any) -> Any:
+def element(context: Any, builder: Any, array_type: Any, array: Any, *indices: Any) -> Any:
     """Return the address of an element of an array."""
     view = context.make_array(array_type)(context, builder, array)
     address = builder.ptrtoint(view.data, PLACE)
@@ -69,7 +69,7 @@ def _address(typing_context: Any, array: Any, place: Any) -> Any:
     """Return the address of a place of an array (places,), without counting a reference to a part of it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _element(context, builder, signature.args[0], *arguments)
+        return element(context, builder, signature.args[0], *arguments)
 
     return types.int64(array, types.int64), generate
 
@@ -122,25 +122,25 @@ def make_accumulate(steps: int, width: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             rows, size, inner, weights, sums, step, column = arguments
             kinds = signature.args
-            address = _element(context, builder, kinds[2], inner, column)
+            address = element(context, builder, kinds[2], inner, column)
             _request(builder, builder.add(address, PLACE(AHEAD)))
             first = load_integers(builder, address)
             totals = [cgutils.alloca_once_value(builder, first) for _ in range(steps)]
             later = [builder.add(step, PLACE(number)) for number in range(steps)]
             offset = builder.mul(column, PLACE(2))
             with cgutils.for_range(builder, size) as loop:
-                address = _element(context, builder, kinds[0], rows, loop.index)
+                address = element(context, builder, kinds[0], rows, loop.index)
                 row = builder.add(builder.load(builder.inttoptr(address, PLACE.as_pointer())), offset)
                 _request(builder, builder.add(row, PLACE(AHEAD)))
                 numbers = load_integers(builder, row)
                 for total, number in zip(totals, later, strict=True):
-                    address = _element(context, builder, kinds[3], weights, number, loop.index)
+                    address = element(context, builder, kinds[3], weights, number, loop.index)
                     weight = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()))
                     one = builder.insert_element(ir.Constant(floats, ir.Undefined), weight, ir.IntType(32)(0))
                     product = builder.fmul(numbers, builder.shuffle_vector(one, one, every), flags=CONTRACT)
                     builder.store(builder.fadd(builder.load(total), product, flags=CONTRACT), total)
             for total, number in zip(totals, later, strict=True):
-                address = _element(context, builder, kinds[4], sums, number, column)
+                address = element(context, builder, kinds[4], sums, number, column)
                 builder.store(builder.load(total), builder.inttoptr(address, floats.as_pointer()), align=4)
             return context.get_dummy_value()
 
@@ -168,7 +168,7 @@ def _transpose_block(
         past_the_cache = builder.module.add_metadata([ir.IntType(32)(1)])
 
         def row(kind: Any, array: Any, first: Any, step: Any, number: int) -> Any:
-            return _element(context, builder, kind, array, builder.add(first, builder.mul(step, PLACE(number))))
+            return element(context, builder, kind, array, builder.add(first, builder.mul(step, PLACE(number))))
 
         def load(number: int) -> Any:
             address = row(signature.args[0], source, start, stride, number)
