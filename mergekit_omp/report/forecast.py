@@ -25,6 +25,7 @@ from mergekit_omp.report.samples import readable
 from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
+from mergekit_omp.solver.gram.layout import STRIP
 from mergekit_omp.solver.memory import ProblemShape
 from mergekit_omp.solver.precision import full_precision, seconds_of
 from mergekit_omp.vocabulary.matching import MatchReason
@@ -246,11 +247,10 @@ def timed(solve: Solve, device: str | None) -> Solve:
 
 
 def _products_a_second(dim: int) -> float:
-    """Measure the rate of a float32 matrix product on the CPU."""
-    rows = torch.randn(max(1, _PROBE_NUMBERS_ON_CPU // dim), dim, generator=torch.Generator().manual_seed(0))
-    few = rows[:_PROBE_TARGETS]
+    """Measure the rate of float32 products on the CPU, of as many rows as the solver multiplies at a time."""
+    rows = torch.randn(STRIP, dim, generator=torch.Generator().manual_seed(0))
     with full_precision():
-        return few.numel() * len(rows) / seconds_of(lambda: few @ rows.T)
+        return torch.get_num_threads() * rows.numel() * len(rows) / seconds_of(lambda: rows @ rows.T)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -18,23 +19,25 @@ from mergekit_omp.solver.memory import ProblemShape
 
 LOG = logging.getLogger(__name__)
 
-BUILD_COST = 0.4
-"""Measured time of one of the N² d products of a Gram matrix, of which half are made; this and the costs below are in
-units of the time of one product of a float32 matrix product."""
+BUILD_COST = 0.7
+"""Measured time of one of the N² d products of a Gram matrix, of which half are made, in units of the time of one
+product of a matrix product in float32 or bfloat16."""
 
-WHOLE_SCAN_COST, HALF_SCAN_COST = 0.5, 0.8
-"""Measured time of one of the N atoms in the scans of a step, divided by k."""
+WHOLE_SCAN_COST, HALF_SCAN_COST = 1.5, 2.5
+"""Measured time of one of the N atoms in the scans of a step, divided by k, in units of the time of one
+product in a scan of rows in the cache."""
 
-FIT_COST = 14
-"""Measured time of one of the d dimensions in a step's fits, residuals and exact correlations, divided by k."""
+FIT_COST = 25
+"""Measured time of one of the d dimensions in a step's fits, residuals and exact correlations, divided by k; this and
+the costs below are in units of the time of one product of a float32 matrix product."""
 
-LEAST_SPARSITY = 64
-"""The k below which a step takes no less: its scans wait for the memory, and compare."""
+LEAST_SPARSITY = 32
+"""The k below which a step takes no less: its scans wait for the memory, and compare, and more drafts are wrong."""
 
-MIRROR_COST = 1.0
+MIRROR_COST = 1.3
 """Measured time in which one of the N² cosines of a half matrix is completed, times the scans for each of k steps."""
 
-CLEAR_COST = 110
+CLEAR_COST = 150
 """Measured time in which the system clears and maps a byte of memory that was not in use."""
 
 GRAM_MIN_GAIN = 2**39
@@ -79,6 +82,18 @@ class SolvePlan:
         return f"{how}, {self.matrix_bytes / 2**20:,.0f} MiB for matrices"
 
 
+class Rates(NamedTuple):
+    """Times of the solver's own products, in units of the time of one product of a float32 matrix product.
+
+    Attributes:
+        product: of rows, 1 if in float32.
+        scan: of a cosine and a weight in a scan.
+    """
+
+    product: float = 1.0
+    scan: float = 1.0
+
+
 def plan_solve(
     device: torch.device,
     shape: ProblemShape,
@@ -99,9 +114,8 @@ def plan_solve(
     budget = memory.budget_on(device, memory_budget) // sharing
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
-    pays = device.type == "cpu" and math.prod(shape) > GRAM_MIN_GAIN  # or no matrix does
-    product = _bfloat16_time() if bfloat16 and pays else 1.0
-    plans = [_plan_gram(budget, shape, threads, pairs, product, half=half) for half in (False, True)]
+    rates = _rates(device, shape, bfloat16=bfloat16)
+    plans = [_plan_gram(budget, shape, threads, pairs, rates, half=half) for half in (False, True)]
     fastest = min((plan for plan in plans if plan is not None), key=lambda plan: plan.products, default=None)
     if fastest is not None and gram_pays(device, shape, fastest.products):
         return fastest
@@ -111,15 +125,15 @@ def plan_solve(
 
 
 def _plan_gram(
-    budget: int, shape: ProblemShape, threads: int, pairs: int, product: float, *, half: bool
+    budget: int, shape: ProblemShape, threads: int, pairs: int, rates: Rates, *, half: bool
 ) -> SolvePlan | None:
     """Plan a solve with a whole or half Gram matrix; return None if it does not fit into the budget."""
     slots = memory.gram_slots(budget, shape, threads, half=half)
     if not slots:
         return None
     held = memory.gram_matrix_bytes(shape, threads, half=half) + slots * slot_bytes(*shape[1:])
-    products = gram_products(shape, slots, product, half=half) + CLEAR_COST * held
-    return SolvePlan("gram", torch.int16, threads, slots, pairs, held, products, half, product < 1)
+    products = gram_products(shape, slots, rates, half=half) + CLEAR_COST * held
+    return SolvePlan("gram", torch.int16, threads, slots, pairs, held, products, half, rates.product < 1)
 
 
 def gram_pays(device: torch.device, shape: ProblemShape, products: float) -> bool:
@@ -128,29 +142,31 @@ def gram_pays(device: torch.device, shape: ProblemShape, products: float) -> boo
     return device.type == "cpu" and gain > GRAM_MIN_GAIN and load_gram_search() is not None
 
 
-def gram_products(shape: ProblemShape, slots: int, product: float, *, half: bool) -> float:
+def gram_products(shape: ProblemShape, slots: int, rates: Rates, *, half: bool) -> float:
     """Return the number of products of a matrix product that takes as long as a solve in memory that was in use.
 
     Args:
         shape: sizes of the problem.
         slots: targets that are solved together, for which a half matrix is completed once.
-        product: time of a product of the rows, in units of one in float32.
+        rates: times of the solver's own products.
         half: whether each pair of atoms is stored once.
     """
     targets, atoms, dim, k = shape
-    step = ((HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms + FIT_COST * dim) * max(k, LEAST_SPARSITY)
+    scans = rates.scan * (HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms
+    step = k * (scans + FIT_COST * dim)
     completion = MIRROR_COST * atoms**2 / slots if half else 0
     products = BUILD_COST * atoms**2 * dim + targets * atoms * dim
-    return product * products + targets * k * (step + completion)
+    return rates.product * products + targets * max(k, LEAST_SPARSITY) * (step + completion)
 
 
-def _bfloat16_time() -> float:
-    """Return the time of a product of rows that bfloat16 holds, in units of one in float32."""
-    if load_gram_search() is None:
-        return 1.0
-    from mergekit_omp.solver.gram.bfloat16 import relative_time
+def _rates(device: torch.device, shape: ProblemShape, *, bfloat16: bool) -> Rates:
+    """Return the rates of this CPU, measured where a Gram matrix could be faster than a scan."""
+    if not gram_pays(device, shape, 0.0):
+        return Rates()
+    from mergekit_omp.solver.gram.rates import measure_rates
 
-    return relative_time()
+    product, scan = measure_rates()
+    return Rates(product if bfloat16 else 1.0, scan)
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:

@@ -23,8 +23,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import dispatch, memory, solve_omp
 from mergekit_omp.solver.dispatch import plan_solve
-from mergekit_omp.solver.gram import bfloat16 as gram_bfloat16
 from mergekit_omp.solver.gram import matrix as gram_matrix
+from mergekit_omp.solver.gram import rates
 from mergekit_omp.solver.gram import search as gram_search
 from mergekit_omp.solver.gram import state as gram_state
 from mergekit_omp.solver.gram.bfloat16 import is_supported, multiply, pack
@@ -278,8 +278,7 @@ def test_bfloat16_is_used_only_for_what_it_holds(monkeypatch: pytest.MonkeyPatch
         return build_gram(*arguments, half=half, bfloat16=bfloat16 and is_supported())
 
     monkeypatch.setattr(gram_matrix, "build_gram", build)
-    monkeypatch.setattr(dispatch, "_bfloat16_time", lambda: 0.5)
-    monkeypatch.setattr(dispatch, "GRAM_MIN_GAIN", 0)
+    monkeypatch.setattr(rates, "measure_rates", lambda: (0.5, 1.0))
     force(monkeypatch, WHOLE)
     held, other = random_rows(300, 32, 90).bfloat16().float(), random_rows(20, 32, 91)
     for targets, atoms, expected in ((other.bfloat16(), held, True), (other, held, False), (held[:9], other, False)):
@@ -310,10 +309,12 @@ def test_products_in_bfloat16(rows: int, columns: int, dim: int, exponent: int, 
     assert ((torch.from_numpy(product) - expected).abs() <= bound).all()
 
 
-def test_products_in_bfloat16_are_timed() -> None:
-    """Check that a CPU without the instruction, and code for another CPU than this one, does without them."""
-    assert 0 < gram_bfloat16.relative_time() <= 1
-    script = "from mergekit_omp.solver.gram.bfloat16 import relative_time; assert relative_time() == 1"
+def test_rates_of_this_cpu() -> None:
+    """Check that code for another CPU than this one does without the instruction."""
+    product, scan = rates.measure_rates()
+    assert 0 < product <= 1
+    assert scan > 0
+    script = "from mergekit_omp.solver.gram.bfloat16 import is_supported; assert not is_supported()"
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"NUMBA_CPU_NAME": "generic"})
 
 
@@ -717,16 +718,19 @@ def test_an_error_in_one_thread_ends_all(half: bool, monkeypatch: pytest.MonkeyP
 
 def test_the_plan_is_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, budget = ProblemShape(10_000, 30_000, 576, 64), 2**33
+    monkeypatch.setattr(rates, "measure_rates", lambda: (1.0, 1.0))
     plan = plan_solve(CPU, shape, memory_budget=budget)
     assert (plan.method, plan.dtype) == ("gram", torch.int16)
     assert (plan.chunk, plan.half) == (SLOTS * plan.threads, False)
     assert 2 * 30_000**2 < plan.matrix_bytes < budget
     assert plan.products > 0
     assert not plan.bfloat16
-    monkeypatch.setattr(dispatch, "_bfloat16_time", lambda: 0.5)
+    monkeypatch.setattr(rates, "measure_rates", lambda: (0.5, 1.0))
     faster = plan_solve(CPU, shape, bfloat16=True, memory_budget=budget)
     assert faster.bfloat16
     assert 0.5 * plan.products < faster.products < plan.products
+    monkeypatch.setattr(rates, "measure_rates", lambda: (0.5, 2.0))
+    assert plan_solve(CPU, shape, bfloat16=True, memory_budget=budget).products > plan.products
     half = plan_solve(CPU, shape, memory_budget=3 * 2**29)
     assert (half.method, half.half) == ("gram", True)
     assert 30_000**2 < half.matrix_bytes < 3 * 2**29

@@ -6,7 +6,6 @@ than those of float32, in less than half the time. On a CPU torch rounds the sum
 Letters in shapes: n rows, d dimensions, P panels of rows, q pairs of dimensions.
 """
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,6 @@ from torch import Tensor
 from mergekit_omp.solver.gram.kernels import entry_point
 from mergekit_omp.solver.gram.layout import STRIP
 from mergekit_omp.solver.gram.vectors import element
-from mergekit_omp.solver.precision import seconds_of
-from mergekit_omp.solver.threads import map_in_threads
 
 PANEL = 32
 """Rows that are packed together: two vectors of 512 bits for each pair of dimensions."""
@@ -34,13 +31,6 @@ TILE = 8
 """Rows that are multiplied with all of a panel at a time; the sums fill half of the registers."""
 
 binding.initialize_native_asmparser()  # LLVM's names of this instruction differ between its versions
-
-WORTHWHILE = 0.8
-"""Share of the time of a float32 product above which products of bfloat16 are not used."""
-
-PROBE = 1024
-"""Rows, columns and dimensions of the products that are timed."""
-
 
 NOT_PACKED = np.empty((0, 0, PANEL), np.int32)
 """Stands for rows that are not packed."""
@@ -54,21 +44,6 @@ def is_supported() -> bool:
         return False
     overridden = config.CPU_NAME or config.CPU_FEATURES  # type: ignore[attr-defined]  # set at run time
     return features.get("avx512bf16", False) and not overridden
-
-
-@cache
-def relative_time() -> float:
-    """Return the time of :func:`multiply` in units of a float32 product's; 1 where it is not worth using."""
-    if not is_supported():
-        return 1.0
-    rows = torch.ones(PROBE, PROBE)
-    packed = pack(rows, torch.ones(PROBE))
-
-    def share(_: None) -> float:
-        return seconds_of(lambda: multiply(packed, packed, PROBE, PROBE)) / seconds_of(lambda: rows @ rows.T)
-
-    (measured,) = map_in_threads(share, [None], 2)  # on one core, as the solver's threads
-    return measured if measured < WORTHWHILE else 1.0
 
 
 def pack(rows: Tensor, powers: Tensor) -> ndarray:

@@ -94,6 +94,16 @@ def scan(
         _scan_strip(gram, strip, below, pursuits, slot, work)
 
 
+@entry_point
+def add_rows(places: ndarray, weights: ndarray, inner: ndarray, scans: int, sums: ndarray) -> None:
+    """Compute the cosines ``sums`` float32 (n, STRIP) of a strip as often as told, to be timed.
+
+    The rows are those at ``places`` int64 (k,), with ``weights`` float32 (n, k); ``inner`` is int16 (STRIP,).
+    """
+    for _ in range(scans):
+        _accumulate(places, len(places), weights, inner, len(weights), sums)
+
+
 @compiled
 def _rows_read(pursuits: Pursuits, slot: int) -> int:
     """Return the number of atoms of the support whose rows the scan of a slot reads."""
