@@ -25,9 +25,8 @@ from mergekit_omp.report.samples import readable
 from mergekit_omp.report.warnings import warnings_for
 from mergekit_omp.solver import solve_omp
 from mergekit_omp.solver.dispatch import SolvePlan, plan_solve
-from mergekit_omp.solver.gram.layout import STRIP
 from mergekit_omp.solver.memory import ProblemShape
-from mergekit_omp.solver.precision import full_precision, seconds_of
+from mergekit_omp.solver.rates import seconds_of_product
 from mergekit_omp.vocabulary.matching import MatchReason
 from mergekit_omp.vocabulary.numerals import numeral_scheme
 from mergekit_omp.vocabulary.tokens import TokenKind
@@ -227,7 +226,8 @@ def timed(solve: Solve, device: str | None) -> Solve:
         return solve
     plan = _plan(solve, torch.device(device or "cpu"))
     if plan.method == "gram":
-        return replace(solve, seconds=solve.matrices * plan.products / _products_a_second(solve.dim))
+        seconds_on_all_cores = seconds_of_product(solve.dim) / torch.get_num_threads()
+        return replace(solve, seconds=solve.matrices * plan.products * seconds_on_all_cores)
     numbers = _PROBE_NUMBERS_ON_CPU if torch.device(device or "cpu").type == "cpu" else _PROBE_NUMBERS
     atoms = max(solve.k, min(solve.atoms, numbers // solve.dim))
     generator = torch.Generator().manual_seed(0)
@@ -244,13 +244,6 @@ def timed(solve: Solve, device: str | None) -> Solve:
     per_target = max(0.0, many - one) / (_PROBE_TARGETS - 1)
     scale = solve.matrices * solve.atoms / atoms
     return replace(solve, seconds=(one + per_target * solve.targets) * scale)
-
-
-def _products_a_second(dim: int) -> float:
-    """Measure the rate of float32 products on the CPU, of as many rows as the solver multiplies at a time."""
-    rows = torch.randn(STRIP, dim, generator=torch.Generator().manual_seed(0))
-    with full_precision():
-        return torch.get_num_threads() * rows.numel() * len(rows) / seconds_of(lambda: rows @ rows.T)
 
 
 @contextmanager

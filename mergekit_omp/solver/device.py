@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.solver.codes import SparseCodes, concatenate
-from mergekit_omp.solver.dispatch import plan_solve
+from mergekit_omp.solver.dispatch import plan_solve, rates_on
 from mergekit_omp.solver.least_squares import rows_at_a_time
 from mergekit_omp.solver.memory import ProblemShape, budget_on
 from mergekit_omp.solver.precision import held_by_bfloat16
@@ -48,7 +48,7 @@ def solve_on(
         atoms = atoms / scale[:, None]
         norms = atoms.norm(dim=1)
     shape = ProblemShape(len(targets), len(atoms), atoms.shape[1], k)
-    bfloat16 = device.type == "cpu" and held_by_bfloat16(atoms) and held_by_bfloat16(targets)
+    bfloat16 = rates_on(device, shape).product < 1 and held_by_bfloat16(atoms) and held_by_bfloat16(targets)
     plan = plan_solve(device, shape, bfloat16=bfloat16, memory_budget=budget, sharing=sharing)
     LOG.info("OMP of %d targets over %d atoms, d = %d, k = %d, on %s: %s", *shape, device, plan)
 

@@ -9,13 +9,13 @@ import math
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
 from mergekit_omp.solver import memory
 from mergekit_omp.solver.gram.state import slot_bytes
 from mergekit_omp.solver.memory import ProblemShape
+from mergekit_omp.solver.rates import Rates, measure_rates
 
 LOG = logging.getLogger(__name__)
 
@@ -82,18 +82,6 @@ class SolvePlan:
         return f"{how}, {self.matrix_bytes / 2**20:,.0f} MiB for matrices"
 
 
-class Rates(NamedTuple):
-    """Times of the solver's own products, in units of the time of one product of a float32 matrix product.
-
-    Attributes:
-        product: of rows, 1 if in float32.
-        scan: of a cosine and a weight in a scan.
-    """
-
-    product: float = 1.0
-    scan: float = 1.0
-
-
 def plan_solve(
     device: torch.device,
     shape: ProblemShape,
@@ -114,7 +102,9 @@ def plan_solve(
     budget = memory.budget_on(device, memory_budget) // sharing
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
-    rates = _rates(device, shape, bfloat16=bfloat16)
+    rates = rates_on(device, shape)
+    if not bfloat16:
+        rates = rates._replace(product=1.0)
     plans = [_plan_gram(budget, shape, threads, pairs, rates, half=half) for half in (False, True)]
     fastest = min((plan for plan in plans if plan is not None), key=lambda plan: plan.products, default=None)
     if fastest is not None and gram_pays(device, shape, fastest.products):
@@ -159,14 +149,9 @@ def gram_products(shape: ProblemShape, slots: int, rates: Rates, *, half: bool) 
     return rates.product * products + targets * max(k, LEAST_SPARSITY) * (step + completion)
 
 
-def _rates(device: torch.device, shape: ProblemShape, *, bfloat16: bool) -> Rates:
+def rates_on(device: torch.device, shape: ProblemShape) -> Rates:
     """Return the rates of this CPU, measured where a Gram matrix could be faster than a scan."""
-    if not gram_pays(device, shape, 0.0):
-        return Rates()
-    from mergekit_omp.solver.gram.rates import measure_rates
-
-    product, scan = measure_rates()
-    return Rates(product if bfloat16 else 1.0, scan)
+    return measure_rates() if gram_pays(device, shape, 0.0) else Rates()
 
 
 def scan_dtype(device: torch.device) -> torch.dtype:

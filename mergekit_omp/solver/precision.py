@@ -1,6 +1,5 @@
-"""Set how torch computes products of matrices while a solve runs, and time them."""
+"""Set how torch computes products of matrices while a solve runs."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.solver.least_squares import rows_at_a_time
-from mergekit_omp.solver.threads import map_in_threads
 
 REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
 """Settings that let a GPU accumulate float16 products in float16; the second exists since torch 2.7."""
@@ -64,15 +62,3 @@ def has_backends() -> bool:
 def held_by_bfloat16(rows: Tensor) -> bool:
     """Tell whether bfloat16 holds all numbers of rows (B, d) exactly."""
     return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in rows.split(rows_at_a_time(rows)))
-
-
-def seconds_of(product: Callable[[], object]) -> float:
-    """Measure a product of matrices on one core: the least time of eight, of which the first sets libraries up."""
-
-    def timed(_: int) -> float:
-        started = time.perf_counter()
-        product()
-        return time.perf_counter() - started
-
-    (least,) = map_in_threads(lambda tries: min(map(timed, tries)), [range(8)], 2)  # in a thread, torch uses one core
-    return least

@@ -24,7 +24,6 @@ from mergekit_omp.errors import OmpError
 from mergekit_omp.solver import dispatch, memory, solve_omp
 from mergekit_omp.solver.dispatch import plan_solve
 from mergekit_omp.solver.gram import matrix as gram_matrix
-from mergekit_omp.solver.gram import rates
 from mergekit_omp.solver.gram import search as gram_search
 from mergekit_omp.solver.gram import state as gram_state
 from mergekit_omp.solver.gram.bfloat16 import is_supported, multiply, pack
@@ -40,6 +39,7 @@ from mergekit_omp.solver.memory import (
     scan_matrix_bytes,
 )
 from mergekit_omp.solver.precision import full_precision, has_backends, held_by_bfloat16
+from mergekit_omp.solver.rates import Rates, measure_rates
 from mergekit_omp.solver.reference import reference_omp
 from mergekit_omp.solver.scan import fixed_shape, gpu_operations
 from mergekit_omp.solver.scan import search as scan_search
@@ -278,7 +278,7 @@ def test_bfloat16_is_used_only_for_what_it_holds(monkeypatch: pytest.MonkeyPatch
         return build_gram(*arguments, half=half, bfloat16=bfloat16 and is_supported())
 
     monkeypatch.setattr(gram_matrix, "build_gram", build)
-    monkeypatch.setattr(rates, "measure_rates", lambda: (0.5, 1.0))
+    monkeypatch.setattr(dispatch, "measure_rates", lambda: Rates(0.5, 1.0))
     force(monkeypatch, WHOLE)
     held, other = random_rows(300, 32, 90).bfloat16().float(), random_rows(20, 32, 91)
     for targets, atoms, expected in ((other.bfloat16(), held, True), (other, held, False), (held[:9], other, False)):
@@ -311,7 +311,7 @@ def test_products_in_bfloat16(rows: int, columns: int, dim: int, exponent: int, 
 
 def test_rates_of_this_cpu() -> None:
     """Check that code for another CPU than this one does without the instruction."""
-    product, scan = rates.measure_rates()
+    product, scan = measure_rates()
     assert 0 < product <= 1
     assert scan > 0
     script = "from mergekit_omp.solver.gram.bfloat16 import is_supported; assert not is_supported()"
@@ -718,18 +718,18 @@ def test_an_error_in_one_thread_ends_all(half: bool, monkeypatch: pytest.MonkeyP
 
 def test_the_plan_is_the_fastest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, budget = ProblemShape(10_000, 30_000, 576, 64), 2**33
-    monkeypatch.setattr(rates, "measure_rates", lambda: (1.0, 1.0))
+    monkeypatch.setattr(dispatch, "measure_rates", lambda: Rates(1.0, 1.0))
     plan = plan_solve(CPU, shape, memory_budget=budget)
     assert (plan.method, plan.dtype) == ("gram", torch.int16)
     assert (plan.chunk, plan.half) == (SLOTS * plan.threads, False)
     assert 2 * 30_000**2 < plan.matrix_bytes < budget
     assert plan.products > 0
     assert not plan.bfloat16
-    monkeypatch.setattr(rates, "measure_rates", lambda: (0.5, 1.0))
+    monkeypatch.setattr(dispatch, "measure_rates", lambda: Rates(0.5, 1.0))
     faster = plan_solve(CPU, shape, bfloat16=True, memory_budget=budget)
     assert faster.bfloat16
     assert 0.5 * plan.products < faster.products < plan.products
-    monkeypatch.setattr(rates, "measure_rates", lambda: (0.5, 2.0))
+    monkeypatch.setattr(dispatch, "measure_rates", lambda: Rates(0.5, 2.0))
     assert plan_solve(CPU, shape, bfloat16=True, memory_budget=budget).products > plan.products
     half = plan_solve(CPU, shape, memory_budget=3 * 2**29)
     assert (half.method, half.half) == ("gram", True)

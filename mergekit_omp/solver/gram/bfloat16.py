@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mergekit_omp.solver.gram.kernels import entry_point
 from mergekit_omp.solver.gram.layout import STRIP
-from mergekit_omp.solver.gram.vectors import element
+from mergekit_omp.solver.gram.vectors import PLACE, element, has_feature, repeated
 
 PANEL = 32
 """Rows that are packed together: two vectors of 512 bits for each pair of dimensions."""
@@ -38,12 +38,8 @@ NOT_PACKED = np.empty((0, 0, PANEL), np.int32)
 
 def is_supported() -> bool:
     """Tell whether the CPU has the instruction, and numba compiles for this CPU."""
-    try:
-        features = binding.get_host_cpu_features()
-    except RuntimeError:  # LLVM cannot tell on every platform
-        return False
     overridden = config.CPU_NAME or config.CPU_FEATURES  # type: ignore[attr-defined]  # set at run time
-    return features.get("avx512bf16", False) and not overridden
+    return has_feature("avx512bf16") and not overridden
 
 
 def pack(rows: Tensor, powers: Tensor) -> ndarray:
@@ -87,8 +83,8 @@ def _multiply_tile(
 ) -> Any:
     """Multiply TILE rows of a panel, from a ``first`` one on, with all of another panel, and write the sums."""
     integer, integers = ir.IntType(32), ir.VectorType(ir.IntType(32), LANES)
-    floats, place = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
-    every, no_sum = ir.Constant(integers, [0] * LANES), ir.Constant(floats, [0.0] * LANES)
+    floats = ir.VectorType(ir.FloatType(), LANES)
+    no_sum = ir.Constant(floats, [0.0] * LANES)
     multiply_add = ir.InlineAsm(
         ir.FunctionType(floats, [floats, integers, integers]), "vdpbf16ps $3, $2, $0", "=v,0,v,v"
     )
@@ -102,22 +98,21 @@ def _multiply_tile(
             return builder.inttoptr(element(context, builder, kind, array, *indices), to.as_pointer())
 
         sums = [[cgutils.alloca_once_value(builder, no_sum) for _ in vectors] for _ in range(TILE)]
-        rows = [builder.add(first, place(number)) for number in range(TILE)]
+        rows = [builder.add(first, PLACE(number)) for number in range(TILE)]
         with cgutils.for_range(builder, pairs) as loop:
             others = [
-                builder.load(pointer(integers, kinds[3], right, column, loop.index, place(start)), align=4)
+                builder.load(pointer(integers, kinds[3], right, column, loop.index, PLACE(start)), align=4)
                 for start in vectors
             ]
             for number, totals in zip(rows, sums, strict=True):
                 pair = builder.load(pointer(integer, kinds[0], left, row, loop.index, number))
-                pair = builder.insert_element(ir.Constant(integers, ir.Undefined), pair, integer(0))
-                pair = builder.shuffle_vector(pair, pair, every)
+                pair = repeated(builder, pair, LANES)
                 for total, other in zip(totals, others, strict=True):
                     builder.store(builder.call(multiply_add, [builder.load(total), pair, other]), total)
         for number, totals in zip(rows, sums, strict=True):
-            at = builder.add(builder.mul(row, place(PANEL)), number)
+            at = builder.add(builder.mul(row, PLACE(PANEL)), number)
             for start, total in zip(vectors, totals, strict=True):
-                to = builder.add(builder.mul(column, place(PANEL)), place(start))
+                to = builder.add(builder.mul(column, PLACE(PANEL)), PLACE(start))
                 builder.store(builder.load(total), pointer(floats, kinds[6], product, at, to), align=4)
         return context.get_dummy_value()
 

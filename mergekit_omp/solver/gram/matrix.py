@@ -7,7 +7,7 @@ Pursuit" (2008). Here the matrix only selects the atoms to examine: see :mod:`me
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,14 +61,14 @@ class Gram(NamedTuple):
         """
         power, rest = _powers_of_two(norms)
         factors = rest.float().numpy()
-        packed = pack(targets, power) if len(self.packed) else None
-        targets = (targets * power[:, None]).float()
+        in_bfloat16 = len(self.packed) > 0
+        left: Any = pack(targets, power) if in_bfloat16 else (targets * power[:, None]).float()
         for start in range(0, len(self.atoms), STRIP):
             scale = self.scale[start : start + STRIP]
-            if packed is None:
-                product = (targets @ torch.from_numpy(self.atoms[start : start + STRIP]).T).numpy()
+            if in_bfloat16:
+                product = multiply(left, panels(self.packed, start), len(targets), len(scale))
             else:
-                product = multiply(packed, panels(self.packed, start), len(targets), len(scale))
+                product = (left @ torch.from_numpy(self.atoms[start : start + STRIP]).T).numpy()
             store_rows(product, factors, scale, out, rows, start)
 
 

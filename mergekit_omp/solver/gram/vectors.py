@@ -18,15 +18,16 @@ COLUMNS = 8
 """Columns that are transposed in registers, with as many rows as a line of the cache has places."""
 
 
-def _has_wide_vectors() -> bool:
-    """Tell whether the CPU has vectors of 512 bits, and twice as many registers for them."""
+def has_feature(name: str) -> bool:
+    """Tell whether the CPU has a feature, by LLVM's name of it."""
     try:
-        return binding.get_host_cpu_features().get("avx512f", False)
+        return binding.get_host_cpu_features().get(name, False)
     except RuntimeError:  # LLVM cannot tell on every platform
         return False
 
 
-WIDE = _has_wide_vectors()
+WIDE = has_feature("avx512f")
+"""Whether the CPU has vectors of 512 bits, and twice as many registers for them."""
 
 MANY, FEW = (STEPS, STEPS // 2) if WIDE else (STEPS // 2, STEPS // 4)
 """Steps whose sums are computed together, in one pass over the rows: where many steps are left, and where few are."""
@@ -54,6 +55,13 @@ def element(context: Any, builder: Any, array_type: Any, array: Any, *indices: A
     for index, stride in zip(indices, cgutils.unpack_tuple(builder, view.strides), strict=True):
         address = builder.add(address, builder.mul(index, stride))
     return address
+
+
+def repeated(builder: Any, number: Any, width: int) -> Any:
+    """Return a vector of ``width`` places that all hold a number."""
+    vector, integers = ir.VectorType(number.type, width), ir.VectorType(ir.IntType(32), width)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
+    return builder.shuffle_vector(one, one, ir.Constant(integers, [0] * width))
 
 
 def _request(builder: Any, address: Any) -> None:
@@ -108,7 +116,6 @@ def make_accumulate(steps: int, width: int) -> Any:
     ``step``, and the first ``column`` of rows, ``inner`` and ``sums``.
     """
     integers, floats = ir.VectorType(INTEGER, width), ir.VectorType(ir.FloatType(), width)
-    every = ir.Constant(ir.VectorType(ir.IntType(32), width), [0] * width)
 
     def load_integers(builder: Any, address: Any) -> Any:
         pointer = builder.inttoptr(address, integers.as_pointer())
@@ -136,8 +143,7 @@ def make_accumulate(steps: int, width: int) -> Any:
                 for total, number in zip(totals, later, strict=True):
                     address = element(context, builder, kinds[3], weights, number, loop.index)
                     weight = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()))
-                    one = builder.insert_element(ir.Constant(floats, ir.Undefined), weight, ir.IntType(32)(0))
-                    product = builder.fmul(numbers, builder.shuffle_vector(one, one, every), flags=CONTRACT)
+                    product = builder.fmul(numbers, repeated(builder, weight, width), flags=CONTRACT)
                     builder.store(builder.fadd(builder.load(total), product, flags=CONTRACT), total)
             for total, number in zip(totals, later, strict=True):
                 address = element(context, builder, kinds[4], sums, number, column)

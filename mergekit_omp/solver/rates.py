@@ -1,0 +1,66 @@
+"""Measure how fast this CPU makes the products of a solve. Imports numba only when it measures."""
+
+import timeit
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from mergekit_omp.solver.gram.layout import GAP, STEPS, STRIP
+from mergekit_omp.solver.precision import full_precision
+from mergekit_omp.solver.threads import map_in_threads
+
+WORTHWHILE = 0.8
+"""Time of a product in bfloat16 above which it is made in float32."""
+
+DIMENSIONS = 640
+"""Dimensions of the matrix products that are compared."""
+
+ROWS, SCANS = 64, 16
+"""Rows of the scans that are timed, and the number of scans."""
+
+
+class Rates(NamedTuple):
+    """Times of the solver's own products, in units of the time of one product of a float32 matrix product.
+
+    Attributes:
+        product: of two rows that bfloat16 holds; 1 where products are in float32.
+        scan: of a cosine and a weight in a scan of rows in the cache.
+    """
+
+    product: float = 1.0
+    scan: float = 1.0
+
+
+@cache
+def measure_rates() -> Rates:
+    """Time small products on one core; needs numba."""
+    from mergekit_omp.solver.gram.bfloat16 import is_supported, multiply, pack
+    from mergekit_omp.solver.gram.verify import add_rows
+
+    cosines, places = np.ones((ROWS, STRIP + GAP), np.int16), np.empty(ROWS, np.int64)
+    places[:] = cosines.ctypes.data + cosines.strides[0] * np.arange(ROWS)
+    weights, sums = np.zeros((STEPS, ROWS), np.float32), np.empty((STEPS, STRIP), np.float32)
+    usual = seconds_of_product(DIMENSIONS)
+    scan = _seconds_of(lambda: add_rows(places, weights, cosines[0], SCANS, sums)) / (SCANS * weights.size * STRIP)
+    if not is_supported():
+        return Rates(scan=scan / usual)
+    packed = pack(torch.ones(STRIP, DIMENSIONS), torch.ones(STRIP))
+    product = _seconds_of(lambda: multiply(packed, packed, STRIP, STRIP)) / (STRIP**2 * DIMENSIONS) / usual
+    return Rates(product if product < WORTHWHILE else 1.0, scan / usual)
+
+
+def seconds_of_product(dim: int) -> float:
+    """Measure one product of a float32 matrix product on one core, of as many rows as the solver multiplies."""
+    rows = torch.ones(STRIP, dim)
+    with full_precision():
+        return _seconds_of(lambda: rows @ rows.T) / (STRIP**2 * dim)
+
+
+def _seconds_of(work: Callable[[], object]) -> float:
+    """Measure work on one core: the least time of eight, of which the first sets libraries up."""
+    # In a thread of a pool, torch uses one core.
+    (times,) = map_in_threads(lambda timed: timeit.repeat(timed, number=1, repeat=8), [work], 2)
+    return min(times)
