@@ -42,9 +42,11 @@ def measure_rates() -> Rates:
 
     cosines, places = np.ones((ROWS, STRIP + GAP), np.int16), np.empty(ROWS, np.int64)
     places[:] = cosines.ctypes.data + cosines.strides[0] * np.arange(ROWS)
-    weights, sums = np.zeros((STEPS, ROWS), np.float32), np.empty((STEPS, STRIP), np.float32)
+    weights, correlations = np.zeros((STEPS, ROWS), np.int16), np.empty((STEPS, STRIP), np.float32)
+    scales, norms = np.ones(STEPS, np.float32), np.ones(STRIP, np.float32)
     usual = seconds_of_product(DIMENSIONS)
-    scan = _seconds_of(lambda: add_rows(places, weights, cosines[0], SCANS, sums)) / (SCANS * weights.size * STRIP)
+    seconds = _seconds_of(lambda: add_rows(places, weights, scales, norms, SCANS, correlations))
+    scan = seconds / (SCANS * weights.size * STRIP)
     if not is_supported():
         return Rates(scan=scan / usual)
     packed = pack(torch.ones(STRIP, DIMENSIONS), torch.ones(STRIP))

@@ -27,8 +27,9 @@ from mergekit_omp.solver.gram import matrix as gram_matrix
 from mergekit_omp.solver.gram import search as gram_search
 from mergekit_omp.solver.gram import state as gram_state
 from mergekit_omp.solver.gram.bfloat16 import is_supported, multiply, pack
-from mergekit_omp.solver.gram.layout import STRIP, UNIT, padded
+from mergekit_omp.solver.gram.layout import STEPS, STRIP, UNIT, padded
 from mergekit_omp.solver.gram.matrix import Gram, build_gram
+from mergekit_omp.solver.gram.verify import add_rows
 from mergekit_omp.solver.least_squares import least_squares
 from mergekit_omp.solver.memory import (
     KEPT_BLOCK,
@@ -664,17 +665,19 @@ def test_proposed_steps_are_verified(steps: int, list_length: int) -> None:
         assert torch.equal(support, reference_omp(targets, atoms, 24).indices)
 
 
-def test_vectors_of_256_bits_find_the_same(tmp_path: Path) -> None:
-    """Let numba and the inner loops see a CPU without longer vectors, in a process of its own."""
-    code = """
+@pytest.mark.parametrize("absent", [("avx512",), ("avx512", "avx2")], ids=["256 bits", "any CPU"])
+def test_other_instructions_find_the_same(absent: tuple[str, ...], tmp_path: Path) -> None:
+    """Let the inner loops see a CPU without longer vectors or products of pairs, in a process of its own."""
+    code = f"""
         import torch
         from llvmlite import binding
         features = binding.get_host_cpu_features()
-        features.update((name, False) for name in features if name.startswith("avx512"))
+        features.update((name, False) for name in features if name.startswith({absent!r}))
         binding.get_host_cpu_features = lambda: features
         from mergekit_omp.solver.gram import matrix, search, vectors
         from mergekit_omp.solver.reference import reference_omp
         assert vectors.MANY == 4
+        assert (vectors.MULTIPLY_PAIRS[8] is None) == ("avx2" in {absent!r})
         draw = torch.Generator().manual_seed(0)
         atoms, targets = torch.randn(1100, 48, generator=draw) + 0.3, torch.randn(6, 48, generator=draw) + 0.3
         gram = matrix.build_gram(atoms, atoms.norm(dim=1), 2, half=True)
@@ -683,6 +686,35 @@ def test_vectors_of_256_bits_find_the_same(tmp_path: Path) -> None:
     """
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, env=environment)
+
+
+@given(count=st.integers(1, 20), steps=st.sampled_from([STEPS // 2, STEPS]), seed=st.integers(0, 10_000))
+def test_sums_of_a_scan_are_exact(count: int, steps: int, seed: int) -> None:
+    """Add rows of any 16-bit integers; sums of some exceed 32 bits on the way to one that does not."""
+    draw = np.random.default_rng(seed)
+    some = draw.integers(-(2**15), 2**15, (1 + count, STRIP), np.int16)
+    rows = np.concatenate([some, some[1:], some[:1]])
+    factors = draw.integers(-(2**15) + 1, 2**15, (steps, 1 + count), np.int16)
+    weights = np.concatenate([factors, -factors[:, 1:], np.zeros((steps, 1), np.int16)], axis=1)
+    scales, norms = draw.random(steps, np.float32), draw.random(STRIP, np.float32)
+    places = rows.ctypes.data + rows.strides[0] * np.arange(len(rows))
+    correlations = np.empty((steps, STRIP), np.float32)
+    add_rows(places, weights, scales, norms, 1, correlations)
+    expected = np.abs(factors[:, :1] * some[0].astype(np.float64)) * scales[:, None] * norms
+    assert np.allclose(correlations, expected, rtol=4 * 2**-24, atol=0)
+
+
+def test_weights_beyond_16_bits() -> None:
+    """Fit by two atoms that differ by little, with opposite coefficients of forty thousand."""
+    atoms, target = torch.eye(60), torch.zeros(1, 60)
+    atoms[1] = atoms[0]
+    atoms[1, 1] = 2.5e-5
+    target[0, :2] = torch.tensor([0.01, 1.0])
+    target[0, 2:] = torch.linspace(4e-6, 2e-5, 58)
+    expected = reference_omp(target, atoms, 8)
+    assert expected.coefficients.abs().max() > 2**15
+    support, _, _ = gram_search.solve_by_gram(target, gram_of(atoms), 8, 1, 1)
+    assert torch.equal(support, expected.indices)
 
 
 @pytest.mark.parametrize("half", [False, True])

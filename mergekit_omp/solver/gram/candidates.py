@@ -55,13 +55,12 @@ def beats(correlation: float, atom: int, best: float, choice: int) -> bool:
 
 @compiled
 def load_found(candidates: Candidates, inner: ndarray, atoms: ndarray, found: ndarray, listed: int, size: int) -> int:
-    """Load ``listed`` candidates that a scan has found, with their cosines ``found`` (K, L) with ``size`` atoms."""
+    """Load ``listed`` candidates that a scan has found, with their cosines ``found`` (L, k) with ``size`` atoms."""
     for place in range(listed):
         candidates.atoms[place] = atoms[place]
         candidates.inner[place] = inner[atoms[place]]
-    for slot in range(size):
-        for place in range(listed):
-            candidates.cosines[slot, place] = found[slot, place]
+        for slot in range(size):
+            candidates.cosines[slot, place] = found[place, slot]
     return listed
 
 
@@ -99,13 +98,14 @@ def best_candidate(
     support: ndarray,
     size: int,
     weights: ndarray,
+    scale: np.floating,
     residual: ndarray,
     error: float,
 ) -> tuple[int, float]:
     """Choose the candidate with the highest correlation with the residual (d,), with the result of float64 arithmetic.
 
-    ``weights`` float32 (k,) are the weights of the support's rows in the cosines, whose error is at most ``error``.
-    The list has the rows of all atoms of the support but the last. Returns the atom and its correlation.
+    ``weights`` int16 (W,), times a ``scale``, are those of the rows of a scan in the cosines, whose error is at most
+    ``error``. The list has the rows of all atoms of the support but the last. Returns the atom and its correlation.
     """
     last = support[size - 1]
     if listed == 0:
@@ -113,9 +113,9 @@ def best_candidate(
     correlations, row = candidates.correlations, candidates.cosines[size - 1]
     for place in range(listed):
         row[place] = cosine(gram, last, candidates.atoms[place])
-        correlations[place] = candidates.inner[place]
+        correlations[place] = weights[0] * scale * candidates.inner[place]
     for slot in range(size):
-        add_scaled(correlations, weights[slot], candidates.cosines[slot], listed)
+        add_scaled(correlations, weights[1 + slot] * scale, candidates.cosines[slot], listed)
     best = 0
     for place in range(listed):
         correlations[place] = abs(correlations[place]) * gram.norms[candidates.atoms[place]]

@@ -139,15 +139,3 @@ def subtract_rows(residual: ndarray, coefficients: ndarray, atoms: ndarray, supp
     )
     for place in range(len(residual)):
         residual[place] -= c0 * row0[place] + c1 * row1[place] + c2 * row2[place] + c3 * row3[place]
-
-
-@compiled
-def any_may_reach(cosines: ndarray, inverse_norms: ndarray, correlation: np.floating, error: np.floating) -> bool:
-    """Tell whether any atom of a strip may reach a correlation, given the cosines and the bound on their errors.
-
-    Sums the excess instead of searching, which vectorises.
-    """
-    excess = np.float32(0)
-    for column in range(STRIP):
-        excess += max(abs(cosines[column]) + error - correlation * inverse_norms[column], np.float32(0))
-    return bool(excess > 0)

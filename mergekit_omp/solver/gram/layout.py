@@ -32,6 +32,11 @@ def padded_steps(steps: int) -> int:
     return -(-steps // STEPS) * STEPS
 
 
+def padded_rows(atoms: int) -> int:
+    """Return W, the rows that a scan adds up, rounded up to pairs: the target's cosines and those of its atoms."""
+    return (1 + atoms) + (1 + atoms) % 2
+
+
 def matrix_places(atoms: int, half: bool) -> tuple[list[int], int]:
     """Return the places where the strips begin and the last one ends, and how far rows of a strip lie apart."""
     width = padded(atoms)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mergekit_omp.solver.gram.bfloat16 import NOT_PACKED, multiply, pack, panels
 from mergekit_omp.solver.gram.kernels import compiled, store_rows, store_square
-from mergekit_omp.solver.gram.layout import LINE, STRIP, UNIT, matrix_places, padded
+from mergekit_omp.solver.gram.layout import LINE, STRIP, matrix_places, padded
 from mergekit_omp.solver.threads import map_in_threads
 
-NO_ATOM = 1e30
-"""Inverse norm of padding and zero atoms: the cosine that they would need for any correlation is out of reach."""
+NEGLIGIBLE = 1e-30
+"""Share of the largest norm below which an atom counts as zero."""
 
 USUAL_EXPONENT = 40
 """Exponent of two that norms of usual rows do not exceed, in either direction."""
@@ -36,7 +36,6 @@ class Gram(NamedTuple):
         scale: float32 (N,), the inverse norms of the rows of which products are made; 0 for negligible atoms.
         largest_norm: largest norm of the atoms, the unit of norms and correlations.
         norms: float32 (P,), 0 for padding and negligible atoms.
-        inverse_norms: float32 (P,), in units of 1 / :data:`UNIT`; :data:`NO_ATOM` where the norm is 0.
         half: whether each pair of atoms is stored once.
         starts: int64 (S + 1,), the place in ``cosines`` where each strip begins, and the end.
         stride: places from a row of a strip to the next one.
@@ -48,7 +47,6 @@ class Gram(NamedTuple):
     scale: ndarray
     largest_norm: float
     norms: ndarray
-    inverse_norms: ndarray
     half: bool
     starts: ndarray
     stride: int
@@ -113,7 +111,7 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool, bfloat
     count, width = len(atoms), padded(len(atoms))
     tiny = torch.finfo(torch.float32).tiny  # smaller norms have an infinite inverse
     largest = max(norms.max().item(), tiny)
-    known = norms > max(tiny, largest / NO_ATOM)
+    known = norms > max(tiny, NEGLIGIBLE * largest)
     relative = torch.zeros(width)
     relative[:count] = (norms / largest) * known
     power, rest = _powers_of_two(norms)
@@ -136,14 +134,12 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool, bfloat
 
     firsts = range(0, count, STRIP)
     map_in_threads(fill_square, [(row, column) for row in firsts for column in firsts if row <= column], threads)
-    inverse = (UNIT / relative).clamp(max=NO_ATOM)
     return Gram(
         atoms=atoms.contiguous().numpy(),
         packed=packed,
         scale=scale,
         largest_norm=largest,
         norms=relative.numpy(),
-        inverse_norms=inverse.numpy(),
         half=half,
         starts=starts,
         stride=stride,

@@ -6,6 +6,8 @@ residuals, and the correlations of rivals. So the support is that of OMP with a 
 Letters in shapes: T slots, d dimensions, k sparsity, n steps of a draft.
 """
 
+import math
+
 import numpy as np
 from numpy import ndarray
 
@@ -17,7 +19,7 @@ from mergekit_omp.solver.gram.candidates import (
     request_cosines,
 )
 from mergekit_omp.solver.gram.cholesky import extend, fit_target
-from mergekit_omp.solver.gram.kernels import compiled, copy, entry_point
+from mergekit_omp.solver.gram.kernels import add_scaled, compiled, copy, dot, entry_point
 from mergekit_omp.solver.gram.layout import UNIT
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.rivals import compare_rivals
@@ -32,6 +34,9 @@ LIST_LENGTH = 300
 FIRST_THRESHOLD, HIGHEST_THRESHOLD = 0.6, 0.95
 """Initial and highest value of the share of the best correlation that candidates exceed. It adapts after every
 scan."""
+
+MOST = 2**15 - 1
+"""The largest weight of a row, as an integer."""
 
 RAISE, LOWER = 1.04, 0.96
 """Factors on the threshold after a list longer than 1.5 times, or shorter than 0.75 times, the target length."""
@@ -60,12 +65,12 @@ def start(
             correlation = abs(np.float32(inner[atom])) * gram.norms[atom]
             if correlation > highest:
                 best, highest = atom, correlation
-        _weigh(gram, pursuits, slot, 0, 0, pursuits.solved[slot])
+        _weigh(gram, pursuits, slot, 0, 0, pursuits.solved[slot], work.rounding)
         pursuits.choices[slot, 0] = best
         pursuits.correlations[slot, 0] = exact_correlation(gram, best, pursuits.targets[slot])
         _expect_scan(pursuits, slot, 1)
         no_rows = gram.cosines
-        scan(gram, 0, len(gram.starts) - 1, no_rows, pursuits, slot, work)
+        scan(gram, 0, len(gram.starts) - 1, no_rows, pursuits, slot, slot, work)
         _advance_one(gram, pursuits, slot, most_steps, list_length, work, results)
 
 
@@ -170,26 +175,45 @@ def _propose(
         if size == len(work.coefficients) or residual_norm <= ZERO:
             pursuits.complete[slot] = True
             break
-        _weigh(gram, pursuits, slot, step, size, work.coefficients)
-        weights, error = pursuits.weights[slot, step], pursuits.errors[slot, step]
-        choice, correlation = best_candidate(gram, work.candidates, listed, support, size, weights, residual, error)
+        _weigh(gram, pursuits, slot, step, size, work.coefficients, work.rounding)
+        weights, scale, error = pursuits.weights[slot, step], pursuits.scales[slot, step], pursuits.errors[slot, step]
+        choice, correlation = best_candidate(
+            gram, work.candidates, listed, support, size, weights, scale, residual, error
+        )
         pursuits.choices[slot, step], pursuits.correlations[slot, step] = choice, correlation
         length += 1
     _expect_scan(pursuits, slot, length)
 
 
 @compiled
-def _weigh(gram: Gram, pursuits: Pursuits, slot: int, step: int, size: int, coefficients: ndarray) -> None:
-    """Write the weights of the support's rows of the matrix in a step's cosines, and the bound on the errors.
+def _weigh(
+    gram: Gram, pursuits: Pursuits, slot: int, step: int, size: int, coefficients: ndarray, rounding: ndarray
+) -> None:
+    """Write the weights of the rows of a scan in a step's cosines, and the bound on the errors of these.
 
-    A cosine is the target's minus a weighted sum of entries of the matrix; the absolute weights add up to ``total``.
-    Each term was a sum of d float32 products and was rounded to a unit, and the terms are added in float32.
+    A cosine is the target's minus a weighted sum of entries of the matrix. Weights are rounded to integers, which
+    changes the residual by a combination of the support: the norm of that bounds what a cosine changes by. Each term
+    was a sum of d float32 products and was rounded to a unit; the integers add up to ``total``.
     """
-    support, weights, total = pursuits.support[slot], pursuits.weights[slot, step], 0.0
+    support, weights, factor = pursuits.support[slot], pursuits.weights[slot, step], pursuits.factor[slot]
+    largest = 1.0
     for place in range(size):
-        weight = coefficients[place] * gram.norms[support[place]] * gram.largest_norm
-        total += abs(weight)
-        weights[place] = -weight
-    weights[size:] = 0
+        largest = max(largest, abs(coefficients[place]) * gram.norms[support[place]] * gram.largest_norm)
+    one = max(math.floor(MOST / largest), 1.0)
+    weights[0], total = one, one
+    weights[1 + size :] = 0
+    for place in range(size):
+        norm = gram.norms[support[place]] * gram.largest_norm
+        weight = -coefficients[place] * norm * one
+        integer = min(max(np.floor(weight + 0.5), -MOST), MOST)
+        weights[1 + place] = integer
+        total += abs(integer)
+        # Of Lᵀ times the differences of coefficients, as long as the combination, a row at a time.
+        rounding[place] = 0
+        add_scaled(rounding, (weight - integer) / norm, factor[place], place + 1)
+    moved = math.sqrt(dot(rounding[:size], rounding[:size]))
     operations = pursuits.targets.shape[1] + size + 32
-    pursuits.errors[slot, step] = (1 + total) * (0.5 + UNIT * operations * (ROUNDING / 2))
+    error = (total * (0.5 + UNIT * operations * (ROUNDING / 2)) + UNIT * moved) / one
+    pursuits.scales[slot, step] = 1 / one
+    # Within the bound no sum exceeds 32 bits.
+    pursuits.errors[slot, step] = error if error < UNIT else np.inf

@@ -1,7 +1,7 @@
 """Hold the pursuits of the targets that are solved together: one slot for each. Imports without numba.
 
-Letters in shapes: B targets, T slots, P atoms padded to whole strips, d dimensions, k sparsity, n steps of a draft, L
-and R places of the lists of candidates and rivals.
+Letters in shapes: B targets, T slots, P atoms padded to whole strips, d dimensions, k sparsity, n steps of a draft, W
+rows of a scan padded to pairs, L and R places of the lists of candidates and rivals.
 """
 
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from mergekit_omp.solver.gram.layout import STEPS, padded, padded_steps
+from mergekit_omp.solver.gram.layout import STEPS, padded, padded_rows, padded_steps
 
 MOST_STEPS = STEPS
 """Steps of the longest draft; more are undone too often."""
@@ -43,7 +43,9 @@ class Pursuits(NamedTuple):
         solved: float64 (T, k), L⁻¹ Aᵀx for the target x.
         length: int64 (T,), number of drafted steps.
         scanned: int64 (T,), number of drafted steps that are still scanned: those after a wrong one are not.
-        weights: float32 (T, n, k), weights of the support's rows of the matrix in the cosines of each step's residual.
+        weights: int16 (T, n, W), weights of the target's cosines and of the support's rows of the matrix in the
+            cosines of each step's residual; padded with zeros.
+        scales: float32 (T, n), what the weights of a step are multiples of.
         errors: float32 (T, n), bound on the errors of these cosines, in units of the Gram matrix.
         choices: int64 (T, n), the atom selected in each step.
         correlations: float64 (T, n), their |⟨residual, atom⟩| in units of the largest norm.
@@ -51,7 +53,7 @@ class Pursuits(NamedTuple):
         least: float32 (T,), the correlation that candidates exceed, in units of the Gram matrix.
         listed: int64 (T,), number of candidates.
         candidates: int64 (T, L), atoms with a high correlation with the residual of the last step.
-        found: int16 (T, k, L), their cosines with the support.
+        found: int16 (T, L, k), their cosines with the support.
         estimates: float32 (T, L), their estimated correlations, in units of the Gram matrix.
         rivals: int64 (T,), number of rivals.
         rival_atoms: int64 (T, R), atoms that may be better than the choice of a step.
@@ -71,6 +73,7 @@ class Pursuits(NamedTuple):
     length: ndarray
     scanned: ndarray
     weights: ndarray
+    scales: ndarray
     errors: ndarray
     choices: ndarray
     correlations: ndarray
@@ -120,7 +123,8 @@ def empty_slots(slots: int, atoms: int, dim: int, k: int, most_steps: int) -> Pu
         solved=np.zeros((slots, k)),
         length=np.zeros(slots, np.int64),
         scanned=np.zeros(slots, np.int64),
-        weights=np.zeros((slots, steps, k), np.float32),
+        weights=np.zeros((slots, steps, padded_rows(k)), np.int16),
+        scales=np.zeros((slots, steps), np.float32),
         errors=np.zeros((slots, steps), np.float32),
         choices=np.zeros((slots, steps), np.int64),
         correlations=np.zeros((slots, steps)),
@@ -128,7 +132,7 @@ def empty_slots(slots: int, atoms: int, dim: int, k: int, most_steps: int) -> Pu
         least=np.zeros(slots, np.float32),
         listed=np.zeros(slots, np.int64),
         candidates=np.zeros((slots, LISTED), np.int64),
-        found=np.zeros((slots, k, LISTED), np.int16),
+        found=np.zeros((slots, LISTED, k), np.int16),
         estimates=np.zeros((slots, LISTED), np.float32),
         rivals=np.zeros(slots, np.int64),
         rival_atoms=np.zeros((slots, RIVALS), np.int64),

@@ -9,7 +9,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from mergekit_omp.solver.gram.layout import LINE, STEPS
@@ -19,14 +19,15 @@ COLUMNS = 8
 
 
 def has_feature(name: str) -> bool:
-    """Tell whether the CPU has a feature, by LLVM's name of it."""
+    """Tell whether this CPU has a feature, by LLVM's name of it, and numba compiles for this CPU."""
+    overridden = config.CPU_NAME or config.CPU_FEATURES  # type: ignore[attr-defined]  # set at run time
     try:
-        return binding.get_host_cpu_features().get(name, False)
+        return not overridden and binding.get_host_cpu_features().get(name, False)
     except RuntimeError:  # LLVM cannot tell on every platform
         return False
 
 
-WIDE = has_feature("avx512f")
+WIDE = has_feature("avx512bw")
 """Whether the CPU has vectors of 512 bits, and twice as many registers for them."""
 
 MANY, FEW = (STEPS, STEPS // 2) if WIDE else (STEPS // 2, STEPS // 4)
@@ -35,17 +36,26 @@ MANY, FEW = (STEPS, STEPS // 2) if WIDE else (STEPS // 2, STEPS // 4)
 COLUMNS_OF_MANY, COLUMNS_OF_FEW = 32 if WIDE else 16, 32
 """Columns whose sums for so many steps fit into the registers."""
 
+MULTIPLY_PAIRS = {
+    8: "llvm.x86.avx2.pmadd.wd" if has_feature("avx2") else None,
+    16: "llvm.x86.avx512.pmaddw.d.512" if WIDE else None,
+}
+"""LLVM's names of the instructions that multiply pairs of 16-bit integers and add both products, by pairs in a vector.
+LLVM lets a CPU add them to a sum in the same instruction, if it can (VNNI)."""
+
 AHEAD = 256
 """Bytes of a row that are requested ahead of their use: a CPU does not follow as many rows by itself."""
 
-READ, KEEP, DATA = 0, 3, 1
-"""Arguments of LLVM's prefetch: for reading, into the nearest cache, not as code."""
+GROUP = 64
+"""Numbers that are compared together, with a result in the bits of one integer."""
 
-CONTRACT = ("contract",)
-"""A product and a sum may be rounded once, together."""
+READ, DATA = 0, 1
+"""Arguments of LLVM's prefetch: for reading, not as code."""
 
+NEAR, NOT_SO_NEAR = 3, 2
+"""Levels of LLVM's prefetch: into the L1 cache, into the L2 cache."""
 
-INTEGER, PLACE = ir.IntType(16), ir.IntType(64)
+INTEGER, SUM, PLACE = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
 def element(context: Any, builder: Any, array_type: Any, array: Any, *indices: Any) -> Any:
@@ -64,12 +74,12 @@ def repeated(builder: Any, number: Any, width: int) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(integers, [0] * width))
 
 
-def _request(builder: Any, address: Any) -> None:
+def _request(builder: Any, address: Any, level: int = NEAR) -> None:
     """Ask the memory for the line of the cache with an address, which need not exist."""
     pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
     prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [builder.inttoptr(address, pointer), flag(READ), flag(KEEP), flag(DATA)])
+    builder.call(prefetch, [builder.inttoptr(address, pointer), flag(READ), flag(level), flag(DATA)])
 
 
 @intrinsic
@@ -92,65 +102,137 @@ def _integer_at(typing_context: Any, address: Any) -> Any:
     return types.int16(types.int64), generate
 
 
+def make_request(level: int) -> Any:
+    """Make a function for compiled code that asks the memory for the line of the cache with an address."""
+
+    @intrinsic
+    def request(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            _request(builder, arguments[0], level)
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return request
+
+
 @intrinsic
-def _request_line(typing_context: Any, address: Any) -> Any:
-    """Ask the memory for the line of the cache with an address."""
+def _exceeding(typing_context: Any, numbers: Any, first: Any, least: Any) -> Any:
+    """Compare GROUP float32 numbers, from a ``first`` one on, with another; return a bit for each that exceeds it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _request(builder, arguments[0])
-        return context.get_dummy_value()
+        numbers, first, least = arguments
+        at = element(context, builder, signature.args[0], numbers, first)
+        floats = ir.VectorType(ir.FloatType(), GROUP)
+        group = builder.load(builder.inttoptr(at, floats.as_pointer()), align=4)
+        exceeds = builder.fcmp_ordered(">", group, repeated(builder, least, GROUP))
+        return builder.bitcast(exceeds, PLACE)
 
-    return types.void(types.int64), generate
+    return types.uint64(numbers, types.int64, types.float32), generate
+
+
+@intrinsic
+def _first_of(typing_context: Any, bits: Any) -> Any:
+    """Return the place of the first bit that is set; one is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.int64(types.uint64), generate
 
 
 address: Any = _address
-request_line: Any = _request_line
 integer_at: Any = _integer_at
+exceeding: Any = _exceeding
+first_of: Any = _first_of
+request_line, request_early = make_request(NEAR), make_request(NOT_SO_NEAR)
 
 
 def make_accumulate(steps: int, width: int) -> Any:
-    """Make a function for compiled code that adds rows to ``steps`` sums of ``width`` columns, all in registers.
+    """Make a function for compiled code that adds up weighted rows for ``steps`` steps and ``width`` columns.
 
-    Its arguments are ``rows`` int64 (size,), the addresses of the rows; ``size``; ``inner`` int16, the first summand;
-    ``weights`` float32 (n, k), of each row in each step; ``sums`` float32 (n, columns), which are written; the first
-    ``step``, and the first ``column`` of rows, ``inner`` and ``sums``.
+    All sums are in registers. Products of 16-bit integers and their 32-bit sums are exact, but for a multiple of 2³²
+    that the sum of the last row no longer has. The arguments are ``rows`` int64 (2 ``pairs``,), the addresses of the
+    rows; ``pairs``; ``weights`` int16 (n, 2 ``pairs``), of each row in each step; ``scales`` float32 (n,) of steps and
+    ``norms`` float32 (columns,), which sums are multiplied by; ``sums`` float32 (n, columns), their absolute values,
+    which are written; the first ``step``, and the first ``column`` of rows, norms and sums.
     """
-    integers, floats = ir.VectorType(INTEGER, width), ir.VectorType(ir.FloatType(), width)
+    lanes = width // 2
+    integers, totals_of_half = ir.VectorType(INTEGER, width), ir.VectorType(SUM, lanes)
+    floats = ir.VectorType(ir.FloatType(), width)
+    # Interleaves two rows, as the CPU does: four columns of each eight at a time.
+    halves = [[at for at in range(width) if at % 8 // 4 == half] for half in (0, 1)]
+    interleave = [_mask(place for at in half for place in (at, width + at)) for half in halves]
+    in_order = _mask(sorted(range(width), key=[*halves[0], *halves[1]].__getitem__))
 
-    def load_integers(builder: Any, address: Any) -> Any:
-        pointer = builder.inttoptr(address, integers.as_pointer())
-        wide = builder.sext(builder.load(pointer, align=2), ir.VectorType(ir.IntType(32), width))
-        return builder.sitofp(wide, floats)
+    def add_products(builder: Any, total: Any, pairs: Any, weights: Any) -> Any:
+        """Add both products of each pair of 16-bit integers to a sum."""
+        name = MULTIPLY_PAIRS.get(lanes)
+        if name is not None:
+            kind = ir.FunctionType(totals_of_half, [integers, integers])
+            multiply = cgutils.get_or_insert_function(builder.module, kind, name)
+            return builder.add(total, builder.call(multiply, [pairs, weights]))
+        for parity in (0, 1):
+            mask = _mask(range(parity, width, 2))
+            one, other = (
+                builder.sext(builder.shuffle_vector(vector, vector, mask), totals_of_half)
+                for vector in (pairs, weights)
+            )
+            total = builder.add(total, builder.mul(one, other))
+        return total
 
     @intrinsic
     def accumulate(
-        typing_context: Any, rows: Any, size: Any, inner: Any, weights: Any, sums: Any, step: Any, column: Any
+        typing_context: Any,
+        rows: Any,
+        pairs: Any,
+        weights: Any,
+        scales: Any,
+        norms: Any,
+        sums: Any,
+        step: Any,
+        column: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            rows, size, inner, weights, sums, step, column = arguments
+            rows, pairs, weights, scales, norms, sums, step, column = arguments
             kinds = signature.args
-            address = element(context, builder, kinds[2], inner, column)
-            _request(builder, builder.add(address, PLACE(AHEAD)))
-            first = load_integers(builder, address)
-            totals = [cgutils.alloca_once_value(builder, first) for _ in range(steps)]
+
+            def load(of: Any, kind: Any, array: Any, *indices: Any) -> Any:
+                at = element(context, builder, kind, array, *indices)
+                return builder.load(builder.inttoptr(at, of.as_pointer()))
+
+            none = ir.Constant(totals_of_half, [0] * lanes)
+            totals = [[cgutils.alloca_once_value(builder, none) for _ in halves] for _ in range(steps)]
             later = [builder.add(step, PLACE(number)) for number in range(steps)]
             offset = builder.mul(column, PLACE(2))
-            with cgutils.for_range(builder, size) as loop:
-                address = element(context, builder, kinds[0], rows, loop.index)
-                row = builder.add(builder.load(builder.inttoptr(address, PLACE.as_pointer())), offset)
-                _request(builder, builder.add(row, PLACE(AHEAD)))
-                numbers = load_integers(builder, row)
-                for total, number in zip(totals, later, strict=True):
-                    address = element(context, builder, kinds[3], weights, number, loop.index)
-                    weight = builder.load(builder.inttoptr(address, ir.FloatType().as_pointer()))
-                    product = builder.fmul(numbers, repeated(builder, weight, width), flags=CONTRACT)
-                    builder.store(builder.fadd(builder.load(total), product, flags=CONTRACT), total)
-            for total, number in zip(totals, later, strict=True):
-                address = element(context, builder, kinds[4], sums, number, column)
-                builder.store(builder.load(total), builder.inttoptr(address, floats.as_pointer()), align=4)
+            with cgutils.for_range(builder, pairs) as loop:
+                first = builder.mul(loop.index, PLACE(2))
+                numbers = []
+                for place in (first, builder.add(first, PLACE(1))):
+                    row = builder.add(load(PLACE, kinds[0], rows, place), offset)
+                    _request(builder, builder.add(row, PLACE(AHEAD)))
+                    numbers.append(builder.load(builder.inttoptr(row, integers.as_pointer()), align=2))
+                both = [builder.shuffle_vector(*numbers, mask) for mask in interleave]
+                for parts, number in zip(totals, later, strict=True):
+                    weight = repeated(builder, load(SUM, kinds[2], weights, number, first), lanes)
+                    weight = builder.bitcast(weight, integers)
+                    for total, part in zip(parts, both, strict=True):
+                        builder.store(add_products(builder, builder.load(total), part, weight), total)
+            at = element(context, builder, kinds[4], norms, column)
+            factors = builder.load(builder.inttoptr(at, floats.as_pointer()), align=4)
+            absolute = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(floats, [floats]), f"llvm.fabs.v{width}f32"
+            )
+            for parts, number in zip(totals, later, strict=True):
+                whole = builder.shuffle_vector(*map(builder.load, parts), in_order)
+                scale = repeated(builder, load(ir.FloatType(), kinds[3], scales, number), width)
+                scaled = builder.fmul(builder.fmul(builder.sitofp(whole, floats), scale), factors)
+                at = element(context, builder, kinds[5], sums, number, column)
+                pointer = builder.inttoptr(at, floats.as_pointer())
+                builder.store(builder.call(absolute, [scaled]), pointer, align=4)
             return context.get_dummy_value()
 
-        return types.void(rows, types.int64, inner, weights, sums, types.int64, types.int64), generate
+        return types.void(rows, types.int64, weights, scales, norms, sums, types.int64, types.int64), generate
 
     return accumulate
 

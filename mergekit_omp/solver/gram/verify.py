@@ -9,33 +9,27 @@ Letters in shapes: T slots, n steps of a draft, k sparsity.
 import numpy as np
 from numpy import ndarray
 
-from mergekit_omp.solver.gram.kernels import (
-    any_may_reach,
-    compiled,
-    entry_point,
-    transpose,
-)
-from mergekit_omp.solver.gram.layout import LINE, STRIP
+from mergekit_omp.solver.gram.kernels import compiled, copy, entry_point, transpose
+from mergekit_omp.solver.gram.layout import LINE, STRIP, UNIT
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.rivals import add_rival
 from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
 from mergekit_omp.solver.gram.vectors import (
-    AHEAD,
     COLUMNS,
     COLUMNS_OF_FEW,
     COLUMNS_OF_MANY,
     FEW,
+    GROUP,
     MANY,
     accumulate_few,
     accumulate_many,
     address,
+    exceeding,
+    first_of,
     integer_at,
-    request_line,
+    request_early,
 )
 from mergekit_omp.solver.gram.workspace import Workspace
-
-GROUP = 32
-"""Atoms that are compared with the least correlation together; few groups contain a candidate."""
 
 
 @entry_point
@@ -77,31 +71,52 @@ def verify(
     work: Workspace,
 ) -> None:
     """Scan strips for the drafts in slots ``first`` to ``last``; list rivals of the choices, and new candidates."""
-    for slot in range(first, last):
-        if gram.half and slot + 1 < last and pursuits.status[slot + 1] == DRAFTED:
-            _request_rows(gram, first_strip, below, pursuits, slot + 1, work.places)
-        if pursuits.status[slot] == DRAFTED:
-            scan(gram, first_strip, last_strip, below, pursuits, slot, work)
+    slot = _next_draft(pursuits, first, last)
+    while slot < last:
+        following = _next_draft(pursuits, slot + 1, last)
+        scan(gram, first_strip, last_strip, below, pursuits, slot, following if following < last else slot, work)
+        slot = following
+
+
+@compiled
+def _next_draft(pursuits: Pursuits, slot: int, last: int) -> int:
+    """Return the first slot with a draft, from ``slot`` on, or ``last``."""
+    while slot < last and pursuits.status[slot] != DRAFTED:
+        slot += 1
+    return slot
 
 
 @compiled
 def scan(
-    gram: Gram, first_strip: int, last_strip: int, below: ndarray, pursuits: Pursuits, slot: int, work: Workspace
+    gram: Gram,
+    first_strip: int,
+    last_strip: int,
+    below: ndarray,
+    pursuits: Pursuits,
+    slot: int,
+    following: int,
+    work: Workspace,
 ) -> None:
-    """Scan strips for the draft of one slot."""
+    """Scan strips for the draft of one slot; in each, request the rows of the next one, last those of another slot."""
     work.known[:] = False
     for strip in range(first_strip, last_strip):
-        _scan_strip(gram, strip, below, pursuits, slot, work)
+        is_last = strip + 1 == last_strip
+        next_slot, next_strip = (following, first_strip) if is_last else (slot, strip + 1)
+        requested = _locate(gram, next_strip, below, pursuits, next_slot, work.next_places)
+        _scan_strip(gram, strip, below, pursuits, slot, requested, work)
 
 
 @entry_point
-def add_rows(places: ndarray, weights: ndarray, inner: ndarray, scans: int, sums: ndarray) -> None:
-    """Compute the cosines ``sums`` float32 (n, STRIP) of a strip as often as told, to be timed.
+def add_rows(
+    places: ndarray, weights: ndarray, scales: ndarray, norms: ndarray, scans: int, correlations: ndarray
+) -> None:
+    """Compute the ``correlations`` float32 (n, STRIP) of a strip as often as told, to be timed.
 
-    The rows are those at ``places`` int64 (k,), with ``weights`` float32 (n, k); ``inner`` is int16 (STRIP,).
+    The rows are those at ``places`` int64 (W,), with ``weights`` int16 (n, W), ``scales`` float32 (n,) and ``norms``
+    float32 (STRIP,).
     """
     for _ in range(scans):
-        _accumulate(places, len(places), weights, inner, len(weights), sums)
+        _accumulate(places, len(places), weights, scales, norms, len(weights), places, 0, correlations)
 
 
 @compiled
@@ -111,114 +126,134 @@ def _rows_read(pursuits: Pursuits, slot: int) -> int:
 
 
 @compiled
-def _request_rows(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, places: ndarray) -> None:
-    """Ask the memory for the first lines of a slot's rows, which come from anywhere in a half matrix's strip."""
-    size = _rows_read(pursuits, slot)
-    _locate(gram, strip, below, pursuits.support[slot], size, places)
-    for place in range(size):
-        for line in range(0, AHEAD, 2 * LINE):
-            request_line(places[place] + line)
+def _locate(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, places: ndarray) -> int:
+    """Write the addresses of the rows of a slot's scan of a strip to ``places`` (W,), and return their number.
 
-
-@compiled
-def _scan_strip(gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, work: Workspace) -> None:
-    start, sums, places = strip * STRIP, work.sums, work.places
-    inverse_norms, norms = gram.inverse_norms[start : start + STRIP], gram.norms[start : start + STRIP]
-    count, size = pursuits.scanned[slot], _rows_read(pursuits, slot)
-    inner = pursuits.inner[slot, start : start + STRIP]
-    _locate(gram, strip, below, pursuits.support[slot], size, places)
-    _accumulate(places, size, pursuits.weights[slot], inner, count, sums)
-    correlations, errors = pursuits.correlations[slot], pursuits.errors[slot]
-    for step in range(count):
-        if step < pursuits.scanned[slot] and any_may_reach(
-            sums[step], inverse_norms, np.float32(correlations[step]), errors[step]
-        ):
-            _list_rivals(gram, pursuits, slot, step, start, sums[step], work)
-    _list_candidates(places, pursuits, slot, size, start, sums[count - 1], norms, work.kept)
-
-
-@compiled
-def _locate(gram: Gram, strip: int, below: ndarray, support: ndarray, size: int, places: ndarray) -> None:
-    """Write the addresses of the support's rows in a strip to ``places`` (k,)."""
+    The first row are the target's cosines; those of the support follow. A last one is repeated where pairs need it.
+    """
     above, missing, row_bytes = address(gram.cosines, gram.starts[strip]), address(below, 0), 2 * gram.stride
     stored = (strip + 1) * STRIP if gram.half else len(gram.atoms)
-    for slot in range(size):
-        atom = support[slot]
-        places[slot] = above + atom * row_bytes if atom < stored else missing + (atom - stored) * row_bytes
+    support, size = pursuits.support[slot], _rows_read(pursuits, slot)
+    places[0] = address(pursuits.inner[slot], strip * STRIP)
+    for place in range(size):
+        atom = support[place]
+        places[1 + place] = above + atom * row_bytes if atom < stored else missing + (atom - stored) * row_bytes
+    rows = 1 + size
+    places[rows - 1 + rows % 2] = places[rows - 1]
+    return rows
 
 
 @compiled
-def _accumulate(places: ndarray, size: int, weights: ndarray, inner: ndarray, count: int, sums: ndarray) -> None:
-    """Compute the cosines ``sums`` (n, STRIP) of a strip of atoms with the residuals of ``count`` steps."""
+def _scan_strip(
+    gram: Gram, strip: int, below: ndarray, pursuits: Pursuits, slot: int, requested: int, work: Workspace
+) -> None:
+    """Scan one strip for one slot; request as many rows of the next scan as told."""
+    start, places, correlations = strip * STRIP, work.places, work.correlations
+    norms, weights, scales = gram.norms[start : start + STRIP], pursuits.weights[slot], pursuits.scales[slot]
+    count, rows = pursuits.scanned[slot], _locate(gram, strip, below, pursuits, slot, places)
+    _accumulate(places, rows, weights, scales, norms, count, work.next_places, requested, correlations)
+    for step in range(count):
+        if step < pursuits.scanned[slot]:
+            _list_rivals(gram, pursuits, slot, step, start, correlations[step], work)
+    _list_candidates(places[1:rows], pursuits, slot, start, correlations[count - 1])
+
+
+@compiled
+def _accumulate(
+    places: ndarray,
+    rows: int,
+    weights: ndarray,
+    scales: ndarray,
+    norms: ndarray,
+    count: int,
+    next_places: ndarray,
+    requested: int,
+    correlations: ndarray,
+) -> None:
+    """Compute the ``correlations`` (n, STRIP) of a strip of atoms with the residuals of ``count`` steps.
+
+    The first pass over the rows requests so many at ``next_places``.
+    """
+    pairs = (rows + 1) // 2
     for step in range(0, count, MANY):
+        if step > 0:
+            requested = 0
         if count - step > FEW:
             for column in range(0, STRIP, COLUMNS_OF_MANY):
-                accumulate_many(places, size, inner, weights, sums, step, column)
+                _request_column(next_places, requested, column)
+                accumulate_many(places, pairs, weights, scales, norms, correlations, step, column)
         else:
             for column in range(0, STRIP, COLUMNS_OF_FEW):
-                accumulate_few(places, size, inner, weights, sums, step, column)
+                _request_column(next_places, requested, column)
+                accumulate_few(places, pairs, weights, scales, norms, correlations, step, column)
+
+
+@compiled
+def _request_column(places: ndarray, rows: int, column: int) -> None:
+    """Ask the memory for the line of each row that begins at a column, if one does."""
+    if column % LINE == 0:
+        for place in range(rows):
+            request_early(places[place] + 2 * column)
 
 
 @compiled
 def _list_rivals(
-    gram: Gram, pursuits: Pursuits, slot: int, step: int, start: int, cosines: ndarray, work: Workspace
+    gram: Gram, pursuits: Pursuits, slot: int, step: int, start: int, correlations: ndarray, work: Workspace
 ) -> None:
     """List the atoms of a strip that the error bound does not exclude from being better than the choice of a step.
 
     Steps after one that is certainly wrong are not scanned any more.
     """
-    correlation, error = np.float32(pursuits.correlations[slot, step]), pursuits.errors[slot, step]
-    for column in range(STRIP):
-        atom = start + column
-        least = correlation * gram.inverse_norms[atom]
-        if abs(cosines[column]) + error >= least and atom != pursuits.choices[slot, step] and atom < len(gram.atoms):
-            add_rival(gram, pursuits, slot, step, atom, work)
-            if abs(cosines[column]) - error > least:
-                pursuits.scanned[slot] = min(pursuits.scanned[slot], step + 1)
+    highest, error = np.float32(pursuits.correlations[slot, step] * UNIT), pursuits.errors[slot, step]
+    for left in range(0, STRIP, GROUP):
+        open_ones = exceeding(correlations, left, highest - error)
+        while open_ones:
+            column = left + first_of(open_ones)
+            open_ones &= open_ones - np.uint64(1)
+            atom = start + column
+            bound = error * gram.norms[atom]
+            if (
+                correlations[column] + bound >= highest
+                and atom != pursuits.choices[slot, step]
+                and atom < len(gram.atoms)
+            ):
+                add_rival(gram, pursuits, slot, step, atom, work)
+                if correlations[column] - bound > highest:
+                    pursuits.scanned[slot] = min(pursuits.scanned[slot], step + 1)
 
 
 @compiled
-def _list_candidates(
-    places: ndarray,
-    pursuits: Pursuits,
-    slot: int,
-    size: int,
-    start: int,
-    cosines: ndarray,
-    norms: ndarray,
-    kept: ndarray,
-) -> None:
-    """Add the atoms of a strip whose correlation is high enough; raise what is enough when the list is full."""
+def _list_candidates(places: ndarray, pursuits: Pursuits, slot: int, start: int, correlations: ndarray) -> None:
+    """Add the atoms of a strip whose correlation is high enough; raise what is enough when the list is full.
+
+    ``places`` are the addresses of the support's rows.
+    """
     atoms, estimates, found = pursuits.candidates[slot], pursuits.estimates[slot], pursuits.found[slot]
     first = listed = pursuits.listed[slot]
     least, room = pursuits.least[slot], len(atoms)
     for left in range(0, STRIP, GROUP):
-        excess = np.float32(0)
-        for column in range(left, left + GROUP):
-            excess += max(abs(cosines[column]) * norms[column] - least, np.float32(0))
-        if not excess > 0:
-            continue
-        if listed > room - GROUP:
-            _copy_cosines(places, size, start, atoms, first, listed, found)
+        high_ones = exceeding(correlations, left, least)
+        if high_ones and listed > room - GROUP:
+            _copy_cosines(places, start, atoms, first, listed, found)
             mean = np.mean(estimates[:listed])
             least = max(np.float32(1.1) * least, np.float32(0.5) * mean)
-            first = listed = _shorten(atoms, estimates, found, size, listed, least, kept)
-        for column in range(left, left + GROUP):
-            estimate = abs(cosines[column]) * norms[column]
-            atoms[listed], estimates[listed] = start + column, estimate
-            listed += estimate > least
-    _copy_cosines(places, size, start, atoms, first, listed, found)
+            first = listed = _shorten(atoms, estimates, found, len(places), listed, least)
+        while high_ones:
+            column = left + first_of(high_ones)
+            high_ones &= high_ones - np.uint64(1)
+            atoms[listed], estimates[listed] = start + column, correlations[column]
+            listed += 1
+    _copy_cosines(places, start, atoms, first, listed, found)
     pursuits.listed[slot], pursuits.least[slot] = listed, least
 
 
 @compiled
-def _copy_cosines(
-    places: ndarray, size: int, start: int, atoms: ndarray, first: int, last: int, found: ndarray
-) -> None:
+def _copy_cosines(places: ndarray, start: int, atoms: ndarray, first: int, last: int, found: ndarray) -> None:
     """Copy the cosines of candidates ``first`` to ``last``, all of this strip, with the support."""
-    for place in range(size if first < last else 0):
-        for candidate in range(first, last):
-            found[place, candidate] = integer_at(places[place] + 2 * (atoms[candidate] - start))
+    for candidate in range(first, last):
+        offset = 2 * (atoms[candidate] - start)
+        for place in range(len(places)):
+            found[candidate, place] = integer_at(places[place] + offset)
 
 
 @compiled
@@ -229,16 +264,12 @@ def _shorten(
     size: int,
     listed: int,
     least: np.floating,
-    kept: ndarray,
 ) -> int:
     """Keep the candidates whose correlation exceeds ``least``, but always leave room; return their number."""
     count = 0
     for candidate in range(listed):
         if estimates[candidate] > least and count < len(atoms) - 2 * GROUP:
-            kept[count] = candidate
             atoms[count], estimates[count] = atoms[candidate], estimates[candidate]
+            copy(found[count], found[candidate], size)
             count += 1
-    for place in range(size):
-        for candidate in range(count):
-            found[place, candidate] = found[place, kept[candidate]]
     return count

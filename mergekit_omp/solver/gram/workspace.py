@@ -1,6 +1,6 @@
 """Hold the buffers of one thread.
 
-Letters in shapes: L candidates, d dimensions, k sparsity, n steps of a draft.
+Letters in shapes: L candidates, d dimensions, k sparsity, n steps of a draft, W rows of a scan padded to pairs.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from numpy import ndarray
 from mergekit_omp.solver.gram.candidates import Candidates, room_for_candidates
 from mergekit_omp.solver.gram.cholesky import Fit
 from mergekit_omp.solver.gram.kernels import compiled
-from mergekit_omp.solver.gram.layout import STRIP, padded_steps
+from mergekit_omp.solver.gram.layout import STRIP, padded_rows, padded_steps
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.state import LISTED, Pursuits
 
@@ -24,18 +24,20 @@ class Workspace(NamedTuple):
         candidates: the candidates of one target.
         residuals: float64 (n, d), before each step of one target's draft.
         known: bool (n,), which of them are computed.
-        sums: float32 (n, STRIP), cosines of a strip of atoms with these residuals.
-        places: int64 (k,), addresses of the support's rows in a strip.
-        kept: int64 (L,), which candidates stay in a list that is shortened.
+        correlations: float32 (n, STRIP), those of a strip of atoms with these residuals, in units of the Gram matrix.
+        rounding: float64 (k,), differences between weights and their integers.
+        places: int64 (W,), addresses of the rows of a strip that a scan adds up.
+        next_places: int64 (W,), those of the next scan.
     """
 
     coefficients: ndarray
     candidates: Candidates
     residuals: ndarray
     known: ndarray
-    sums: ndarray
+    correlations: ndarray
+    rounding: ndarray
     places: ndarray
-    kept: ndarray
+    next_places: ndarray
 
 
 def workspace(dim: int, k: int, most_steps: int) -> Workspace:
@@ -46,9 +48,10 @@ def workspace(dim: int, k: int, most_steps: int) -> Workspace:
         candidates=room_for_candidates(LISTED + most_steps, k),
         residuals=np.zeros((steps, dim)),
         known=np.zeros(steps, np.bool_),
-        sums=np.zeros((steps, STRIP), np.float32),
-        places=np.zeros(k, np.int64),
-        kept=np.zeros(LISTED, np.int64),
+        correlations=np.zeros((steps, STRIP), np.float32),
+        rounding=np.zeros(k),
+        places=np.zeros(padded_rows(k), np.int64),
+        next_places=np.zeros(padded_rows(k), np.int64),
     )
 
 
