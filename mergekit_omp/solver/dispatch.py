@@ -19,25 +19,26 @@ from mergekit_omp.solver.rates import Rates, measure_rates
 
 LOG = logging.getLogger(__name__)
 
-BUILD_COST = 0.7
+BUILD_COST = 0.6
 """Measured time of one of the N² d products of a Gram matrix, of which half are made, in units of the time of one
 product of a matrix product in float32 or bfloat16."""
 
-WHOLE_SCAN_COST, HALF_SCAN_COST = 1.5, 2.5
-"""Measured time of one of the N atoms in the scans of a step, divided by k, in units of the time of one
-product in a scan of rows in the cache."""
+MORE_SCANS, MORE_ROWS = 16, 32
+"""A solve takes about (k + MORE_SCANS) / 4 scans. One takes about as long as (k + MORE_ROWS) / 2 rows, since it compares,
+and waits for the memory."""
 
-FIT_COST = 25
-"""Measured time of one of the d dimensions in a step's fits, residuals and exact correlations, divided by k; this and
-the costs below are in units of the time of one product of a float32 matrix product."""
+WHOLE_SCAN_COST, HALF_SCAN_COST = 0.9, 1.4
+"""Measured time of one of the N atoms in the scans of a target, divided by (k + MORE_SCANS) (k + MORE_ROWS), in units
+of the time of one product in a scan of rows in the cache."""
 
-LEAST_SPARSITY = 32
-"""The k below which a step takes no less: its scans wait for the memory, and compare, and more drafts are wrong."""
+FIT_COST = 16
+"""Measured time of one of the d dimensions in a target's fits, residuals and exact correlations, divided by
+k (k + MORE_SCANS); this and the costs below are in units of the time of one product of a float32 matrix product."""
 
-MIRROR_COST = 1.3
-"""Measured time in which one of the N² cosines of a half matrix is completed, times the scans for each of k steps."""
+MIRROR_COST = 1.0
+"""Measured time in which one of the N² cosines of a half matrix is completed in all scans, divided by k + MORE_SCANS."""
 
-CLEAR_COST = 150
+CLEAR_COST = 100
 """Measured time in which the system clears and maps a byte of memory that was not in use."""
 
 GRAM_MIN_GAIN = 2**39
@@ -142,11 +143,10 @@ def gram_products(shape: ProblemShape, slots: int, rates: Rates, *, half: bool) 
         half: whether each pair of atoms is stored once.
     """
     targets, atoms, dim, k = shape
-    scans = rates.scan * (HALF_SCAN_COST if half else WHOLE_SCAN_COST) * atoms
-    step = k * (scans + FIT_COST * dim)
+    scan = rates.scan * (HALF_SCAN_COST if half else WHOLE_SCAN_COST) * (k + MORE_ROWS) * atoms
     completion = MIRROR_COST * atoms**2 / slots if half else 0
     products = BUILD_COST * atoms**2 * dim + targets * atoms * dim
-    return rates.product * products + targets * max(k, LEAST_SPARSITY) * (step + completion)
+    return rates.product * products + targets * (k + MORE_SCANS) * (scan + FIT_COST * k * dim + completion)
 
 
 def rates_on(device: torch.device, shape: ProblemShape) -> Rates:
