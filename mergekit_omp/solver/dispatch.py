@@ -24,8 +24,8 @@ BUILD_COST = 0.6
 product of a matrix product in float32 or bfloat16."""
 
 MORE_SCANS, MORE_ROWS = 16, 32
-"""A solve takes about (k + MORE_SCANS) / 4 scans. One takes about as long as (k + MORE_ROWS) / 2 rows, since it compares,
-and waits for the memory."""
+"""A target takes about (k + MORE_SCANS) / 4 scans. One takes as long as (k + MORE_ROWS) / 2 rows do, since it compares,
+too."""
 
 WHOLE_SCAN_COST, HALF_SCAN_COST = 0.9, 1.4
 """Measured time of one of the N atoms in the scans of a target, divided by (k + MORE_SCANS) (k + MORE_ROWS), in units
@@ -36,7 +36,8 @@ FIT_COST = 16
 k (k + MORE_SCANS); this and the costs below are in units of the time of one product of a float32 matrix product."""
 
 MIRROR_COST = 1.0
-"""Measured time in which one of the N² cosines of a half matrix is completed in all scans, divided by k + MORE_SCANS."""
+"""Measured time in which one of the N² cosines of a half matrix is completed in the scans of a target, divided by
+k + MORE_SCANS."""
 
 CLEAR_COST = 100
 """Measured time in which the system clears and maps a byte of memory that was not in use."""
