@@ -24,8 +24,7 @@ BUILD_COST = 0.6
 product of a matrix product in float32 or bfloat16."""
 
 MORE_SCANS, MORE_ROWS = 16, 32
-"""A target takes about (k + MORE_SCANS) / 4 scans. One takes as long as (k + MORE_ROWS) / 2 rows do, since it compares,
-too."""
+"""A target takes about (k + MORE_SCANS) / 4 scans, and each as long as (k + MORE_ROWS) / 2 rows: it compares, too."""
 
 WHOLE_SCAN_COST, HALF_SCAN_COST = 0.9, 1.4
 """Measured time of one of the N atoms in the scans of a target, divided by (k + MORE_SCANS) (k + MORE_ROWS), in units
