@@ -29,7 +29,8 @@ from mergekit_omp.solver.gram import state as gram_state
 from mergekit_omp.solver.gram.bfloat16 import is_supported, multiply, pack
 from mergekit_omp.solver.gram.layout import STEPS, STRIP, UNIT, padded
 from mergekit_omp.solver.gram.matrix import Gram, build_gram
-from mergekit_omp.solver.gram.verify import add_rows
+from mergekit_omp.solver.gram.verify import add_rows, verify
+from mergekit_omp.solver.gram.workspace import workspace
 from mergekit_omp.solver.least_squares import least_squares
 from mergekit_omp.solver.memory import (
     KEPT_BLOCK,
@@ -702,6 +703,42 @@ def test_sums_of_a_scan_are_exact(count: int, steps: int, seed: int) -> None:
     add_rows(places, weights, scales, norms, 1, correlations)
     expected = np.abs(factors[:, :1] * some[0].astype(np.float64)) * scales[:, None] * norms
     assert np.allclose(correlations, expected, rtol=4 * 2**-24, atol=0)
+
+
+@given(
+    count=st.integers(40, 1100),
+    dim=st.integers(4, 64),
+    seed=st.integers(0, 10_000),
+    common=st.sampled_from([0.0, 1.0, 10.0]),
+    bfloat16=st.booleans(),
+)
+def test_bounds_of_a_scan_hold(count: int, dim: int, seed: int, common: float, bfloat16: bool) -> None:
+    """Compare the correlations of drafted steps with those of float64."""
+    atoms, targets = random_rows(count, dim, seed, common), random_rows(3, dim, seed + 1, common)
+    if bfloat16:
+        atoms, targets = atoms.bfloat16().float(), targets.bfloat16().float()
+    gram = gram_of(atoms, bfloat16=bfloat16 and is_supported())
+    search = gram_search._Search(targets, gram, 24, 3, 1, 8, 20, None)
+    work, pursuits = workspace(dim, 24, 8), search.pursuits
+    exact, largest = atoms.double().numpy(), atoms.double().norm(dim=1).max().item()
+    while search._advance(0, 0, 3, work):
+        for slot in np.flatnonzero(pursuits.status == gram_state.DRAFTED):
+            support = pursuits.support[slot, : pursuits.verified[slot] + pursuits.length[slot] - 1]
+            places = np.full(pursuits.weights.shape[2], pursuits.inner[slot].ctypes.data)
+            places[1 : 1 + len(support)] = gram.cosines.ctypes.data + 2 * gram.stride * support
+            estimates = np.empty((STEPS, len(gram.norms)), np.float32)
+            for start in range(0, len(gram.norms), STRIP):
+                part = np.empty((STEPS, STRIP), np.float32)
+                weights, scales = pursuits.weights[slot], pursuits.scales[slot]
+                add_rows(places + 2 * start, weights, scales, gram.norms[start : start + STRIP], 1, part)
+                estimates[:, start : start + STRIP] = part
+            for step in range(pursuits.length[slot]):
+                chosen, target = exact[support[: pursuits.verified[slot] + step]], pursuits.targets[slot]
+                residual = target - np.linalg.lstsq(chosen.T, target, rcond=None)[0] @ chosen
+                correlations = np.abs(exact @ residual) / largest * UNIT
+                bounds = pursuits.errors[slot, step] * gram.norms[:count]
+                assert (np.abs(estimates[step, :count] - correlations) <= bounds).all()
+        verify(gram, 0, len(gram.starts) - 1, search.below[0], pursuits, 0, 3, work)
 
 
 def test_weights_beyond_16_bits() -> None:
