@@ -1,4 +1,4 @@
-"""Define the two innermost loops on vectors, in LLVM's instructions, which LLVM translates into those of any CPU.
+"""Define the innermost loops on vectors, in LLVM's instructions, which LLVM translates into those of any CPU.
 
 numba vectorises one loop at a time. The sums over many rows would be loaded and stored for every few of them, which
 takes as long as the products, and a transposition would move one number at a time.
@@ -33,15 +33,12 @@ WIDE = has_feature("avx512bw")
 MANY, FEW = (STEPS, STEPS // 2) if WIDE else (STEPS // 2, STEPS // 4)
 """Steps whose sums are computed together, in one pass over the rows: where many steps are left, and where few are."""
 
-COLUMNS_OF_MANY, COLUMNS_OF_FEW = 32 if WIDE else 16, 32
+WIDTH = 32 if WIDE else 16
 """Columns whose sums for so many steps fit into the registers."""
 
-MULTIPLY_PAIRS = {
-    8: "llvm.x86.avx2.pmadd.wd" if has_feature("avx2") else None,
-    16: "llvm.x86.avx512.pmaddw.d.512" if WIDE else None,
-}
-"""LLVM's names of the instructions that multiply pairs of 16-bit integers and add both products, by pairs in a vector.
-LLVM lets a CPU add them to a sum in the same instruction, if it can (VNNI)."""
+MULTIPLY_PAIRS = "llvm.x86.avx512.pmaddw.d.512" if WIDE else "llvm.x86.avx2.pmadd.wd" if has_feature("avx2") else None
+"""LLVM's name of the instruction that multiplies WIDTH pairs of 16-bit integers and adds neighbouring products. LLVM
+lets a CPU add them to a sum in the same instruction, if it can (VNNI)."""
 
 AHEAD = 256
 """Bytes of a row that are requested ahead of their use: a CPU does not follow as many rows by itself."""
@@ -52,7 +49,7 @@ GROUP = 64
 READ, DATA = 0, 1
 """Arguments of LLVM's prefetch: for reading, not as code."""
 
-NEAR, NOT_SO_NEAR = 3, 2
+NEAR, FARTHER = 3, 2
 """Levels of LLVM's prefetch: into the L1 cache, into the L2 cache."""
 
 INTEGER, SUM, PLACE = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -145,11 +142,11 @@ address: Any = _address
 integer_at: Any = _integer_at
 exceeding: Any = _exceeding
 first_of: Any = _first_of
-request_line, request_early = make_request(NEAR), make_request(NOT_SO_NEAR)
+request_line, request_early = make_request(NEAR), make_request(FARTHER)
 
 
-def make_accumulate(steps: int, width: int) -> Any:
-    """Make a function for compiled code that adds up weighted rows for ``steps`` steps and ``width`` columns.
+def make_accumulate(steps: int) -> Any:
+    """Make a function for compiled code that adds up weighted rows for ``steps`` steps and WIDTH columns.
 
     All sums are in registers. Products of 16-bit integers and their 32-bit sums are exact, but for a multiple of 2³²
     that the sum of the last row no longer has. The arguments are ``rows`` int64 (2 ``pairs``,), the addresses of the
@@ -157,23 +154,22 @@ def make_accumulate(steps: int, width: int) -> Any:
     ``norms`` float32 (columns,), which sums are multiplied by; ``sums`` float32 (n, columns), their absolute values,
     which are written; the first ``step``, and the first ``column`` of rows, norms and sums.
     """
-    lanes = width // 2
-    integers, totals_of_half = ir.VectorType(INTEGER, width), ir.VectorType(SUM, lanes)
-    floats = ir.VectorType(ir.FloatType(), width)
+    lanes = WIDTH // 2
+    integers, totals_of_half = ir.VectorType(INTEGER, WIDTH), ir.VectorType(SUM, lanes)
+    floats = ir.VectorType(ir.FloatType(), WIDTH)
     # Interleaves two rows, as the CPU does: four columns of each eight at a time.
-    halves = [[at for at in range(width) if at % 8 // 4 == half] for half in (0, 1)]
-    interleave = [_mask(place for at in half for place in (at, width + at)) for half in halves]
-    in_order = _mask(sorted(range(width), key=[*halves[0], *halves[1]].__getitem__))
+    halves = [[at for at in range(WIDTH) if at % 8 // 4 == half] for half in (0, 1)]
+    interleave = [_mask(place for at in half for place in (at, WIDTH + at)) for half in halves]
+    in_order = _mask(sorted(range(WIDTH), key=[*halves[0], *halves[1]].__getitem__))
 
     def add_products(builder: Any, total: Any, pairs: Any, weights: Any) -> Any:
         """Add both products of each pair of 16-bit integers to a sum."""
-        name = MULTIPLY_PAIRS.get(lanes)
-        if name is not None:
+        if MULTIPLY_PAIRS is not None:
             kind = ir.FunctionType(totals_of_half, [integers, integers])
-            multiply = cgutils.get_or_insert_function(builder.module, kind, name)
+            multiply = cgutils.get_or_insert_function(builder.module, kind, MULTIPLY_PAIRS)
             return builder.add(total, builder.call(multiply, [pairs, weights]))
         for parity in (0, 1):
-            mask = _mask(range(parity, width, 2))
+            mask = _mask(range(parity, WIDTH, 2))
             one, other = (
                 builder.sext(builder.shuffle_vector(vector, vector, mask), totals_of_half)
                 for vector in (pairs, weights)
@@ -221,11 +217,11 @@ def make_accumulate(steps: int, width: int) -> Any:
             at = element(context, builder, kinds[4], norms, column)
             factors = builder.load(builder.inttoptr(at, floats.as_pointer()), align=4)
             absolute = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(floats, [floats]), f"llvm.fabs.v{width}f32"
+                builder.module, ir.FunctionType(floats, [floats]), f"llvm.fabs.v{WIDTH}f32"
             )
             for parts, number in zip(totals, later, strict=True):
                 whole = builder.shuffle_vector(*map(builder.load, parts), in_order)
-                scale = repeated(builder, load(ir.FloatType(), kinds[3], scales, number), width)
+                scale = repeated(builder, load(ir.FloatType(), kinds[3], scales, number), WIDTH)
                 scaled = builder.fmul(builder.fmul(builder.sitofp(whole, floats), scale), factors)
                 at = element(context, builder, kinds[5], sums, number, column)
                 pointer = builder.inttoptr(at, floats.as_pointer())
@@ -290,5 +286,4 @@ def _mask(places: Iterable[int]) -> Any:
 
 
 transpose_block: Any = _transpose_block
-accumulate_many = make_accumulate(MANY, COLUMNS_OF_MANY)
-accumulate_few = make_accumulate(FEW, COLUMNS_OF_FEW)
+accumulate_many, accumulate_few = make_accumulate(MANY), make_accumulate(FEW)

@@ -16,11 +16,10 @@ from mergekit_omp.solver.gram.rivals import add_rival
 from mergekit_omp.solver.gram.state import DRAFTED, Pursuits
 from mergekit_omp.solver.gram.vectors import (
     COLUMNS,
-    COLUMNS_OF_FEW,
-    COLUMNS_OF_MANY,
     FEW,
     GROUP,
     MANY,
+    WIDTH,
     accumulate_few,
     accumulate_many,
     address,
@@ -176,24 +175,14 @@ def _accumulate(
     """
     pairs = (rows + 1) // 2
     for step in range(0, count, MANY):
-        if step > 0:
-            requested = 0
-        if count - step > FEW:
-            for column in range(0, STRIP, COLUMNS_OF_MANY):
-                _request_column(next_places, requested, column)
+        for column in range(0, STRIP, WIDTH):
+            if step == 0 and column % LINE == 0:
+                for place in range(requested):
+                    request_early(next_places[place] + 2 * column)
+            if count - step > FEW:
                 accumulate_many(places, pairs, weights, scales, norms, correlations, step, column)
-        else:
-            for column in range(0, STRIP, COLUMNS_OF_FEW):
-                _request_column(next_places, requested, column)
+            else:
                 accumulate_few(places, pairs, weights, scales, norms, correlations, step, column)
-
-
-@compiled
-def _request_column(places: ndarray, rows: int, column: int) -> None:
-    """Ask the memory for the line of each row that begins at a column, if one does."""
-    if column % LINE == 0:
-        for place in range(rows):
-            request_early(places[place] + 2 * column)
 
 
 @compiled
