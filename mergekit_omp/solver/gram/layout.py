@@ -34,7 +34,7 @@ def padded_steps(steps: int) -> int:
 
 def padded_rows(atoms: int) -> int:
     """Return W, the rows that a scan adds up, rounded up to pairs: the target's cosines and those of its atoms."""
-    return (1 + atoms) + (1 + atoms) % 2
+    return -(-(1 + atoms) // 2) * 2
 
 
 def matrix_places(atoms: int, half: bool) -> tuple[list[int], int]:

@@ -65,7 +65,7 @@ def start(
             correlation = abs(np.float32(inner[atom])) * gram.norms[atom]
             if correlation > highest:
                 best, highest = atom, correlation
-        _weigh(gram, pursuits, slot, 0, 0, pursuits.solved[slot], work.rounding)
+        _weigh(gram, pursuits, slot, 0, 0, work)
         pursuits.choices[slot, 0] = best
         pursuits.correlations[slot, 0] = exact_correlation(gram, best, pursuits.targets[slot])
         _expect_scan(pursuits, slot, 1)
@@ -175,7 +175,7 @@ def _propose(
         if size == len(work.coefficients) or residual_norm <= ZERO:
             pursuits.complete[slot] = True
             break
-        _weigh(gram, pursuits, slot, step, size, work.coefficients, work.rounding)
+        _weigh(gram, pursuits, slot, step, size, work)
         weights, scale, error = pursuits.weights[slot, step], pursuits.scales[slot, step], pursuits.errors[slot, step]
         choice, correlation = best_candidate(
             gram, work.candidates, listed, support, size, weights, scale, residual, error
@@ -186,9 +186,7 @@ def _propose(
 
 
 @compiled
-def _weigh(
-    gram: Gram, pursuits: Pursuits, slot: int, step: int, size: int, coefficients: ndarray, rounding: ndarray
-) -> None:
+def _weigh(gram: Gram, pursuits: Pursuits, slot: int, step: int, size: int, work: Workspace) -> None:
     """Write the weights of the rows of a scan in a step's cosines, and the bound on the errors of these.
 
     A cosine is the target's minus a weighted sum of entries of the matrix. Weights are rounded to integers, which
@@ -196,7 +194,7 @@ def _weigh(
     was a sum of d float32 products and was rounded to a unit; the integers add up to ``total``.
     """
     support, weights, factor = pursuits.support[slot], pursuits.weights[slot, step], pursuits.factor[slot]
-    largest = 1.0
+    coefficients, rounding, largest = work.coefficients, work.rounding, 1.0
     for place in range(size):
         largest = max(largest, abs(coefficients[place]) * gram.norms[support[place]] * gram.largest_norm)
     one = max(math.floor(MOST / largest), 1.0)

@@ -1,7 +1,7 @@
 """Scan a strip of atoms for the drafted steps of many targets.
 
-The cosines of the scan, in 16-bit integers and float32, only exclude atoms, by a bound on their error. What the bound
-does not exclude is listed as a rival, and :mod:`mergekit_omp.solver.gram.rivals` compares them in float64.
+The correlations of the scan, sums of products of 16-bit integers, only exclude atoms, by a bound on their error. What
+the bound does not exclude is listed as a rival, and :mod:`mergekit_omp.solver.gram.rivals` compares them in float64.
 
 Letters in shapes: T slots, n steps of a draft, k sparsity.
 """
