@@ -6,6 +6,7 @@ than those of float32, in less than half the time. On a CPU torch rounds the sum
 Letters in shapes: n rows, d dimensions, P panels of rows, q pairs of dimensions.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from mergekit_omp.solver.gram.kernels import entry_point
 from mergekit_omp.solver.gram.layout import STRIP
-from mergekit_omp.solver.gram.vectors import PLACE, element, has_feature, repeated
+from mergekit_omp.solver.gram.vectors import PLACE, has_feature, pointer, repeated
 
 PANEL = 32
 """Rows that are packed together: two vectors of 512 bits for each pair of dimensions."""
@@ -93,18 +94,16 @@ def _multiply_tile(
         left, row, first, right, column, pairs, product = arguments
         kinds = signature.args
 
-        def pointer(to: Any, kind: Any, array: Any, *indices: Any) -> Any:
-            return builder.inttoptr(element(context, builder, kind, array, *indices), to.as_pointer())
-
+        at_element = partial(pointer, context, builder)
         sums = [[cgutils.alloca_once_value(builder, no_sum) for _ in vectors] for _ in range(TILE)]
         rows = [builder.add(first, PLACE(number)) for number in range(TILE)]
         with cgutils.for_range(builder, pairs) as loop:
             others = [
-                builder.load(pointer(integers, kinds[3], right, column, loop.index, PLACE(start)), align=4)
+                builder.load(at_element(integers, kinds[3], right, column, loop.index, PLACE(start)), align=4)
                 for start in vectors
             ]
             for number, totals in zip(rows, sums, strict=True):
-                pair = builder.load(pointer(integer, kinds[0], left, row, loop.index, number))
+                pair = builder.load(at_element(integer, kinds[0], left, row, loop.index, number))
                 pair = repeated(builder, pair, LANES)
                 for total, other in zip(totals, others, strict=True):
                     builder.store(builder.call(multiply_add, [builder.load(total), pair, other]), total)
@@ -112,7 +111,7 @@ def _multiply_tile(
             at = builder.add(builder.mul(row, PLACE(PANEL)), number)
             for start, total in zip(vectors, totals, strict=True):
                 to = builder.add(builder.mul(column, PLACE(PANEL)), PLACE(start))
-                builder.store(builder.load(total), pointer(floats, kinds[6], product, at, to), align=4)
+                builder.store(builder.load(total), at_element(floats, kinds[6], product, at, to), align=4)
         return context.get_dummy_value()
 
     return types.void(left, types.int64, types.int64, right, types.int64, types.int64, product), generate

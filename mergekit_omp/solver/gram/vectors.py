@@ -64,6 +64,11 @@ def element(context: Any, builder: Any, array_type: Any, array: Any, *indices: A
     return address
 
 
+def pointer(context: Any, builder: Any, to: Any, array_type: Any, array: Any, *indices: Any) -> Any:
+    """Return a pointer to an element of an array, from which a number or vector of a type is loaded or stored."""
+    return builder.inttoptr(element(context, builder, array_type, array, *indices), to.as_pointer())
+
+
 def repeated(builder: Any, number: Any, width: int) -> Any:
     """Return a vector of ``width`` places that all hold a number."""
     vector, integers = ir.VectorType(number.type, width), ir.VectorType(ir.IntType(32), width)
@@ -119,9 +124,8 @@ def _exceeding(typing_context: Any, numbers: Any, first: Any, least: Any) -> Any
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         numbers, first, least = arguments
-        at = element(context, builder, signature.args[0], numbers, first)
         floats = ir.VectorType(ir.FloatType(), GROUP)
-        group = builder.load(builder.inttoptr(at, floats.as_pointer()), align=4)
+        group = builder.load(pointer(context, builder, floats, signature.args[0], numbers, first), align=4)
         exceeds = builder.fcmp_ordered(">", group, repeated(builder, least, GROUP))
         return builder.bitcast(exceeds, PLACE)
 
@@ -194,8 +198,7 @@ def make_accumulate(steps: int) -> Any:
             kinds = signature.args
 
             def load(of: Any, kind: Any, array: Any, *indices: Any) -> Any:
-                at = element(context, builder, kind, array, *indices)
-                return builder.load(builder.inttoptr(at, of.as_pointer()))
+                return builder.load(pointer(context, builder, of, kind, array, *indices))
 
             none = ir.Constant(totals_of_half, [0] * lanes)
             totals = [[cgutils.alloca_once_value(builder, none) for _ in halves] for _ in range(steps)]
@@ -214,8 +217,7 @@ def make_accumulate(steps: int) -> Any:
                     weight = builder.bitcast(weight, integers)
                     for total, part in zip(parts, both, strict=True):
                         builder.store(add_products(builder, builder.load(total), part, weight), total)
-            at = element(context, builder, kinds[4], norms, column)
-            factors = builder.load(builder.inttoptr(at, floats.as_pointer()), align=4)
+            factors = builder.load(pointer(context, builder, floats, kinds[4], norms, column), align=4)
             absolute = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(floats, [floats]), f"llvm.fabs.v{WIDTH}f32"
             )
@@ -223,9 +225,8 @@ def make_accumulate(steps: int) -> Any:
                 whole = builder.shuffle_vector(*map(builder.load, parts), in_order)
                 scale = repeated(builder, load(ir.FloatType(), kinds[3], scales, number), WIDTH)
                 scaled = builder.fmul(builder.fmul(builder.sitofp(whole, floats), scale), factors)
-                at = element(context, builder, kinds[5], sums, number, column)
-                pointer = builder.inttoptr(at, floats.as_pointer())
-                builder.store(builder.call(absolute, [scaled]), pointer, align=4)
+                to = pointer(context, builder, floats, kinds[5], sums, number, column)
+                builder.store(builder.call(absolute, [scaled]), to, align=4)
             return context.get_dummy_value()
 
         return types.void(rows, types.int64, weights, scales, norms, sums, types.int64, types.int64), generate
