@@ -227,7 +227,7 @@ def measure(method: str, case: Case) -> Result:
     seconds = time.perf_counter() - start
     result = Result(seconds, peak(on_gpu) - before, len(targets))
     if method == "ours":
-        solve = Solve("donor", "base", 1, len(targets), len(atoms), case.dim, case.k, bfloat16=True)
+        solve = Solve("donor", "base", 1, len(targets), len(atoms), case.dim, case.k)
         result.forecast = timed(solve, case.device).seconds
     if indices.numel():
         result.indices = indices.cpu()

@@ -53,7 +53,6 @@ class Solve:
         dim: hidden size of the donor.
         k: sparsity.
         memory_budget: memory limit of the solver in bytes, the lowest of all tensors; None for the default.
-        bfloat16: whether bfloat16 holds the atoms exactly.
         seconds: estimated time for all matrices on this machine; None if not measured.
     """
 
@@ -65,7 +64,6 @@ class Solve:
     dim: int
     k: int
     memory_budget: int | None = None
-    bfloat16: bool = False
     seconds: float | None = None
 
 
@@ -209,7 +207,6 @@ def _solves(transplant: Transplant, offers: dict[RecipeModel, list[list[Offer]]]
             dim=hidden_size(donor.config) or 0,
             k=min(max(settings_of(config, "k")), len(problem.atom_ids)),
             memory_budget=min(map(_bytes, filter(None, settings_of(config, "memory_budget"))), default=None),
-            bfloat16=donor.config.dtype == torch.bfloat16 and not any(settings_of(config, "normalize_atoms")),
         )
 
 
@@ -260,7 +257,7 @@ def _quiet_solver() -> Iterator[None]:
 
 def _plan(solve: Solve, device: torch.device) -> SolvePlan:
     shape = ProblemShape(solve.targets, solve.atoms, solve.dim, solve.k)
-    return plan_solve(device, shape, bfloat16=solve.bfloat16, memory_budget=solve.memory_budget)
+    return plan_solve(device, shape, memory_budget=solve.memory_budget)
 
 
 def _peak_memory(transplant: Transplant, solves: list[Solve]) -> int:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from mergekit_omp.solver.codes import SparseCodes, concatenate
-from mergekit_omp.solver.dispatch import plan_solve, rates_on
+from mergekit_omp.solver.dispatch import plan_solve
 from mergekit_omp.solver.least_squares import rows_at_a_time
 from mergekit_omp.solver.memory import ProblemShape, budget_on
-from mergekit_omp.solver.precision import held_by_bfloat16
 from mergekit_omp.solver.scan.screening import Screen
 from mergekit_omp.solver.scan.search import solve_by_scan
 from mergekit_omp.solver.threads import map_chunks
@@ -48,8 +47,7 @@ def solve_on(
         atoms = atoms / scale[:, None]
         norms = atoms.norm(dim=1)
     shape = ProblemShape(len(targets), len(atoms), atoms.shape[1], k)
-    bfloat16 = rates_on(device, shape).product < 1 and held_by_bfloat16(atoms) and held_by_bfloat16(targets)
-    plan = plan_solve(device, shape, bfloat16=bfloat16, memory_budget=budget, sharing=sharing)
+    plan = plan_solve(device, shape, memory_budget=budget, sharing=sharing)
     LOG.info("OMP of %d targets over %d atoms, d = %d, k = %d, on %s: %s", *shape, device, plan)
 
     def codes_of(support: Tensor, coefficients: Tensor, residuals: Tensor) -> SparseCodes:
@@ -62,7 +60,7 @@ def solve_on(
         from mergekit_omp.solver.gram.matrix import build_gram
         from mergekit_omp.solver.gram.search import solve_by_gram
 
-        gram = build_gram(atoms, norms, plan.threads, half=plan.half, bfloat16=plan.bfloat16)
+        gram = build_gram(atoms, norms, plan.threads, half=plan.half, in_integers=plan.in_integers)
         return codes_of(*solve_by_gram(targets, gram, k, plan.chunk, plan.threads, progress=progress))
     screen = Screen(atoms, norms, plan.dtype)
 

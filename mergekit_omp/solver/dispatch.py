@@ -21,7 +21,7 @@ LOG = logging.getLogger(__name__)
 
 BUILD_COST = 0.6
 """Measured time of one of the N² d products of a Gram matrix, of which half are made, in units of the time of one
-product of a matrix product in float32 or bfloat16."""
+product of a matrix product."""
 
 MORE_SCANS, MORE_ROWS = 16, 32
 """A target takes about (k + MORE_SCANS) / 4 scans, and each as long as (k + MORE_ROWS) / 2 rows: it compares, too."""
@@ -55,7 +55,7 @@ class SolvePlan:
         threads: number of chunks that are solved concurrently.
         chunk: targets per chunk, or with a Gram matrix targets that are solved together by all threads.
         half: whether a Gram matrix holds each pair of atoms once.
-        bfloat16: whether the products of a Gram matrix are made in bfloat16.
+        in_integers: whether rows of a Gram matrix are multiplied as 16-bit integers, or in float32.
         pairs: limit of a ``scan`` thread on pairs of a target and a candidate atom in memory.
         matrix_bytes: memory of the matrix and the atoms, and of the targets that are solved together.
         products: float32 products of a matrix product that takes as long as the solve; for a scan 0.
@@ -69,13 +69,13 @@ class SolvePlan:
     matrix_bytes: int
     products: float
     half: bool = False
-    bfloat16: bool = False
+    in_integers: bool = False
 
     def __str__(self) -> str:
         """Format the plan for the log."""
         name = str(self.dtype).removeprefix("torch.")
         if self.method == "gram":
-            products = "bfloat16" if self.bfloat16 else "float32"
+            products = "integer" if self.in_integers else "float32"
             size = "half" if self.half else "whole"
             how = f"{size} gram in {name}, {products} products, {self.chunk} targets together"
         else:
@@ -87,7 +87,6 @@ def plan_solve(
     device: torch.device,
     shape: ProblemShape,
     *,
-    bfloat16: bool = False,
     memory_budget: int | None = None,
     sharing: int = 1,
 ) -> SolvePlan:
@@ -96,7 +95,6 @@ def plan_solve(
     Args:
         device: device of the solve.
         shape: sizes of the problem, counting duplicate atoms once.
-        bfloat16: whether bfloat16 holds atoms and targets exactly.
         memory_budget: memory limit in bytes, excluding the inputs; by default a share of the free memory.
         sharing: number of concurrent solves on this device, which share the budget and the cores.
     """
@@ -104,8 +102,6 @@ def plan_solve(
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
     rates = rates_on(device, shape)
-    if not bfloat16:
-        rates = rates._replace(product=1.0)
     plans = [_plan_gram(budget, shape, threads, pairs, rates, half=half) for half in (False, True)]
     fastest = min((plan for plan in plans if plan is not None), key=lambda plan: plan.products, default=None)
     if fastest is not None and gram_pays(device, shape, fastest.products):

@@ -7,9 +7,6 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from mergekit_omp.solver.least_squares import rows_at_a_time
 
 REDUCED = ("allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
 """Settings that let a GPU accumulate float16 products in float16; the second exists since torch 2.7."""
@@ -57,8 +54,3 @@ def _settings() -> Iterator[tuple[Callable[[], Any], Callable[[Any], None], Any]
 def has_backends() -> bool:
     """Tell whether torch has a precision for each backend: since version 2.9."""
     return hasattr(torch.backends.cuda.matmul, "fp32_precision")
-
-
-def held_by_bfloat16(rows: Tensor) -> bool:
-    """Tell whether bfloat16 holds all numbers of rows (B, d) exactly."""
-    return all(torch.equal(part.bfloat16().to(part.dtype), part) for part in rows.split(rows_at_a_time(rows)))

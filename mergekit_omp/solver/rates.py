@@ -13,7 +13,7 @@ from mergekit_omp.solver.precision import full_precision
 from mergekit_omp.solver.threads import map_in_threads
 
 WORTHWHILE = 0.8
-"""Time of a product in bfloat16 above which it is made in float32."""
+"""Time of a product of 16-bit integers above which products are made in float32."""
 
 DIMENSIONS = 640
 """Dimensions of the matrix products that are compared."""
@@ -26,7 +26,7 @@ class Rates(NamedTuple):
     """Times of the solver's own products, in units of the time of one product of a float32 matrix product.
 
     Attributes:
-        product: of two rows that bfloat16 holds; 1 where products are in float32.
+        product: of two numbers of the Gram matrix's rows; 1 where these are multiplied in float32.
         scan: of a cosine and a weight in a scan of rows in the cache.
     """
 
@@ -37,7 +37,7 @@ class Rates(NamedTuple):
 @cache
 def measure_rates() -> Rates:
     """Time small products on one core; needs numba."""
-    from mergekit_omp.solver.gram.bfloat16 import is_supported, multiply, pack
+    from mergekit_omp.solver.gram.integers import multiply, pack
     from mergekit_omp.solver.gram.verify import add_rows
 
     cosines, places = np.ones((ROWS, STRIP + GAP), np.int16), np.empty(ROWS, np.int64)
@@ -47,10 +47,8 @@ def measure_rates() -> Rates:
     usual = seconds_of_product(DIMENSIONS)
     seconds = _seconds_of(lambda: add_rows(places, weights, scales, norms, SCANS, correlations))
     scan = seconds / (SCANS * weights.size * STRIP)
-    if not is_supported():
-        return Rates(scan=scan / usual)
-    packed = pack(torch.ones(STRIP, DIMENSIONS), torch.ones(STRIP))
-    product = _seconds_of(lambda: multiply(packed, packed, STRIP, STRIP)) / (STRIP**2 * DIMENSIONS) / usual
+    panels, _, _ = pack(torch.ones(STRIP, DIMENSIONS), torch.ones(STRIP))
+    product = _seconds_of(lambda: multiply(panels, panels, STRIP, STRIP)) / (STRIP**2 * DIMENSIONS) / usual
     return Rates(product if product < WORTHWHILE else 1.0, scan / usual)
 
 

@@ -12,7 +12,7 @@ from mergekit_omp.solver.gram.kernels import add_scaled, compiled, dot
 from mergekit_omp.solver.gram.layout import UNIT
 from mergekit_omp.solver.gram.matrix import Gram, cosine, place_of
 from mergekit_omp.solver.gram.vectors import address, request_line
-from mergekit_omp.solver.tolerances import TIE
+from mergekit_omp.solver.tolerances import ROUNDING, TIE
 
 
 class Candidates(NamedTuple):
@@ -114,8 +114,11 @@ def best_candidate(
     for place in range(listed):
         row[place] = cosine(gram, last, candidates.atoms[place])
         correlations[place] = weights[0] * scale * candidates.inner[place]
+    total = 1.0
     for slot in range(size):
         add_scaled(correlations, weights[1 + slot] * scale, candidates.cosines[slot], listed)
+        total += abs(weights[1 + slot] * scale)
+    error += total * UNIT * size * (ROUNDING / 2)  # of these sums; those of a scan are exact
     best = 0
     for place in range(listed):
         correlations[place] = abs(correlations[place]) * gram.norms[candidates.atoms[place]]

@@ -6,18 +6,18 @@ Source: Rubinstein, Zibulevsky & Elad, "Efficient Implementation of the K-SVD Al
 Pursuit" (2008). Here the matrix only selects the atoms to examine: see :mod:`mergekit_omp.solver.gram.search`.
 """
 
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
 
-from mergekit_omp.solver.gram.bfloat16 import NOT_PACKED, multiply, pack, panels
+from mergekit_omp.solver.gram.integers import NOT_PACKED, blocks_of, multiply, pack, panels_of
 from mergekit_omp.solver.gram.kernels import compiled, store_rows, store_square
-from mergekit_omp.solver.gram.layout import LINE, STRIP, matrix_places, padded
+from mergekit_omp.solver.gram.layout import LINE, STRIP, UNIT, matrix_places, padded
 from mergekit_omp.solver.threads import map_in_threads
+from mergekit_omp.solver.tolerances import ROUNDING
 
 NEGLIGIBLE = 1e-30
 """Share of the largest norm below which an atom counts as zero."""
@@ -31,9 +31,10 @@ class Gram(NamedTuple):
 
     Attributes:
         atoms: float32 (N, d).
-        packed: int32 (n, q, PANEL), the atoms times powers of two, in n panels for products of bfloat16; empty where
-            products are in float32.
+        panels: int32 (n, q, PANEL), the atoms as integers; empty where products are in float32.
         scale: float32 (N,), the inverse norms of the rows of which products are made; 0 for negligible atoms.
+        errors: float64 (N,), bound on the part of the errors of an atom's cosines that they share with a target's.
+        rounding: the largest share of an atom's norm that changes where it is rounded to integers.
         largest_norm: largest norm of the atoms, the unit of norms and correlations.
         norms: float32 (P,), 0 for padding and negligible atoms.
         half: whether each pair of atoms is stored once.
@@ -43,8 +44,10 @@ class Gram(NamedTuple):
     """
 
     atoms: ndarray
-    packed: ndarray
+    panels: ndarray
     scale: ndarray
+    errors: ndarray
+    rounding: float
     largest_norm: float
     norms: ndarray
     half: bool
@@ -52,30 +55,34 @@ class Gram(NamedTuple):
     stride: int
     cosines: ndarray
 
-    def store_cosines(self, targets: Tensor, norms: Tensor, out: ndarray, rows: ndarray) -> None:
+    def store_cosines(self, targets: Tensor, norms: Tensor, out: ndarray, rows: ndarray) -> ndarray:
         """Write the cosines of targets (B, d) of norms (B,) with all atoms to rows int64 (B,) of ``out`` int16 (T, P).
 
-        What is there for padding is left.
+        What is there for padding is left. Returns the bounds on their errors, as those of :class:`Gram`.
         """
-        power, rest = _powers_of_two(norms)
-        factors = rest.float().numpy()
-        in_bfloat16 = len(self.packed) > 0
-        left: Any = pack(targets, power) if in_bfloat16 else (targets * power[:, None]).float()
+        in_integers, rounding = len(self.panels) > 0, np.zeros(len(targets))
+        if in_integers:
+            left, factors, rounding = pack(targets, norms)
+        else:
+            unit, factors = (targets / norms[:, None]).float(), np.ones(len(targets), np.float32)
         for start in range(0, len(self.atoms), STRIP):
             scale = self.scale[start : start + STRIP]
-            if in_bfloat16:
-                product = multiply(left, panels(self.packed, start), len(targets), len(scale))
+            if in_integers:
+                product = multiply(left, panels_of(self.panels, start), len(targets), len(scale))
             else:
-                product = (left @ torch.from_numpy(self.atoms[start : start + STRIP]).T).numpy()
+                product = (unit @ torch.from_numpy(self.atoms[start : start + STRIP]).T).numpy()
             store_rows(product, factors, scale, out, rows, start)
+        return errors_of_cosines(rounding, blocks_of(targets.shape[1]) if in_integers else targets.shape[1])
 
 
-def _powers_of_two(norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the inverse of norms (B,) into a power of two and the rest, from 1 to 2; that of 0 is infinite."""
-    most = math.frexp(torch.finfo(norms.dtype).max)[1] - 2
-    exponents = torch.frexp(norms)[1].clamp(-most, most)
-    powers = torch.from_numpy(np.ldexp(1.0, -exponents.numpy())).to(norms)
-    return powers, 1 / (norms * powers)
+def errors_of_cosines(rounding: ndarray, terms: int) -> ndarray:
+    """Bound the errors of the cosines of rows (n,), in their units; those are sums of so many ``terms``.
+
+    A cosine is rounded to a unit. ``rounding`` float64 (n,) are the shares of the rows' norms that changed before. The
+    cosines of a combination of rows are wrong by no more than the combination of these bounds, and by its norm times
+    the rounding of the other row.
+    """
+    return 0.5 + UNIT * (rounding + (terms + 32) * (ROUNDING / 2))
 
 
 @compiled
@@ -101,12 +108,10 @@ def empty_places(count: int) -> ndarray:
     return room[first : first + count]
 
 
-def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool, bfloat16: bool = False) -> Gram:
+def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool, in_integers: bool = True) -> Gram:
     """Build the matrix of distinct atoms float32 (N, d) with norms (N,), on the CPU.
 
-    Products are made in bfloat16 if told that it holds the atoms and all targets. Products of rows with unusual norms
-    may be too small or too large for float32. Such rows are multiplied by powers of two before, which changes no
-    digits, and their products by the rest.
+    Products are made in 16-bit integers if told, or in float32.
     """
     count, width = len(atoms), padded(len(atoms))
     tiny = torch.finfo(torch.float32).tiny  # smaller norms have an infinite inverse
@@ -114,19 +119,22 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool, bfloat
     known = norms > max(tiny, NEGLIGIBLE * largest)
     relative = torch.zeros(width)
     relative[:count] = (norms / largest) * known
-    power, rest = _powers_of_two(norms)
-    packed = pack(atoms, power) if bfloat16 else NOT_PACKED
-    scale = torch.where(known, rest if bfloat16 else 1 / norms, 0.0).numpy()
-    rows, factors = atoms, scale
-    if not bfloat16 and norms[known].log2().abs().gt(USUAL_EXPONENT).any():
-        rows, factors = atoms * power[:, None], torch.where(known, rest, 0.0).numpy()
+    scale, rows, packed, rounding = torch.where(known, 1 / norms, 0.0).numpy(), atoms, NOT_PACKED, np.zeros(count)
+    factors = scale
+    if in_integers:
+        packed, inverse, changes = pack(atoms, norms, threads)
+        factors, rounding = (numbers * known.numpy() for numbers in (inverse, changes))
+        scale = factors
+    elif norms[known].log2().abs().gt(USUAL_EXPONENT).any():
+        # Their products may be too small or too large for float32.
+        rows, factors = atoms * torch.from_numpy(scale)[:, None], known.float().numpy()
     places, stride = matrix_places(count, half)
     starts, cosines = np.array(places), empty_places(places[-1])
 
     def fill_square(corner: tuple[int, int]) -> None:
         row, column = corner
-        if bfloat16:
-            left, right = panels(packed, row), panels(packed, column)
+        if in_integers:
+            left, right = panels_of(packed, row), panels_of(packed, column)
             product = multiply(left, right, min(STRIP, count - row), min(STRIP, count - column))
         else:
             product = (rows[row : row + STRIP] @ rows[column : column + STRIP].T).numpy()
@@ -136,8 +144,10 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool, bfloat
     map_in_threads(fill_square, [(row, column) for row in firsts for column in firsts if row <= column], threads)
     return Gram(
         atoms=atoms.contiguous().numpy(),
-        packed=packed,
+        panels=packed,
         scale=scale,
+        errors=errors_of_cosines(rounding, blocks_of(atoms.shape[1]) if in_integers else atoms.shape[1]),
+        rounding=float(rounding.max()),
         largest_norm=largest,
         norms=relative.numpy(),
         half=half,

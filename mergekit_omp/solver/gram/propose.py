@@ -26,7 +26,7 @@ from mergekit_omp.solver.gram.rivals import compare_rivals
 from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, Pursuits, Results
 from mergekit_omp.solver.gram.verify import scan
 from mergekit_omp.solver.gram.workspace import Workspace, fit_of
-from mergekit_omp.solver.tolerances import ROUNDING, ZERO
+from mergekit_omp.solver.tolerances import ZERO
 
 LIST_LENGTH = 300
 """Target length of the candidate list."""
@@ -65,7 +65,7 @@ def start(
             correlation = abs(np.float32(inner[atom])) * gram.norms[atom]
             if correlation > highest:
                 best, highest = atom, correlation
-        _weigh(gram, pursuits, slot, 0, 0, work)
+        _weigh(gram, pursuits, slot, 0, 0, 1.0, work)
         pursuits.choices[slot, 0] = best
         pursuits.correlations[slot, 0] = exact_correlation(gram, best, pursuits.targets[slot])
         _expect_scan(pursuits, slot, 1)
@@ -175,7 +175,7 @@ def _propose(
         if size == len(work.coefficients) or residual_norm <= ZERO:
             pursuits.complete[slot] = True
             break
-        _weigh(gram, pursuits, slot, step, size, work)
+        _weigh(gram, pursuits, slot, step, size, residual_norm, work)
         weights, scale, error = pursuits.weights[slot, step], pursuits.scales[slot, step], pursuits.errors[slot, step]
         choice, correlation = best_candidate(
             gram, work.candidates, listed, support, size, weights, scale, residual, error
@@ -186,32 +186,33 @@ def _propose(
 
 
 @compiled
-def _weigh(gram: Gram, pursuits: Pursuits, slot: int, step: int, size: int, work: Workspace) -> None:
+def _weigh(
+    gram: Gram, pursuits: Pursuits, slot: int, step: int, size: int, residual_norm: float, work: Workspace
+) -> None:
     """Write the weights of the rows of a scan in a step's cosines, and the bound on the errors of these.
 
-    A cosine is the target's minus a weighted sum of entries of the matrix. Weights are rounded to integers, which
-    changes the residual by a combination of the support: the norm of that bounds what a cosine changes by. Each term
-    was a sum of d float32 products and was rounded to a unit; the integers add up to ``total``.
+    A cosine is the target's minus a weighted sum of entries of the matrix, whose errors add up. Weights are rounded to
+    integers, which changes the residual by a combination of the support: the norm of that is another error. Both are
+    of a sum of rounded rows; the other row was rounded, too.
     """
     support, weights, factor = pursuits.support[slot], pursuits.weights[slot, step], pursuits.factor[slot]
     coefficients, rounding, largest = work.coefficients, work.rounding, 1.0
     for place in range(size):
         largest = max(largest, abs(coefficients[place]) * gram.norms[support[place]] * gram.largest_norm)
     one = max(math.floor(MOST / largest), 1.0)
-    weights[0], total = one, one
+    weights[0], errors = one, one * pursuits.inner_errors[slot]
     weights[1 + size :] = 0
     for place in range(size):
         norm = gram.norms[support[place]] * gram.largest_norm
         weight = -coefficients[place] * norm * one
         integer = min(max(np.floor(weight + 0.5), -MOST), MOST)
         weights[1 + place] = integer
-        total += abs(integer)
+        errors += abs(integer) * gram.errors[support[place]]
         # Of Lᵀ times the differences of coefficients, as long as the combination, a row at a time.
         rounding[place] = 0
         add_scaled(rounding, (weight - integer) / norm, factor[place], place + 1)
-    moved = math.sqrt(dot(rounding[:size], rounding[:size]))
-    operations = pursuits.targets.shape[1] + size + 32
-    error = (total * (0.5 + UNIT * operations * (ROUNDING / 2)) + UNIT * moved) / one
+    errors += UNIT * math.sqrt(dot(rounding[:size], rounding[:size]))
+    error = (1 + gram.rounding) * errors / one + gram.rounding * residual_norm * UNIT
     pursuits.scales[slot, step] = 1 / one
     # Within the bound no sum exceeds 32 bits.
     pursuits.errors[slot, step] = error if error < UNIT else np.inf

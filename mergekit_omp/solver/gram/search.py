@@ -158,7 +158,7 @@ class _Search:
         targets, norms = self.targets[rows].double(), self.norms[rows]
         self.pursuits.rows[slots] = rows
         self.pursuits.targets[slots] = targets / norms[:, None]
-        self.gram.store_cosines(targets, norms, self.pursuits.inner, slots)
+        self.pursuits.inner_errors[slots] = self.gram.store_cosines(targets, norms, self.pursuits.inner, slots)
         start(self.gram, self.pursuits, slots, self.most_steps, self.list_length, work, self.results)
 
     def _report(self, thread: int, first: int, last: int) -> None:

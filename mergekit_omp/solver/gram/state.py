@@ -35,6 +35,7 @@ class Pursuits(NamedTuple):
         rows: int64 (T,), the place of each target among all.
         targets: float64 (T, d).
         inner: int16 (T, P), their cosines with all atoms, in units of the Gram matrix.
+        inner_errors: float64 (T,), bound on the errors of these.
         size: int64 (T,), number of atoms in the support, those of the draft included.
         verified: int64 (T,), number of atoms that were in the support before the draft.
         complete: bool (T,), whether the draft ends the pursuit.
@@ -64,6 +65,7 @@ class Pursuits(NamedTuple):
     rows: ndarray
     targets: ndarray
     inner: ndarray
+    inner_errors: ndarray
     size: ndarray
     verified: ndarray
     complete: ndarray
@@ -115,6 +117,7 @@ def empty_slots(slots: int, atoms: int, dim: int, k: int, most_steps: int) -> Pu
         rows=np.zeros(slots, np.int64),
         targets=np.zeros((slots, dim)),
         inner=np.zeros((slots, padded(atoms)), np.int16),
+        inner_errors=np.zeros(slots),
         size=np.zeros(slots, np.int64),
         verified=np.zeros(slots, np.int64),
         complete=np.zeros(slots, np.bool_),

@@ -149,6 +149,21 @@ first_of: Any = _first_of
 request_line, request_early = make_request(NEAR), make_request(FARTHER)
 
 
+def add_products(builder: Any, total: Any, pairs: Any, others: Any) -> Any:
+    """Add both products of each pair of 16-bit integers, of two vectors of WIDTH, to a vector of sums."""
+    lanes = WIDTH // 2
+    integers, sums = ir.VectorType(INTEGER, WIDTH), ir.VectorType(SUM, lanes)
+    if MULTIPLY_PAIRS is not None:
+        kind = ir.FunctionType(sums, [integers, integers])
+        multiply = cgutils.get_or_insert_function(builder.module, kind, MULTIPLY_PAIRS)
+        return builder.add(total, builder.call(multiply, [pairs, others]))
+    for parity in (0, 1):
+        mask = _mask(range(parity, WIDTH, 2))
+        one, other = (builder.sext(builder.shuffle_vector(each, each, mask), sums) for each in (pairs, others))
+        total = builder.add(total, builder.mul(one, other))
+    return total
+
+
 def make_accumulate(steps: int) -> Any:
     """Make a function for compiled code that adds up weighted rows for ``steps`` steps and WIDTH columns.
 
@@ -165,21 +180,6 @@ def make_accumulate(steps: int) -> Any:
     halves = [[at for at in range(WIDTH) if at % 8 // 4 == half] for half in (0, 1)]
     interleave = [_mask(place for at in half for place in (at, WIDTH + at)) for half in halves]
     in_order = _mask(sorted(range(WIDTH), key=[*halves[0], *halves[1]].__getitem__))
-
-    def add_products(builder: Any, total: Any, pairs: Any, weights: Any) -> Any:
-        """Add both products of each pair of 16-bit integers to a sum."""
-        if MULTIPLY_PAIRS is not None:
-            kind = ir.FunctionType(totals_of_half, [integers, integers])
-            multiply = cgutils.get_or_insert_function(builder.module, kind, MULTIPLY_PAIRS)
-            return builder.add(total, builder.call(multiply, [pairs, weights]))
-        for parity in (0, 1):
-            mask = _mask(range(parity, WIDTH, 2))
-            one, other = (
-                builder.sext(builder.shuffle_vector(vector, vector, mask), totals_of_half)
-                for vector in (pairs, weights)
-            )
-            total = builder.add(total, builder.mul(one, other))
-        return total
 
     @intrinsic
     def accumulate(
