@@ -41,7 +41,7 @@ k + MORE_SCANS."""
 CLEAR_COST = 100
 """Measured time in which the system clears and maps a byte of memory that was not in use."""
 
-GRAM_MIN_GAIN = 2**39
+GRAM_MIN_GAIN = 2**38
 """Multiplications that a matrix has to save: some seconds, as long as compiling takes on first use."""
 
 

@@ -12,9 +12,6 @@ from mergekit_omp.solver.gram.layout import GAP, STEPS, STRIP
 from mergekit_omp.solver.precision import full_precision
 from mergekit_omp.solver.threads import map_in_threads
 
-WORTHWHILE = 0.8
-"""Time of a product of 16-bit integers above which products are made in float32."""
-
 DIMENSIONS = 640
 """Dimensions of the matrix products that are compared."""
 
@@ -26,7 +23,7 @@ class Rates(NamedTuple):
     """Times of the solver's own products, in units of the time of one product of a float32 matrix product.
 
     Attributes:
-        product: of two numbers of the Gram matrix's rows; 1 where these are multiplied in float32.
+        product: of two 16-bit integers of rows; at most 1, since otherwise rows are multiplied in float32.
         scan: of a cosine and a weight in a scan of rows in the cache.
     """
 
@@ -49,7 +46,7 @@ def measure_rates() -> Rates:
     scan = seconds / (SCANS * weights.size * STRIP)
     panels, _, _ = pack(torch.ones(STRIP, DIMENSIONS), torch.ones(STRIP))
     product = _seconds_of(lambda: multiply(panels, panels, STRIP, STRIP)) / (STRIP**2 * DIMENSIONS) / usual
-    return Rates(product if product < WORTHWHILE else 1.0, scan / usual)
+    return Rates(min(product, 1.0), scan / usual)
 
 
 def seconds_of_product(dim: int) -> float:
