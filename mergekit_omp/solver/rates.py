@@ -45,7 +45,9 @@ def measure_rates() -> Rates:
     seconds = _seconds_of(lambda: add_rows(places, weights, scales, norms, SCANS, correlations))
     scan = seconds / (SCANS * weights.size * STRIP)
     panels, _, _ = pack(torch.ones(STRIP, DIMENSIONS), torch.ones(STRIP))
-    product = _seconds_of(lambda: multiply(panels, panels, STRIP, STRIP)) / (STRIP**2 * DIMENSIONS) / usual
+    square = (STRIP, STRIP)
+    seconds = _seconds_of(lambda: multiply(panels, 0, panels, 0, square, DIMENSIONS))
+    product = seconds / (STRIP**2 * DIMENSIONS) / usual
     return Rates(min(product, 1.0), scan / usual)
 
 

@@ -313,7 +313,7 @@ def test_products_of_integers(
         left, right = left.bfloat16().float(), right.bfloat16().double()
     left_norms, right_norms = left.double().norm(dim=1), right.norm(dim=1)
     one, other = pack(left, left_norms), pack(right, right_norms, threads=2)
-    product = multiply(one.panels, other.panels, rows, columns)
+    product = multiply(one.panels, 0, other.panels, 0, (rows, columns), dim)
     assert product.shape == (rows, columns)
     scaled = product.astype(np.float64) * one.factors[:, None] * other.factors
     expected = torch.nn.functional.normalize(left.double(), eps=0) @ torch.nn.functional.normalize(right).T

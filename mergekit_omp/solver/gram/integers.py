@@ -4,7 +4,7 @@ It multiplies twice as many numbers as one for float32 does, or four times as ma
 Each row is multiplied by a power of two, so that its integers keep nearly all digits of a row in bfloat16. Sums of a
 BLOCK are exact; those of blocks are added in float32.
 
-Letters in shapes: n rows, d dimensions, P panels of rows, q pairs of dimensions.
+Letters in shapes: n rows, d dimensions, C chunks of dimensions, P panels of rows.
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ TILE = 4
 
 BLOCK, CHUNK = 16, 64
 """Pairs of dimensions whose products are added as integers, and pairs that are multiplied for all rows before the next
-ones: those of a strip fit into the L2 cache."""
+ones: those of a strip fit into the L2 cache, and lie one after the other, so that they do not displace each other."""
 
 MOST, LONGEST = 2**15 - 1, 2**15.5 - 8
 """The largest number of a row, and the largest norm of a block of it, before numbers are rounded. That adds less than
@@ -48,7 +48,7 @@ class Packed(NamedTuple):
     """Rows as integers.
 
     Attributes:
-        panels: int32 (P, q, PANEL). Each holds two neighbouring numbers of a row; q is padded to whole blocks.
+        panels: int32 (C, P, CHUNK, PANEL). Each holds two neighbouring numbers of a row; padding is zeros.
         factors: float32 (n,), the inverse norms of the rows that the integers stand for; 0 for a norm of 0.
         errors: float64 (n,), the norm of what rounding changes, divided by that of the row.
     """
@@ -58,14 +58,14 @@ class Packed(NamedTuple):
     errors: ndarray
 
 
-NOT_PACKED = np.empty((0, 0, PANEL), np.int32)
+NOT_PACKED = np.empty((0, 0, CHUNK, PANEL), np.int32)
 """Stands for panels of rows that are multiplied in float32."""
 
 
 def pack(rows: Tensor, norms: Tensor, threads: int = 1) -> Packed:
     """Round rows (n, d) of norms (n,), times powers of two, to integers."""
     count, dim = rows.shape
-    panels = torch.empty(-(-count // PANEL), blocks_of(dim) * BLOCK, PANEL, dtype=torch.int32)
+    panels = torch.empty(-(-dim // (2 * CHUNK)), -(-count // PANEL), CHUNK, PANEL, dtype=torch.int32)
     factors, errors = torch.empty(count), torch.empty(count, dtype=torch.float64)
 
     def pack_strip(start: int) -> None:
@@ -79,8 +79,9 @@ def pack(rows: Tensor, norms: Tensor, threads: int = 1) -> Packed:
         rounded = scaled.round()
         inverse = torch.where(lengths > 0, 1 / (lengths * powers), 0.0)
         factors[part], errors[part] = inverse, (rounded - scaled).norm(dim=1) * inverse
-        padded = torch.nn.functional.pad(rounded.short(), (0, -dim % (2 * BLOCK), 0, -len(rounded) % PANEL))
-        panels_of(panels, start)[:] = padded.view(torch.int32).unflatten(0, (-1, PANEL)).transpose(1, 2)
+        padded = torch.nn.functional.pad(rounded.short(), (0, -dim % (2 * CHUNK), 0, -len(rounded) % PANEL))
+        pairs = padded.view(torch.int32).unflatten(1, (-1, CHUNK)).unflatten(0, (-1, PANEL))
+        panels[:, start // PANEL : (start + STRIP) // PANEL] = pairs.permute(2, 0, 3, 1)
 
     map_in_threads(pack_strip, range(0, count, STRIP), threads)
     return Packed(panels.numpy(), factors.numpy(), errors.numpy())
@@ -91,28 +92,33 @@ def blocks_of(dim: int) -> int:
     return -(-dim // (2 * BLOCK))
 
 
-def panels_of(panels: Any, start: int) -> Any:
-    """Return the panels of a strip of rows that begins at row ``start``."""
-    return panels[start // PANEL : (start + STRIP) // PANEL]
+def multiply(left: ndarray, row: int, right: ndarray, column: int, shape: tuple[int, int], dim: int) -> ndarray:
+    """Return the inner products float32 of rows with ``dim`` numbers of two matrices.
 
-
-def multiply(left: ndarray, right: ndarray, rows: int, columns: int) -> ndarray:
-    """Return the inner products float32 (rows, columns) of so many rows of the panels of two matrices."""
-    product = np.zeros((len(left) * PANEL, len(right) * PANEL), np.float32)
-    _multiply_panels(left, right, product)
-    return np.ascontiguousarray(product[:rows, :columns])
+    Args:
+        left: panels of a matrix.
+        row: its first row, the first of a panel.
+        right: panels of a matrix.
+        column: its first row, the first of a panel.
+        shape: number of rows of both.
+        dim: number of dimensions.
+    """
+    height, width = (-(-count // PANEL) * PANEL for count in shape)
+    product = np.zeros((height, width), np.float32)
+    _multiply_panels(left, row // PANEL, right, column // PANEL, blocks_of(dim), product)
+    return np.ascontiguousarray(product[: shape[0], : shape[1]])
 
 
 @entry_point
-def _multiply_panels(left: ndarray, right: ndarray, product: ndarray) -> None:
-    """Add the inner products of all rows to ``product``."""
-    pairs = left.shape[1]
-    for start in range(0, pairs, CHUNK):
-        blocks = min(CHUNK, pairs - start) // BLOCK
-        for row in range(len(left)):
+def _multiply_panels(left: ndarray, row: int, right: ndarray, column: int, blocks: int, product: ndarray) -> None:
+    """Add inner products to ``product``: of so many rows of panels, from a ``row`` and a ``column`` of panels on."""
+    rows, columns = product.shape[0] // PANEL, product.shape[1] // PANEL
+    for chunk in range(len(left)):
+        count = min(CHUNK // BLOCK, blocks - chunk * (CHUNK // BLOCK))
+        for i in range(rows):
             for first in range(0, PANEL, TILE):
-                for column in range(len(right)):
-                    multiply_tile(left, row, first, right, column, start, blocks, product)
+                for j in range(columns):
+                    multiply_tile(left, row + i, first, right, column + j, chunk, count, product, i, j)
 
 
 @intrinsic
@@ -123,21 +129,26 @@ def _multiply_tile(
     first: Any,
     right: Any,
     column: Any,
-    start: Any,
+    chunk: Any,
     blocks: Any,
     product: Any,
+    i: Any,
+    j: Any,
 ) -> Any:
-    """Multiply some blocks of TILE rows of a panel, from a ``first`` row on, with another panel's; add up the sums."""
+    """Multiply blocks of a chunk of two panels, all rows of one by TILE of the other from a ``first`` on.
+
+    The sums are added to the ``product`` of panels i and j.
+    """
     integers, sums = ir.VectorType(INTEGER, WIDTH), ir.VectorType(SUM, LANES)
     floats = ir.VectorType(ir.FloatType(), LANES)
     vectors = range(0, PANEL, LANES)
     tile = [(number, place) for number in range(TILE) for place in vectors]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, row, first, right, column, start, blocks, product = arguments
+        left, row, first, right, column, chunk, blocks, product, i, j = arguments
         kinds = signature.args
-        ones = element(context, builder, kinds[0], left, row, start, first)
-        others = element(context, builder, kinds[3], right, column, start, PLACE(0))
+        ones = element(context, builder, kinds[0], left, chunk, row, PLACE(0), first)
+        others = element(context, builder, kinds[3], right, chunk, column, PLACE(0), PLACE(0))
 
         def load(kind: Any, address: Any, number: int) -> Any:
             at = builder.add(address, PLACE(4 * number))
@@ -159,15 +170,16 @@ def _multiply_tile(
                 added = builder.fadd(builder.load(totals[at]), builder.sitofp(builder.load(part), floats))
                 builder.store(added, totals[at])
         for (number, place), total in totals.items():
-            at = builder.add(builder.mul(row, PLACE(PANEL)), builder.add(first, PLACE(number)))
-            to = builder.add(builder.mul(column, PLACE(PANEL)), PLACE(place))
+            at = builder.add(builder.mul(i, PLACE(PANEL)), builder.add(first, PLACE(number)))
+            to = builder.add(builder.mul(j, PLACE(PANEL)), PLACE(place))
             entries = pointer(context, builder, floats, kinds[7], product, at, to)
             added = builder.fadd(builder.load(entries, align=4), builder.load(total))
             builder.store(added, entries, align=4)
         return context.get_dummy_value()
 
     integer = types.int64
-    return types.void(left, integer, integer, right, integer, integer, integer, product), generate
+    counts = (integer, integer, integer)
+    return types.void(left, integer, integer, right, *counts, product, integer, integer), generate
 
 
 multiply_tile: Any = _multiply_tile

@@ -13,7 +13,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from mergekit_omp.solver.gram.integers import NOT_PACKED, blocks_of, multiply, pack, panels_of
+from mergekit_omp.solver.gram.integers import NOT_PACKED, blocks_of, multiply, pack
 from mergekit_omp.solver.gram.kernels import compiled, store_rows, store_square
 from mergekit_omp.solver.gram.layout import LINE, STRIP, UNIT, matrix_places, padded
 from mergekit_omp.solver.threads import map_in_threads
@@ -31,7 +31,7 @@ class Gram(NamedTuple):
 
     Attributes:
         atoms: float32 (N, d).
-        panels: int32 (n, q, PANEL), the atoms as integers; empty where products are in float32.
+        panels: int32 (C, n, CHUNK, PANEL), the atoms as integers; empty where products are in float32.
         scale: float32 (N,), the inverse norms of the rows of which products are made; 0 for negligible atoms.
         errors: float64 (N,), bound on the part of the errors of an atom's cosines that they share with a target's.
         rounding: the largest share of an atom's norm that changes where it is rounded to integers.
@@ -68,7 +68,7 @@ class Gram(NamedTuple):
         for start in range(0, len(self.atoms), STRIP):
             scale = self.scale[start : start + STRIP]
             if in_integers:
-                product = multiply(left, panels_of(self.panels, start), len(targets), len(scale))
+                product = multiply(left, 0, self.panels, start, (len(targets), len(scale)), targets.shape[1])
             else:
                 product = (unit @ torch.from_numpy(self.atoms[start : start + STRIP]).T).numpy()
             store_rows(product, factors, scale, out, rows, start)
@@ -134,8 +134,8 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool, in_int
     def fill_square(corner: tuple[int, int]) -> None:
         row, column = corner
         if in_integers:
-            left, right = panels_of(packed, row), panels_of(packed, column)
-            product = multiply(left, right, min(STRIP, count - row), min(STRIP, count - column))
+            shape = min(STRIP, count - row), min(STRIP, count - column)
+            product = multiply(packed, row, packed, column, shape, atoms.shape[1])
         else:
             product = (rows[row : row + STRIP] @ rows[column : column + STRIP].T).numpy()
         store_square(product, factors, row, column // STRIP, cosines, starts, stride, half)
