@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mergekit_omp.solver.gram.kernels import entry_point
 from mergekit_omp.solver.gram.layout import STRIP
-from mergekit_omp.solver.gram.vectors import INTEGER, PLACE, SUM, WIDTH, add_products, element, pointer, repeated
+from mergekit_omp.solver.gram.vectors import INTEGER, PLACE, SUM, WIDTH, add_products, repeated
 from mergekit_omp.solver.threads import map_in_threads
 
 LANES = WIDTH // 2
@@ -112,74 +112,60 @@ def multiply(left: ndarray, row: int, right: ndarray, column: int, shape: tuple[
 @entry_point
 def _multiply_panels(left: ndarray, row: int, right: ndarray, column: int, blocks: int, product: ndarray) -> None:
     """Add inner products to ``product``: of so many rows of panels, from a ``row`` and a ``column`` of panels on."""
-    rows, columns = product.shape[0] // PANEL, product.shape[1] // PANEL
+    panel_bytes, row_bytes = left.strides[1], product.strides[0]
     for chunk in range(len(left)):
         count = min(CHUNK // BLOCK, blocks - chunk * (CHUNK // BLOCK))
-        for i in range(rows):
-            for first in range(0, PANEL, TILE):
-                for j in range(columns):
-                    multiply_tile(left, row + i, first, right, column + j, chunk, count, product, i, j)
+        one = left.ctypes.data + chunk * left.strides[0] + row * panel_bytes
+        other = right.ctypes.data + chunk * right.strides[0] + column * panel_bytes
+        for first in range(0, product.shape[0], TILE):
+            ones = one + first // PANEL * panel_bytes + 4 * (first % PANEL)
+            to = product.ctypes.data + first * row_bytes
+            for panel in range(product.shape[1] // PANEL):
+                multiply_tile(ones, other + panel * panel_bytes, count, to + 4 * PANEL * panel, row_bytes)
 
 
 @intrinsic
-def _multiply_tile(
-    typing_context: Any,
-    left: Any,
-    row: Any,
-    first: Any,
-    right: Any,
-    column: Any,
-    chunk: Any,
-    blocks: Any,
-    product: Any,
-    i: Any,
-    j: Any,
-) -> Any:
-    """Multiply blocks of a chunk of two panels, all rows of one by TILE of the other from a ``first`` on.
+def _multiply_tile(typing_context: Any, ones: Any, others: Any, blocks: Any, product: Any, row_bytes: Any) -> Any:
+    """Multiply TILE rows of a panel by all rows of another, in some blocks of a chunk, and add to the product.
 
-    The sums are added to the ``product`` of panels i and j.
+    Given are addresses, of the first pairs of dimensions and of the first entry, and how far rows of the product lie
+    apart.
     """
     integers, sums = ir.VectorType(INTEGER, WIDTH), ir.VectorType(SUM, LANES)
     floats = ir.VectorType(ir.FloatType(), LANES)
-    vectors = range(0, PANEL, LANES)
-    tile = [(number, place) for number in range(TILE) for place in vectors]
+    tile = [(row, column) for row in range(TILE) for column in range(0, PANEL, LANES)]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, row, first, right, column, chunk, blocks, product, i, j = arguments
-        kinds = signature.args
-        ones = element(context, builder, kinds[0], left, chunk, row, PLACE(0), first)
-        others = element(context, builder, kinds[3], right, chunk, column, PLACE(0), PLACE(0))
+        ones, others, blocks, product, row_bytes = arguments
 
-        def load(kind: Any, address: Any, number: int) -> Any:
-            at = builder.add(address, PLACE(4 * number))
-            return builder.load(builder.inttoptr(at, kind.as_pointer()), align=4)
+        def at(kind: Any, address: Any, place: int) -> Any:
+            return builder.inttoptr(builder.add(address, PLACE(4 * place)), kind.as_pointer())
 
         none = ir.Constant(floats, [0.0] * LANES)
-        totals = {at: cgutils.alloca_once_value(builder, none) for at in tile}
+        totals = {entry: cgutils.alloca_once_value(builder, none) for entry in tile}
         with cgutils.for_range(builder, blocks) as block:
-            parts = {at: cgutils.alloca_once_value(builder, ir.Constant(sums, [0] * LANES)) for at in tile}
+            parts = {entry: cgutils.alloca_once_value(builder, ir.Constant(sums, [0] * LANES)) for entry in tile}
             before = builder.mul(block.index, PLACE(BLOCK))
             with cgutils.for_range(builder, PLACE(BLOCK)) as pair:
                 offset = builder.mul(builder.add(before, pair.index), PLACE(4 * PANEL))
                 one, other = builder.add(ones, offset), builder.add(others, offset)
-                columns = {place: load(integers, other, place) for place in vectors}
-                rows = [builder.bitcast(repeated(builder, load(SUM, one, at), LANES), integers) for at in range(TILE)]
-                for (number, place), part in parts.items():
-                    builder.store(add_products(builder, builder.load(part), columns[place], rows[number]), part)
-            for at, part in parts.items():
-                added = builder.fadd(builder.load(totals[at]), builder.sitofp(builder.load(part), floats))
-                builder.store(added, totals[at])
-        for (number, place), total in totals.items():
-            at = builder.add(builder.mul(i, PLACE(PANEL)), builder.add(first, PLACE(number)))
-            to = builder.add(builder.mul(j, PLACE(PANEL)), PLACE(place))
-            entries = pointer(context, builder, floats, kinds[7], product, at, to)
+                columns = [builder.load(at(integers, other, place), align=4) for place in range(0, PANEL, LANES)]
+                rows = [builder.load(at(SUM, one, place)) for place in range(TILE)]
+                rows = [builder.bitcast(repeated(builder, row, LANES), integers) for row in rows]
+                for (row, column), part in parts.items():
+                    added = add_products(builder, builder.load(part), columns[column // LANES], rows[row])
+                    builder.store(added, part)
+            for entry, part in parts.items():
+                whole = builder.sitofp(builder.load(part), floats)
+                builder.store(builder.fadd(builder.load(totals[entry]), whole), totals[entry])
+        for (row, column), total in totals.items():
+            entries = at(floats, builder.add(product, builder.mul(row_bytes, PLACE(row))), column)
             added = builder.fadd(builder.load(entries, align=4), builder.load(total))
             builder.store(added, entries, align=4)
         return context.get_dummy_value()
 
-    integer = types.int64
-    counts = (integer, integer, integer)
-    return types.void(left, integer, integer, right, *counts, product, integer, integer), generate
+    place = types.int64
+    return types.void(place, place, place, place, place), generate
 
 
 multiply_tile: Any = _multiply_tile
