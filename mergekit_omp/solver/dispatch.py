@@ -101,7 +101,7 @@ def plan_solve(
     budget = memory.budget_on(device, memory_budget) // sharing
     threads = max(1, torch.get_num_threads() // sharing) if device.type == "cpu" else 1
     pairs = memory.pairs_at_a_time(budget, shape.atoms, threads)
-    rates = rates_on(device, shape)
+    rates = _rates_on(device, shape)
     plans = [_plan_gram(budget, shape, threads, pairs, rates, half=half) for half in (False, True)]
     fastest = min((plan for plan in plans if plan is not None), key=lambda plan: plan.products, default=None)
     if fastest is not None and gram_pays(device, shape, fastest.products):
@@ -145,7 +145,7 @@ def gram_products(shape: ProblemShape, slots: int, rates: Rates, *, half: bool) 
     return rates.product * products + targets * (k + MORE_SCANS) * (scan + FIT_COST * k * dim + completion)
 
 
-def rates_on(device: torch.device, shape: ProblemShape) -> Rates:
+def _rates_on(device: torch.device, shape: ProblemShape) -> Rates:
     """Return the rates of this CPU, measured where a Gram matrix could be faster than a scan."""
     return measure_rates() if gram_pays(device, shape, 0.0) else Rates()
 

@@ -116,8 +116,9 @@ def best_candidate(
         correlations[place] = weights[0] * scale * candidates.inner[place]
     total = 1.0
     for slot in range(size):
-        add_scaled(correlations, weights[1 + slot] * scale, candidates.cosines[slot], listed)
-        total += abs(weights[1 + slot] * scale)
+        weight = weights[1 + slot] * scale
+        add_scaled(correlations, weight, candidates.cosines[slot], listed)
+        total += abs(weight)
     error += total * UNIT * size * (ROUNDING / 2)  # of these sums; those of a scan are exact
     best = 0
     for place in range(listed):

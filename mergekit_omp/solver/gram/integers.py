@@ -19,12 +19,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from mergekit_omp.solver.gram.kernels import entry_point
-from mergekit_omp.solver.gram.layout import STRIP
-from mergekit_omp.solver.gram.vectors import INTEGER, PLACE, SUM, WIDTH, add_products, repeated
+from mergekit_omp.solver.gram.layout import MOST, STRIP
+from mergekit_omp.solver.gram.vectors import INTEGER, LANES, PLACE, SUM, WIDTH, add_products, repeated
 from mergekit_omp.solver.threads import map_in_threads
-
-LANES = WIDTH // 2
-"""Sums in a vector."""
 
 PANEL = 2 * LANES
 """Rows that are packed together: two vectors for each pair of dimensions."""
@@ -36,9 +33,9 @@ BLOCK, CHUNK = 16, 64
 """Pairs of dimensions whose products are added as integers, and pairs that are multiplied for all rows before the next
 ones: those of a strip fit into the L2 cache, and lie one after the other, so that they do not displace each other."""
 
-MOST, LONGEST = 2**15 - 1, 2**15.5 - 8
-"""The largest number of a row, and the largest norm of a block of it, before numbers are rounded. That adds less than
-6 to a norm, so that no sum of products exceeds 31 bits."""
+LONGEST = 2**15.5 - 8
+"""The largest norm of a block of a row, before numbers are rounded. That adds less than 6 to it, so that no sum of
+products exceeds 31 bits."""
 
 FURTHEST = 1020
 """The largest exponent, in either direction, of the powers of two that rows are multiplied by."""

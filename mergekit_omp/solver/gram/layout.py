@@ -7,6 +7,9 @@ its rows one after the other, but only with the rows up to its own last column: 
 UNIT = 32_000
 """The 16-bit integer that stands for a cosine of 1; rounding may exceed it a little."""
 
+MOST = 2**15 - 1
+"""The largest 16-bit integer that numbers of rows and weights of a scan are rounded to."""
+
 STRIP = 1024
 """Atoms that are scanned together, and rows and columns of the matrix that are computed together. The correlations of
 a strip after several steps fit into the L1 cache, and the runs of a row are long enough for the memory."""

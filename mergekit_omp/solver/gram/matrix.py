@@ -72,16 +72,17 @@ class Gram(NamedTuple):
             else:
                 product = (unit @ torch.from_numpy(self.atoms[start : start + STRIP]).T).numpy()
             store_rows(product, factors, scale, out, rows, start)
-        return errors_of_cosines(rounding, blocks_of(targets.shape[1]) if in_integers else targets.shape[1])
+        return errors_of_cosines(rounding, targets.shape[1], in_integers=in_integers)
 
 
-def errors_of_cosines(rounding: ndarray, terms: int) -> ndarray:
-    """Bound the errors of the cosines of rows (n,), in their units; those are sums of so many ``terms``.
+def errors_of_cosines(rounding: ndarray, dim: int, *, in_integers: bool) -> ndarray:
+    """Bound the errors of the cosines of rows (n, dim), in their units.
 
-    A cosine is rounded to a unit. ``rounding`` float64 (n,) are the shares of the rows' norms that changed before. The
-    cosines of a combination of rows are wrong by no more than the combination of these bounds, and by its norm times
-    the rounding of the other row.
+    A cosine is a sum in float32, of products or of blocks of integers, and is rounded to a unit. ``rounding`` float64
+    (n,) are the shares of the rows' norms that changed before. The cosines of a combination of rows are wrong by no
+    more than the combination of these bounds, and by its norm times the rounding of the other row.
     """
+    terms = blocks_of(dim) if in_integers else dim
     return 0.5 + UNIT * (rounding + (terms + 32) * (ROUNDING / 2))
 
 
@@ -146,7 +147,7 @@ def build_gram(atoms: Tensor, norms: Tensor, threads: int, *, half: bool, in_int
         atoms=atoms.contiguous().numpy(),
         panels=packed,
         scale=scale,
-        errors=errors_of_cosines(rounding, blocks_of(atoms.shape[1]) if in_integers else atoms.shape[1]),
+        errors=errors_of_cosines(rounding, atoms.shape[1], in_integers=in_integers),
         rounding=float(rounding.max()),
         largest_norm=largest,
         norms=relative.numpy(),

@@ -20,7 +20,7 @@ from mergekit_omp.solver.gram.candidates import (
 )
 from mergekit_omp.solver.gram.cholesky import extend, fit_target
 from mergekit_omp.solver.gram.kernels import add_scaled, compiled, copy, dot, entry_point
-from mergekit_omp.solver.gram.layout import UNIT
+from mergekit_omp.solver.gram.layout import MOST, UNIT
 from mergekit_omp.solver.gram.matrix import Gram
 from mergekit_omp.solver.gram.rivals import compare_rivals
 from mergekit_omp.solver.gram.state import DRAFTED, EMPTY, Pursuits, Results
@@ -34,9 +34,6 @@ LIST_LENGTH = 300
 FIRST_THRESHOLD, HIGHEST_THRESHOLD = 0.6, 0.95
 """Initial and highest value of the share of the best correlation that candidates exceed. It adapts after every
 scan."""
-
-MOST = 2**15 - 1
-"""The largest weight of a row, as an integer."""
 
 RAISE, LOWER = 1.04, 0.96
 """Factors on the threshold after a list longer than 1.5 times, or shorter than 0.75 times, the target length."""

@@ -36,6 +36,9 @@ MANY, FEW = (STEPS, STEPS // 2) if WIDE else (STEPS // 2, STEPS // 4)
 WIDTH = 32 if WIDE else 16
 """Columns whose sums for so many steps fit into the registers."""
 
+LANES = WIDTH // 2
+"""Sums in a vector: one of each pair of products."""
+
 MULTIPLY_PAIRS = "llvm.x86.avx512.pmaddw.d.512" if WIDE else "llvm.x86.avx2.pmadd.wd" if has_feature("avx2") else None
 """LLVM's name of the instruction that multiplies WIDTH pairs of 16-bit integers and adds neighbouring products. LLVM
 lets a CPU add them to a sum in the same instruction, if it can (VNNI)."""
@@ -151,8 +154,7 @@ request_line, request_early = make_request(NEAR), make_request(FARTHER)
 
 def add_products(builder: Any, total: Any, pairs: Any, others: Any) -> Any:
     """Add both products of each pair of 16-bit integers, of two vectors of WIDTH, to a vector of sums."""
-    lanes = WIDTH // 2
-    integers, sums = ir.VectorType(INTEGER, WIDTH), ir.VectorType(SUM, lanes)
+    integers, sums = ir.VectorType(INTEGER, WIDTH), ir.VectorType(SUM, LANES)
     if MULTIPLY_PAIRS is not None:
         kind = ir.FunctionType(sums, [integers, integers])
         multiply = cgutils.get_or_insert_function(builder.module, kind, MULTIPLY_PAIRS)
@@ -173,8 +175,7 @@ def make_accumulate(steps: int) -> Any:
     ``norms`` float32 (columns,), which sums are multiplied by; ``sums`` float32 (n, columns), their absolute values,
     which are written; the first ``step``, and the first ``column`` of rows, norms and sums.
     """
-    lanes = WIDTH // 2
-    integers, totals_of_half = ir.VectorType(INTEGER, WIDTH), ir.VectorType(SUM, lanes)
+    integers, totals_of_half = ir.VectorType(INTEGER, WIDTH), ir.VectorType(SUM, LANES)
     floats = ir.VectorType(ir.FloatType(), WIDTH)
     # Interleaves two rows, as the CPU does: four columns of each eight at a time.
     halves = [[at for at in range(WIDTH) if at % 8 // 4 == half] for half in (0, 1)]
@@ -200,7 +201,7 @@ def make_accumulate(steps: int) -> Any:
             def load(of: Any, kind: Any, array: Any, *indices: Any) -> Any:
                 return builder.load(pointer(context, builder, of, kind, array, *indices))
 
-            none = ir.Constant(totals_of_half, [0] * lanes)
+            none = ir.Constant(totals_of_half, [0] * LANES)
             totals = [[cgutils.alloca_once_value(builder, none) for _ in halves] for _ in range(steps)]
             later = [builder.add(step, PLACE(number)) for number in range(steps)]
             offset = builder.mul(column, PLACE(2))
@@ -213,7 +214,7 @@ def make_accumulate(steps: int) -> Any:
                     numbers.append(builder.load(builder.inttoptr(row, integers.as_pointer()), align=2))
                 both = [builder.shuffle_vector(*numbers, mask) for mask in interleave]
                 for parts, number in zip(totals, later, strict=True):
-                    weight = repeated(builder, load(SUM, kinds[2], weights, number, first), lanes)
+                    weight = repeated(builder, load(SUM, kinds[2], weights, number, first), LANES)
                     weight = builder.bitcast(weight, integers)
                     for total, part in zip(parts, both, strict=True):
                         builder.store(add_products(builder, builder.load(total), part, weight), total)
