@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ["MERGEKIT_OMP_CACHE"] = "off"  # codes of an earlier run must not hide what the solver does now
+# Each of pytest-xdist's workers has a thread for each core. A thread that waits must not keep a core from the others.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 REAL_WEIGHTS = {"smollm2_dir", "gemma3_dir"}
