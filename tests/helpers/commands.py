@@ -33,6 +33,14 @@ def merge_here(recipe: dict[str, Any] | str | bytes, out: Path, *options: str) -
         return CliRunner().invoke(mergekit.scripts.run_yaml.main, [str(path), str(out), *options])
 
 
+def must_merge(recipe: dict[str, Any] | str | bytes, out: Path, *options: str) -> None:
+    """Run a recipe that must succeed; what the run logs is in the ``caplog`` of pytest."""
+    result = merge_here(recipe, out, *options)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output[-4000:]
+
+
 def as_yaml(recipe: dict[str, Any] | str | bytes) -> bytes:
     """Return the content of a recipe's file."""
     if isinstance(recipe, bytes):

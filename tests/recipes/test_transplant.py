@@ -14,11 +14,11 @@ from helpers.checkpoints import (
     make_model,
     merge,
     run,
-    run_recipe,
     save,
     sentencepiece_tokenizer,
     tensors_of,
 )
+from helpers.commands import must_merge, refusal
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -134,7 +134,7 @@ def test_rows_are_those_of_the_definition(
     base = save(tmp_path / "base", base_model, base_tokenizer)
     donor = save(tmp_path / "donor", donor_model.to(torch.bfloat16), donor_tokenizer)
 
-    merge(recipe(base, donor), tmp_path / "out")
+    must_merge(recipe(base, donor), tmp_path / "out")
 
     before, after, donor_tensors = tensors_of(base), tensors_of(tmp_path / "out"), tensors_of(donor)
     assert set(after) == set(before), "a tied base stays tied"
@@ -193,7 +193,7 @@ def test_output_is_a_model_that_loads_and_generates(tmp_path: Path, pair: tuple[
     assert "mean relative residual" in log
 
 
-def test_no_warning_about_ids_beyond_a_smaller_vocabulary(tmp_path: Path) -> None:
+def test_no_warning_about_ids_beyond_a_smaller_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Check a base whose eos has its highest id: the output's ids are right, so there is no warning."""
     base_tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH), byte_level_tokenizer(PYTHON)
     base_tokenizer.add_tokens([f"filler{i}" for i in range(500)])
@@ -202,8 +202,8 @@ def test_no_warning_about_ids_beyond_a_smaller_vocabulary(tmp_path: Path) -> Non
     donor = save(tmp_path / "donor", make_model(donor_tokenizer, hidden=24), donor_tokenizer)
     assert base_tokenizer.eos_token_id >= len(donor_tokenizer)
 
-    log = merge(recipe(base, donor), tmp_path / "out")
-    assert "token_id" not in log
+    must_merge(recipe(base, donor), tmp_path / "out")
+    assert "token_id" not in caplog.text
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert config.eos_token_id == donor_tokenizer.eos_token_id
 
@@ -219,7 +219,7 @@ def test_quiet_silences_bar_and_log(tmp_path: Path, pair: tuple[Path, Path]) -> 
 def test_pad_to_multiple_of(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     """Check that padding rows are the mean of kept rows, and that config.json counts them."""
     base, donor = pair
-    merge(recipe(base, donor, tokenizer={"source": str(donor), "pad_to_multiple_of": 64}), tmp_path / "out")
+    must_merge(recipe(base, donor, tokenizer={"source": str(donor), "pad_to_multiple_of": 64}), tmp_path / "out")
     tokens = len(AutoTokenizer.from_pretrained(donor).get_vocab())
     embedding = tensors_of(tmp_path / "out")[EMBED]
     assert embedding.shape[0] == json.loads((tmp_path / "out/config.json").read_text())["vocab_size"]
@@ -244,7 +244,7 @@ def test_ids_with_gaps(tmp_path: Path, pair: tuple[Path, Path]) -> None:
         pad_token="<|endoftext|>",
     )
     donor = save(tmp_path / "donor", make_model(gapped, rows=last + 8), gapped)
-    merge(recipe(base, donor), tmp_path / "out")
+    must_merge(recipe(base, donor), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.get_input_embeddings().num_embeddings == last + 8
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == last + 8
@@ -254,17 +254,19 @@ def test_ids_with_gaps(tmp_path: Path, pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("difference", [40, -40])
-def test_donor_matrix_with_other_rows_than_tokens(tmp_path: Path, pair: tuple[Path, Path], difference: int) -> None:
+def test_donor_matrix_with_other_rows_than_tokens(
+    tmp_path: Path, pair: tuple[Path, Path], difference: int, caplog: pytest.LogCaptureFixture
+) -> None:
     """Check more rows than tokens, which are kept, and fewer, for which tokens are named and get the fallback."""
     base, _ = pair
     tokenizer = byte_level_tokenizer(PYTHON)
     tokens = len(tokenizer.get_vocab())
     donor = save(tmp_path / "donor", make_model(tokenizer, rows=tokens + difference), tokenizer)
-    log = merge(recipe(base, donor), tmp_path / "out")
+    must_merge(recipe(base, donor), tmp_path / "out")
     embedding = tensors_of(tmp_path / "out")[EMBED]
     assert embedding.shape[0] == max(tokens, tokens + difference)
     assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == len(embedding)
-    assert ("has no row for" in log) == (difference < 0)
+    assert ("has no row for" in caplog.text) == (difference < 0)
 
 
 @pytest.mark.parametrize("safe", [True, False])
@@ -281,28 +283,30 @@ def test_sharded_inputs_and_output(tmp_path: Path, safe: bool) -> None:
         save(tmp_path / "donor_shards", donor_model, donor_tokenizer, shard_size="20KB", safe=safe),
     ]
     assert len(list(sharded[0].glob("*-of-*"))) > 3
-    merge(recipe(*single_files), tmp_path / "one")
-    merge(recipe(*sharded), tmp_path / "many", "--out-shard-size", "20K")
+    must_merge(recipe(*single_files), tmp_path / "one")
+    must_merge(recipe(*sharded), tmp_path / "many", "--out-shard-size", "20K")
     one, many = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
     assert set(one) == set(many)
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
-def test_same_vocabulary_changes_nothing(tmp_path: Path) -> None:
+def test_same_vocabulary_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Check that a donor with the base's vocabulary is valid, and that the log says so."""
     tokenizer = byte_level_tokenizer()
     base = save(tmp_path / "base", make_model(tokenizer, seed=1), tokenizer)
     donor = save(tmp_path / "donor", make_model(tokenizer, seed=2), tokenizer)
-    log = merge(recipe(base, donor), tmp_path / "out")
+    must_merge(recipe(base, donor), tmp_path / "out")
     before, after = tensors_of(base), tensors_of(tmp_path / "out")
-    assert "nothing to approximate" in log
+    assert "nothing to approximate" in caplog.text
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_k_above_the_number_of_anchors(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    log = merge(recipe(*pair, parameters={"k": 100_000}), tmp_path / "out")
-    assert "k is 100000, but" in log
+def test_k_above_the_number_of_anchors(
+    tmp_path: Path, pair: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    must_merge(recipe(*pair, parameters={"k": 100_000}), tmp_path / "out")
+    assert "k is 100000, but" in caplog.text
     assert torch.isfinite(tensors_of(tmp_path / "out")[EMBED]).all()
 
 
@@ -316,18 +320,14 @@ def test_nan_in_a_tensor(tmp_path: Path, which: str, tensor: str) -> None:
         if name == which:
             dict(model.named_parameters())[tensor].data[[7, 300], 3] = float("nan")
         folders[name] = save(tmp_path / name, model, tokenizer)
-    result = run_recipe(recipe(folders["base"], folders["donor"]), tmp_path / "out")
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    message = " ".join(result.stderr.split("Error: ")[-1].split())
-    assert f"{tensor} of {folders[which]} holds NaN or infinite values in 2 rows (first: 7, 300)" in message
-    assert not (tmp_path / "out").exists()
+    sentence = refusal(recipe(folders["base"], folders["donor"]), tmp_path / "out")
+    assert f"{tensor} of {folders[which]} holds NaN or infinite values in 2 rows (first: 7, 300)" in sentence
 
 
 def test_noise_and_scale_change_only_new_rows(tmp_path: Path, pair: tuple[Path, Path]) -> None:
-    merge(recipe(*pair, parameters={"k": K}), tmp_path / "plain")
-    merge(recipe(*pair, parameters={"k": K, "new_vocab_scale": 0.5}), tmp_path / "scaled")
-    merge(recipe(*pair, parameters={"k": K, "new_vocab_noise": 0.1}), tmp_path / "noisy")
+    must_merge(recipe(*pair, parameters={"k": K}), tmp_path / "plain")
+    must_merge(recipe(*pair, parameters={"k": K, "new_vocab_scale": 0.5}), tmp_path / "scaled")
+    must_merge(recipe(*pair, parameters={"k": K, "new_vocab_noise": 0.1}), tmp_path / "noisy")
     plain, scaled, noisy = (tensors_of(tmp_path / name)[EMBED] for name in ("plain", "scaled", "noisy"))
     new = (plain != noisy).any(dim=1)
     assert 50 < int(new.sum()) < len(plain)
@@ -341,7 +341,7 @@ def test_tokenizer_of_a_body_that_transformers_forces_a_class_on(tmp_path: Path)
     base_tokenizer, donor_tokenizer = byte_level_tokenizer(ENGLISH), sentencepiece_tokenizer(PYTHON)
     base = save(tmp_path / "base", make_model(base_tokenizer, architecture="qwen2"), base_tokenizer)
     donor = save(tmp_path / "donor", make_model(donor_tokenizer, architecture="mistral", hidden=24), donor_tokenizer)
-    merge(recipe(base, donor), tmp_path / "out")
+    must_merge(recipe(base, donor), tmp_path / "out")
     text = "def realign(the river):\n    return é"
     for trust in (False, True):
         loaded = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=trust)
