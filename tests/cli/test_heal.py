@@ -228,8 +228,7 @@ def test_a_model_without_a_record(models: dict[str, Path], tmp_path: Path) -> No
         )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("save_it", [False, True])
+@pytest.mark.parametrize(("number", "save_it"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
 def test_interrupted(models: dict[str, Path], tmp_path: Path, number: int, save_it: bool) -> None:
     """A signal in the middle of training leaves nothing, or the best state on request."""
     out = tmp_path / "out"

@@ -56,7 +56,7 @@ def test_better_than_zero_and_mean(transplanted: Path, gemma3_dir: Path) -> None
         "mean": tensors_of(gemma3_dir)[EMBED].float().mean(dim=0).expand(len(new), -1),
         "zero": torch.zeros(len(new), embedding.shape[1]),
     }
-    texts = {name: text[:1500] for name, text in builtin_texts("tuning").items()}
+    texts = {name: text[:800] for name, text in builtin_texts("tuning").items()}
     bits = {}
     for name, values in rows.items():
         embedding[new] = values
