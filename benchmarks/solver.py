@@ -8,6 +8,7 @@ peak memory.
 
 import argparse
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -403,6 +404,7 @@ def main() -> None:
         help="real: atoms of real pairs, at each -k; few: few atoms, at k = 64; gpu: as real, on a GPU",
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the process of a measurement, too
     if options.growth:
         growth(options.growth, options.device)
         return
