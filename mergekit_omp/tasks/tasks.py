@@ -217,6 +217,8 @@ class PrepareRows(Task[NewRows]):
                 rows = torch.cat([problem.target_rows, problem.atom_rows])
                 check_rows(donor, rows, f"{self.donor_weight.tensor} of {posed.donor}")
         matrices = [weights[f"weight_{i}"].movedim(axis, 0) for i, (_, axis) in enumerate(self.model_weights)]
+        for matrix, (load, _) in zip(matrices, self.model_weights, strict=True):
+            check_rows(matrix, posed.base.match.rows, f"{load.tensor} of {load.model}")
         configs = None
         if self.model is not None:
             assert posed.donor.config is not None, "it has weights"

@@ -10,10 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import ENGLISH, PYTHON, byte_level_tokenizer, make_model, run, save, sentencepiece_tokenizer
+from helpers.checkpoints import (
+    ENGLISH,
+    PYTHON,
+    byte_level_tokenizer,
+    make_model,
+    run,
+    save,
+    sentencepiece_tokenizer,
+    tensors_of,
+)
 from helpers.commands import recipe, refusal
 from helpers.new_tokens_for_tests import new_tokens
 from helpers.tiny_hypernetwork import TinyHypernetwork, save_hypernetwork
+from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from mergekit_omp.errors import OmpError
@@ -284,3 +294,16 @@ def test_a_recipe_makes_the_rows_of_both_matrices(
     assert ("lm_head.weight" in made) != tied
     if not tied:
         torch.testing.assert_close(made["lm_head.weight"][ids], make(matrices[1], True))
+
+
+def test_a_base_with_too_few_rows_is_named(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Rows are counted before the hypernetwork is compared with them, which would blame the hypernetwork."""
+    save_hypernetwork(tmp_path, tokenizer, n_embd=32)
+    base, other = save(tmp_path / "base", make_model(tokenizer), tokenizer), tmp_path / "other"
+    cut = {name: tensor[:100] if len(tensor) > 400 else tensor for name, tensor in tensors_of(base).items()}
+    save_file({name: tensor.clone() for name, tensor in cut.items()}, base / "model.safetensors", {"format": "pt"})
+    sentencepiece_tokenizer(PYTHON, size=520).save_pretrained(other)
+    asked = recipe(base, other, parameters={"approximation": "zett", "hypernetwork": str(tmp_path)})
+    sentence = refusal(asked, tmp_path / "out", "--trust-remote-code")
+    assert "model.embed_tokens.weight" in sentence
+    assert f"of {base} has 100 rows, but its config.json promises at least" in sentence
