@@ -25,7 +25,10 @@ _LABELS = {
     "duplicate": "never written, since another token has the same bytes",
 }
 WITHOUT_ROW = ("no token", "missing", "missing special", "duplicate")
-"""Reasons for which no output row is a row of the input; of tokens that are reserved for later use, some may be."""
+"""Reasons for which no output row is a row of the input."""
+
+RESERVED = "unused"
+"""The reason of tokens that are reserved for later use: some may have a row of the input."""
 
 
 def summary(record: JsonObject) -> Iterator[Part]:

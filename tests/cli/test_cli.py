@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -354,11 +355,30 @@ def test_report_of_duplicates(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert match["duplicate"] > 0
     label = "never written, since another token has the same bytes"
     assert re.search(rf"^ +{match['duplicate']} +{label}$", answer("report", out), re.MULTILINE)
-    [axis] = draw_matches(read_record(out)).axes
+    kept = drawn_as_kept(read_record(out))
+    assert kept["same bytes, other string"] == match["same bytes"]
+    assert kept["a single byte"] == match["byte token"]
+    assert kept[label] == kept["new token"] == 0
+
+
+def drawn_as_kept(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return the lengths of the bars in the colour of kept rows in the picture of the one input, by their labels."""
+    [axis] = draw_matches(record).axes
     labels = [text.get_text() for text in axis.get_yticklabels()]
-    kept = [label for label, bar in zip(labels, axis.patches, strict=True) if to_hex(bar.get_facecolor()) == KEPT]
-    assert {"same bytes, other string", "a single byte"} <= set(kept)
-    assert not {label, "new token", "new special token"} & set(kept)
+    widths = [bar.get_width() for bar in axis.patches if to_hex(bar.get_facecolor()) == KEPT]
+    return dict(zip(labels, widths, strict=True))
+
+
+def test_report_of_reserved_tokens(tmp_path: Path) -> None:
+    """Three of the donor's reserved tokens are the base's too, and two are not."""
+    names = [f"<|reserved_special_token_{number}|>" for number in range(5)]
+    base = byte_level_tokenizer(ENGLISH, special=tuple(names[:3]))
+    donor = byte_level_tokenizer(PYTHON, special=tuple(names))
+    folders = [save(tmp_path / str(seed), make_model(one, seed=seed), one) for seed, one in enumerate((base, donor))]
+    assert merge_here(recipe(*folders), tmp_path / "out", "--quiet").exit_code == 0
+    record = read_record(tmp_path / "out")
+    assert record["models"][0]["match"]["unused"] == 5
+    assert drawn_as_kept(record)["reserved for later use"] == 3
 
 
 def test_report_without_new_tokens(pair: tuple[Path, Path], tmp_path: Path) -> None:
