@@ -9,7 +9,7 @@ tokenizers with which these models were released, but breaks the tokenizer of an
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mergekit.common import ModelReference
 
 from mergekit_omp.checkpoints.files import find_file, read_json, read_settings, read_tokenizer_json
 from mergekit_omp.checkpoints.tokenizers import is_read_as_written
+from mergekit_omp.vocabulary.byte_encoding import flattened
 from mergekit_omp.vocabulary.tokens import ROLES, Vocabulary
 
 LOG = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def make_readable_by_both(settings: dict[str, Any], tokenizer_json: Mapping[str,
 
 def adds_prefix_space(tokenizer_json: Mapping[str, Any]) -> bool:
     """Tell whether a tokenizer.json prepends a space to texts, a setting that transformers 4 and llama.cpp read."""
-    before = [*_components(tokenizer_json, "normalizer"), *_components(tokenizer_json, "pre_tokenizer")]
+    before = [*flattened(tokenizer_json.get("normalizer")), *flattened(tokenizer_json.get("pre_tokenizer"))]
     return any(
         part.get("add_prefix_space", False)
         if part["type"] == "ByteLevel"
@@ -150,10 +151,11 @@ def keep_added_roles(
         value = donor_settings.get(key) if isinstance(donor_settings.get(key), bool) else None
         adds[role] = role in roles and bool(value or (now[role] and not (overriding and value is False)))
         settings[key] = adds[role] if value is None else value
-    if adds == now or any(part["type"] in _FIXED_PROCESSORS for part in _components(tokenizer_json, "post_processor")):
+    processors = list(flattened(tokenizer_json.get("post_processor")))
+    if adds == now or any(part["type"] in _FIXED_PROCESSORS for part in processors):
         return False
     tokenizer_json["post_processor"] = _template(
-        [part for part in _components(tokenizer_json, "post_processor") if part["type"] != "TemplateProcessing"],
+        [part for part in processors if part["type"] != "TemplateProcessing"],
         roles["bos"] if adds["bos"] else None,
         roles["eos"] if adds["eos"] else None,
     )
@@ -166,7 +168,7 @@ _FIXED_PROCESSORS = ("RobertaProcessing", "BertProcessing")
 def added_roles(tokenizer_json: Mapping[str, Any]) -> dict[str, bool]:
     """Tell whether a tokenizer.json adds a token at the start ("bos") and at the end ("eos") of every text."""
     added = dict.fromkeys(_ADDING_ROLES, False)
-    for part in _components(tokenizer_json, "post_processor"):
+    for part in flattened(tokenizer_json.get("post_processor")):
         if part["type"] in _FIXED_PROCESSORS:
             return dict.fromkeys(_ADDING_ROLES, True)
         if part["type"] == "TemplateProcessing":
@@ -237,23 +239,6 @@ def _is_read_as_written(folder: Path, described: Mapping[str, Any]) -> bool:
     processor = loaded.backend_tokenizer.post_processor
     added = added_roles({"post_processor": processor and json.loads(processor.__getstate__())})
     return added == added_roles(described)
-
-
-def _components(tokenizer_json: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a normalizer, pre-tokenizer or post-processor of a tokenizer.json, flattening sequences."""
-    component = tokenizer_json.get(name)
-    if component is None:
-        return
-    yield from _flatten(component)
-
-
-def _flatten(component: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if component["type"] != "Sequence":
-        yield component
-        return
-    [children] = [value for key, value in component.items() if key != "type"]
-    for child in children:
-        yield from _flatten(child)
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

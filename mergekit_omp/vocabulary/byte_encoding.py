@@ -137,7 +137,7 @@ def _lists_bytes(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _backend_scheme(backend: Any) -> TextScheme:
-    decoders = list(parts_of(backend.decoder, "decoders"))
+    decoders = list(parts_of(backend.decoder))
     model = backend.model
     if not decoders:
         decoders = _implied_decoders(backend)
@@ -154,8 +154,8 @@ def _backend_scheme(backend: Any) -> TextScheme:
     )
 
 
-def parts_of(component: Any, children: str) -> Iterator[dict[str, Any]]:
-    """Yield the declarations of a ``tokenizers`` component with sequences flattened; nothing for None."""
+def parts_of(component: Any) -> Iterator[dict[str, Any]]:
+    """Yield the declarations of a ``tokenizers`` component, with sequences flattened; nothing for None."""
     if component is None:
         return
     try:
@@ -165,20 +165,24 @@ def parts_of(component: Any, children: str) -> Iterator[dict[str, Any]]:
             f"The tokenizer's {type(component).__name__} is custom Python code that cannot be read ({error}); "
             "use a tokenizer whose tokenizer.json describes it fully."
         ) from error
-    yield from _flatten(declared, children)
+    yield from flattened(declared)
 
 
-def _flatten(declared: dict[str, Any], children: str) -> Iterator[dict[str, Any]]:
+def flattened(declared: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a component as tokenizer.json declares it, with sequences flattened; nothing for None."""
+    if declared is None:
+        return
     if declared["type"] != "Sequence":
         yield declared
         return
-    for child in declared[children]:
-        yield from _flatten(child, children)
+    [children] = [value for key, value in declared.items() if key != "type"]
+    for child in children:
+        yield from flattened(child)
 
 
 def _implied_decoders(backend: Any) -> list[dict[str, Any]]:
     """Derive decoders from the normalizer and pre-tokenizer of a tokenizer without a decoder."""
-    before = [*parts_of(backend.normalizer, "normalizers"), *parts_of(backend.pre_tokenizer, "pretokenizers")]
+    before = [*parts_of(backend.normalizer), *parts_of(backend.pre_tokenizer)]
     implied = []
     for part in before:
         if part["type"] in ("ByteLevel", "Metaspace"):

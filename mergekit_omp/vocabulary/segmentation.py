@@ -124,11 +124,9 @@ def spell(data: bytes, ids: Mapping[bytes, int], longest: int) -> list[int]:
 
 def _without_added_space(backend: Tokenizer) -> tuple[Any, Any]:
     """Return the normalizer and pre-tokenizer of a backend without the parts that add or strip spaces at text ends."""
-    normalizers = [
-        part for part in parts_of(backend.normalizer, "normalizers") if part["type"] not in ("Prepend", "Strip")
-    ]
+    normalizers = [part for part in parts_of(backend.normalizer) if part["type"] not in ("Prepend", "Strip")]
     pre_tokenizers = []
-    for part in parts_of(backend.pre_tokenizer, "pretokenizers"):
+    for part in parts_of(backend.pre_tokenizer):
         if part["type"] == "Metaspace":
             part = part | {"prepend_scheme": "never"}
         elif part["type"] == "ByteLevel":
