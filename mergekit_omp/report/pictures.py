@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mergekit_omp.errors import OmpError
 from mergekit_omp.evaluation.spans import SpanClass
 from mergekit_omp.report.scores import Spans
-from mergekit_omp.report.summary import RESERVED, WITHOUT_ROW, JsonObject, inputs, label, matches
+from mergekit_omp.report.summary import JsonObject, inputs, kept_by_reason, label, matches
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,23 +26,16 @@ def require_matplotlib() -> None:
 
 
 def draw_matches(record: JsonObject) -> "Figure":
-    """Draw the number of output tokens with and without a row in each input, by reason.
-
-    Some tokens that are reserved for later use may have a row: all that keep one for none of the other reasons.
-    """
+    """Draw the number of output tokens with and without a row in each input, by reason."""
     models = inputs(record)
     most = max(len(model["match"]) for model in models)
     figure, axes = _new_figure(len(models), 0.9 + 0.34 * most)
     for axis, model in zip(axes, models, strict=True):
-        counts = dict(matches(model)[::-1])
-        kept = {reason: 0 if reason in WITHOUT_ROW else count for reason, count in counts.items()}
-        if RESERVED in kept:
-            kept[RESERVED] += model["kept"] - sum(kept.values())
-        labels, totals = list(map(label, counts)), list(counts.values())
-        axis.barh(labels, list(kept.values()), color=KEPT)
-        lacking = [total - having for total, having in zip(totals, kept.values(), strict=True)]
-        bars = axis.barh(labels, lacking, left=list(kept.values()), color=NEW)
-        axis.bar_label(bars, [f"{total:,}" for total in totals], padding=4, fontsize=9)
+        counts, of_reason = matches(model)[::-1], kept_by_reason(model)
+        labels, kept = [label(reason) for reason, _ in counts], [of_reason[reason] for reason, _ in counts]
+        axis.barh(labels, kept, color=KEPT)
+        bars = axis.barh(labels, [count - of_reason[reason] for reason, count in counts], left=kept, color=NEW)
+        axis.bar_label(bars, [f"{count:,}" for _, count in counts], padding=4, fontsize=9)
         axis.margins(x=0.12)
         axis.xaxis.set_visible(False)
         axis.spines["bottom"].set_visible(False)

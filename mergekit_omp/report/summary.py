@@ -24,10 +24,10 @@ _LABELS = {
     "missing special": "new special token",
     "duplicate": "never written, since another token has the same bytes",
 }
-WITHOUT_ROW = ("no token", "missing", "missing special", "duplicate")
+_WITHOUT_ROW = ("no token", "missing", "missing special", "duplicate")
 """Reasons for which no output row is a row of the input."""
 
-RESERVED = "unused"
+_RESERVED = "unused"
 """The reason of tokens that are reserved for later use: some may have a row of the input."""
 
 
@@ -113,6 +113,18 @@ def advice(record: JsonObject) -> list[str]:
 def matches(model: JsonObject) -> list[tuple[str, int]]:
     """Return the reasons of an input's match with the number of tokens, most frequent first."""
     return sorted(model["match"].items(), key=lambda item: -item[1])
+
+
+def kept_by_reason(model: JsonObject) -> dict[str, int]:
+    """Return how many of the tokens of each reason of an input's match keep a row of the input.
+
+    The record counts those of all reasons together; reserved tokens keep what no other reason does.
+    """
+    none = (*_WITHOUT_ROW, _RESERVED)
+    kept = {reason: 0 if reason in none else count for reason, count in model["match"].items()}
+    if _RESERVED in kept:
+        kept[_RESERVED] = model["kept"] - sum(kept.values())
+    return kept
 
 
 def measured_spans(record: JsonObject) -> list[tuple[str, Mapping[str, Spans | None]]]:

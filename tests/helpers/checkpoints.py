@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -151,6 +151,14 @@ def _as_pickles(folder: Path) -> None:
 
 def _pickle_name(name: str) -> str:
     return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+
+
+def cut_rows(folder: Path) -> None:
+    """Truncate each vocabulary matrix of a checkpoint to 100 rows."""
+    matrices = ("model.embed_tokens.weight", "lm_head.weight")
+    tensors = load_file(folder / "model.safetensors")
+    short = {name: t[:100].clone() if name in matrices else t for name, t in tensors.items()}
+    save_file(short, folder / "model.safetensors")
 
 
 def add_code(folder: Path) -> set[str]:

@@ -18,6 +18,7 @@ from helpers.checkpoints import (
     ENGLISH,
     PYTHON,
     byte_level_tokenizer,
+    cut_rows,
     make_model,
     refused,
     save,
@@ -179,13 +180,6 @@ def both(first: Callable[[Path], None], second: Callable[[Path], None]) -> Calla
         second(folder)
 
     return change
-
-
-def cut_rows(folder: Path) -> None:
-    """Truncate each vocabulary matrix of the checkpoint to 100 rows."""
-    tensors = load_file(folder / "model.safetensors")
-    short = {name: t[:100].clone() if name in (EMBED, HEAD) else t for name, t in tensors.items()}
-    save_file(short, folder / "model.safetensors")
 
 
 def flatten(tensor: str) -> Callable[[Path], None]:

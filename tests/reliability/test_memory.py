@@ -50,9 +50,9 @@ def wide_recipe(folder: Path, inputs: int = 1, unsafe_tokens: str = "keep") -> d
     return given
 
 
-def promise_kept(given: dict[str, Any], folder: Path, out: Path) -> int:
+def promise_kept(given: dict[str, Any], out: Path) -> int:
     """Run a recipe in a process of its own, compare its peak with what ``inspect`` promises, and return that."""
-    expected = promised(given, folder)
+    expected = promised(given, out.parent)
     merge(given, out, "--quiet")
     peak = json.loads((out / "omp_record.json").read_text())["peak_memory_bytes"]
     print(f"\npromised {expected / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB")
@@ -90,7 +90,7 @@ def test_a_limit_is_in_force(tmp_path: Path, limit: Limit) -> None:
 @pytest.mark.parametrize(("inputs", "unsafe_tokens"), [(1, "keep"), (2, "keep"), (1, "pieces")])
 def test_wide_vocabularies(tmp_path: Path, inputs: int, unsafe_tokens: str) -> None:
     """Transplant models with matrices of 250 MB, of which 2,000 rows are new; `pieces` loads a base completely."""
-    promise_kept(wide_recipe(tmp_path, inputs, unsafe_tokens), tmp_path, tmp_path / "out")
+    promise_kept(wide_recipe(tmp_path, inputs, unsafe_tokens), tmp_path / "out")
 
 
 def test_a_complete_model_is_counted(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_real_pair(gemma3_dir: Path, smollm2_dir: Path, tmp_path: Path) -> None:
     """Transplant Gemma-3-270M, whose solve keeps a matrix of all pairs of anchors."""
     given = recipe(gemma3_dir, smollm2_dir, parameters={"k": 64}, dtype="bfloat16")
     free, limited = tmp_path / "free", tmp_path / "limited"
-    expected = promise_kept(given, tmp_path, free)
+    expected = promise_kept(given, free)
     limit = control_group if can_make_groups() else data_limit
     with limit(int(TOLERANCE * expected)) as within:
         merge(given, limited, "--quiet", within=within)
